@@ -1,0 +1,16 @@
+"""Efficient-Adam for PyTorch DDP: two-way quantized communication with two-way error feedback."""
+
+from effadam_hook._version import __version__
+from effadam_hook.errors import DisagreementError, EffAdamError, StateMismatchError
+from effadam_hook.hook import attach, efficient_adam_hook
+from effadam_hook.state import EfficientAdamState
+
+__all__ = [
+    "DisagreementError",
+    "EffAdamError",
+    "EfficientAdamState",
+    "StateMismatchError",
+    "__version__",
+    "attach",
+    "efficient_adam_hook",
+]

@@ -1,0 +1,22 @@
+"""The exceptions of this package.
+
+Wrong arguments raise the usual :class:`ValueError` or :class:`TypeError`. What goes wrong between
+ranks, or between a running program and a saved state, raises :class:`EffAdamError` or one of its
+children, so that a training loop can tell them from its own errors.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DisagreementError", "EffAdamError", "StateMismatchError"]
+
+
+class EffAdamError(RuntimeError):
+    """Something went wrong in the exchange between ranks, or in the use of its state."""
+
+
+class DisagreementError(EffAdamError):
+    """The ranks do not run the same configuration, versions or model."""
+
+
+class StateMismatchError(EffAdamError):
+    """A saved state does not fit the running one; the running one was left untouched."""

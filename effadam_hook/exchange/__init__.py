@@ -1,0 +1,65 @@
+"""Who sends which bytes to whom, and in which order: the only place that calls collectives."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.compat import backend_of
+from effadam_hook.exchange.job import Job
+from effadam_hook.exchange.lanes import LaneExchange
+from effadam_hook.exchange.rank0 import Rank0
+from effadam_hook.exchange.sharded import Sharded
+from effadam_hook.exchange.stream import StreamExchange
+from effadam_hook.exchange.topology import Topology
+
+__all__ = ["Exchange", "Topology", "make_exchange", "make_topology"]
+
+
+class Exchange(Protocol):
+    """Runs jobs in the order in which they are submitted, the same on every rank."""
+
+    def submit(self, job: Job) -> Future[Tensor]:
+        """Start a job; the future completes after decoding, or with what went wrong."""
+        ...
+
+    def close(self) -> None:
+        """Release threads and groups; nothing may be submitted afterwards."""
+        ...
+
+
+def make_topology(name: str, group: dist.ProcessGroup) -> Topology:
+    """The topology of that name, ``"rank0"`` or ``"sharded"``, for a process group."""
+    kinds: dict[str, type[Rank0] | type[Sharded]] = {"rank0": Rank0, "sharded": Sharded}
+    return kinds[name](group.rank(), group.size())
+
+
+def make_exchange(topology: Topology, group: dist.ProcessGroup, device: torch.device) -> Exchange:
+    """The exchange that is safe for a group's backend; every rank of the group must call this.
+
+    Args:
+        topology: Who is the server.
+        group: DDP's process group.
+        device: Where the buckets are.
+
+    Returns:
+        Threads and further groups for Gloo, a side stream for NCCL.
+
+    Raises:
+        EffAdamError: If the backend for that device is neither.
+    """
+    backend = backend_of(group, device)
+    if device.type == "cpu" and backend == "gloo":
+        return LaneExchange(topology, group)
+    if device.type == "cuda" and backend == "nccl":
+        return StreamExchange(topology, group, device)
+    raise EffAdamError(
+        f"The process group uses the backend {backend!r} for tensors on {device.type!r}. "
+        "Must be gloo on cpu or nccl on cuda: start it with "
+        'init_process_group("cpu:gloo,cuda:nccl").'
+    )

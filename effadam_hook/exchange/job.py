@@ -1,0 +1,36 @@
+"""What an exchange does to one bucket: the two collectives' buffers, and the arithmetic between."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["Job"]
+
+
+class Job(Protocol):
+    """One bucket's way through an exchange; implemented by :class:`effadam_hook.plan.BucketPlan`."""
+
+    label: str
+    """How messages name the bucket."""
+    uplink: Tensor
+    """``[servers, stride_bytes]`` uint8: what this worker sends."""
+    received: Tensor
+    """``[world_size, stride_bytes]`` uint8 on a server, empty elsewhere: what the workers sent."""
+    outgoing: Tensor
+    """``[stride_bytes]`` uint8: what this server sends."""
+    downlink: Tensor
+    """``[servers, stride_bytes]`` uint8: what the servers sent."""
+
+    def encode(self) -> None:
+        """Gradient and worker residual into :attr:`uplink`."""
+        ...
+
+    def reduce(self) -> None:
+        """:attr:`received` and server residual into :attr:`outgoing`; on a server only."""
+        ...
+
+    def decode(self) -> Tensor:
+        """:attr:`downlink` into the bucket, which is returned."""
+        ...

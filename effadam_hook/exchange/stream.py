@@ -1,0 +1,65 @@
+"""The order of collectives on NCCL: no thread, no callback, one side stream.
+
+Everything is issued from the hook itself, in the order in which DDP calls it, on a stream beside
+backward's and on DDP's own process group: several communicators at once can deadlock. Waiting for a
+collective there only orders streams; the host goes on at once and the device is never synchronised.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook.exchange.job import Job
+from effadam_hook.exchange.topology import Topology
+
+__all__ = ["StreamExchange"]
+
+
+class StreamExchange:
+    """Runs jobs on CUDA tensors over NCCL.
+
+    Args:
+        topology: Who is the server.
+        group: DDP's process group.
+        device: The CUDA device of the buckets.
+    """
+
+    def __init__(self, topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._topology = topology
+        self._group = group
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def submit(self, job: Job) -> Future[Tensor]:
+        """Issue a job; the future completes, on the device, after decoding.
+
+        Args:
+            job: The bucket's job.
+
+        Returns:
+            A future of the decoded bucket, which orders the streams of whoever waits for it.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            job.encode()
+            _order(self._topology.send_up(job.uplink, job.received, self._group))
+            if self._topology.serves is not None:
+                job.reduce()
+            _order(self._topology.send_down(job.outgoing, job.downlink, self._group))
+            result = job.decode()
+            # The allocator must not hand the bucket out again while this stream reads it.
+            result.record_stream(self._stream)
+            future: Future[Tensor] = Future(devices=[self._device])
+            future.set_result(result)
+        return future
+
+    def close(self) -> None:
+        """Nothing to release: the stream goes with the object."""
+
+
+def _order(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()

@@ -1,0 +1,99 @@
+"""The DDP communication hook, and the one call that registers it.
+
+The only file that knows ``GradBucket``. It has no ``from __future__ import annotations``: DDP compares
+a hook's annotations as objects.
+"""
+
+from typing import Any
+
+import torch
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from effadam_hook.errors import EffAdamError
+from effadam_hook.state import EfficientAdamState
+
+__all__ = ["attach", "efficient_adam_hook"]
+
+
+def efficient_adam_hook(state: EfficientAdamState, bucket: GradBucket) -> Future[torch.Tensor]:
+    """Exchange one gradient bucket, quantized both ways with error feedback on both sides.
+
+    With worker i of N, its gradients g_i, residual e_i, server residual ẽ, quantizers Q_w and Q_s:
+
+    1. worker: ``c_i = g_i + e_i``, ``δ_i = Q_w(c_i)``, ``e_i ← c_i - δ_i``; send the codes of ``δ_i``;
+    2. server: ``s = (1/N) Σ_i δ_i + ẽ``, ``δ̃ = Q_s(s)``, ``ẽ ← s - δ̃``; send the codes of ``δ̃``;
+    3. everyone, the server's own rank included: the bucket becomes the decoded ``δ̃``.
+
+    Parameters exempt by ``exact`` are averaged uncompressed within the same messages. While the state
+    is switched off or warming up, the bucket is averaged by a dense all-reduce.
+
+    Args:
+        state: The state, registered together with this hook.
+        bucket: DDP's bucket.
+
+    Returns:
+        A future of the bucket's buffer, complete after decoding.
+
+    Raises:
+        EffAdamError: If DDP hands over something else than a bucket, or the exchange is broken.
+
+    Example:
+        >>> ddp_model.register_comm_hook(EfficientAdamState(), efficient_adam_hook)
+
+    Source:
+        Efficient-Adam, arXiv 2205.14473; gradient mode exchanges g_i in place of the Adam update.
+    """
+    if not isinstance(bucket, GradBucket):
+        raise EffAdamError(
+            f"DDP handed the hook a {type(bucket).__name__} instead of a GradBucket, as its "
+            '"python_reducer" does under torch.compile. Set '
+            'torch._dynamo.config.optimize_ddp = "ddp_optimizer", the default.'
+        )
+    return state.run_bucket(bucket.index(), bucket.buffer(), bucket.parameters(), bucket.is_last())
+
+
+def attach(
+    ddp_model: DistributedDataParallel, *, enabled: bool = True, **options: Any
+) -> EfficientAdamState:
+    """Register the hook on a DDP model: the one line for existing DDP code.
+
+    A collective operation: all ranks compare their options, package versions and parameters, and all
+    of them raise if any two differ.
+
+    Args:
+        ddp_model: The wrapped model, without a communication hook so far.
+        enabled: Whether to compress. ``False`` averages by a dense all-reduce, as plain DDP does, and
+            can be switched with ``state.enabled``.
+        **options: Those of :class:`EfficientAdamState`.
+
+    Returns:
+        The registered state.
+
+    Raises:
+        TypeError: If ``ddp_model`` is no DDP model, an option is unknown or has the wrong type.
+        ValueError: If an option has no such value.
+        EffAdamError: If the model has a communication hook already.
+        DisagreementError: On every rank, if the ranks differ.
+
+    Example:
+        >>> ddp_model = DistributedDataParallel(model)
+        >>> state = attach(ddp_model, enabled=args.effadam, quantizer="lloyd4")
+    """
+    if not isinstance(ddp_model, DistributedDataParallel):
+        raise TypeError(
+            f"Invalid ddp_model: {type(ddp_model).__name__}. Must be a DistributedDataParallel: "
+            "attach after wrapping the model."
+        )
+    taken = getattr(ddp_model, "_comm_hooks", None)
+    if taken:
+        raise EffAdamError(
+            f"The model has the communication hook {taken[0][0].__qualname__!r} already, and DDP "
+            "takes only one. Attach before any other, or wrap the model anew."
+        )
+    state = EfficientAdamState(enabled=enabled, **options)
+    group = options.get("process_group") or ddp_model.process_group
+    state.bind(ddp_model.module.named_parameters(), group)
+    ddp_model.register_comm_hook(state, efficient_adam_hook)
+    return state

@@ -1,0 +1,274 @@
+"""The three kernels in plain torch: short, slow, and the law for every other implementation.
+
+Arithmetic is float32, or float64 where the bucket is float64. Every sum over a block runs over 16
+lanes (element ``i`` in lane ``i % 16``), then halves the lanes until one is left, so that another
+implementation can reproduce it to the bit. Blocks are independent of one another: what a block becomes
+does not depend on the bucket, the chunk or the server that it is in.
+
+The outcomes that are easy to get wrong:
+
+- A block whose largest magnitude is below 2**-100, zeros included, gets the scale 0: it decodes to
+  zeros and stays in the residual whole.
+- A block with an infinity or a NaN gets a NaN scale and so decodes to NaN everywhere; its residual is
+  left as it was, finite. Raw elements carry their own infinities and NaNs.
+- A scale is limited so that the top level stays finite in float32.
+- A padding element, at the end of a partial block, is no part of any sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effadam_hook.layout import Piece, Wire
+from effadam_hook.quantizers import SCALE_BYTES, Quantizer
+
+__all__ = ["decode", "encode_", "reduce_encode_"]
+
+name = "reference"
+
+_LANES = 16
+_TINY = 2.0**-100
+_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+
+
+def encode_(
+    wire: Wire, x: Tensor, residual: Tensor | None, payload: Tensor, dtype: torch.dtype
+) -> None:
+    """Quantize ``x + residual`` into ``payload`` and keep the error in ``residual``.
+
+    Args:
+        wire: The uplink's layout.
+        x: ``[numel]``, the bucket, any floating dtype.
+        residual: ``[numel]``, float32 (float64 for a float64 bucket), updated in place; None means
+            no error feedback.
+        payload: ``[servers, stride_bytes]`` uint8, overwritten except for its padding.
+        dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
+    """
+    for chunk, out in zip(wire.chunks, payload, strict=True):
+        for piece in chunk.pieces:
+            here = slice(piece.start, piece.start + piece.numel)
+            error = None if residual is None else residual[here]
+            _encode_piece(wire, piece, x[here], error, dtype, out)
+
+
+def reduce_encode_(
+    uplink: Wire,
+    downlink: Wire,
+    server: int,
+    payloads: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    payload: Tensor,
+) -> None:
+    """Average the workers' payloads, add the server's residual, and quantize again.
+
+    Args:
+        uplink: Layout of what came in.
+        downlink: Layout of what goes out.
+        server: Which chunk this is.
+        payloads: ``[world_size, stride_bytes]`` uint8, in the order of the ranks.
+        residual: ``[chunk numel]``, float32 (float64 for a float64 bucket), updated in place; None
+            means no error feedback.
+        dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
+        payload: ``[stride_bytes]`` uint8, overwritten except for its padding.
+    """
+    pieces = zip(uplink.chunks[server].pieces, downlink.chunks[server].pieces, strict=True)
+    for source, target in pieces:
+        mean = torch.zeros(source.numel, dtype=_compute_dtype(dtype), device=payloads.device)
+        for worker in payloads:
+            mean += _decode_piece(uplink, source, worker, dtype, divisor=len(payloads))
+        here = slice(target.local, target.local + target.numel)
+        error = None if residual is None else residual[here]
+        _encode_piece(downlink, target, mean, error, dtype, payload)
+
+
+def decode(wire: Wire, payload: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """Write what a payload stands for.
+
+    Args:
+        wire: The downlink's layout.
+        payload: ``[servers, stride_bytes]`` uint8.
+        out: ``[numel]``, any floating dtype, overwritten.
+        dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
+    """
+    for chunk, source in zip(wire.chunks, payload, strict=True):
+        for piece in chunk.pieces:
+            here = slice(piece.start, piece.start + piece.numel)
+            out[here] = _decode_piece(wire, piece, source, dtype).to(out.dtype)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _encode_piece(
+    wire: Wire,
+    piece: Piece,
+    values: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    if piece.raw:
+        _raw(piece, out, dtype).copy_(values)
+        return
+    total = values.to(_compute_dtype(dtype))
+    if residual is not None:
+        total = total + residual
+    size = wire.block_size
+    full = piece.numel // size * size
+    blocks = piece.numel // size
+    scales = _scales(wire, piece, out)
+    codes_at = piece.data_at
+    # The full blocks together, then the partial one.
+    for first, last, count in ((0, full, blocks), (full, piece.numel, 1)):
+        if first == last:
+            continue
+        block = total[first:last].view(count, -1)
+        scale, codes, decoded, finite = _quantize(block, wire.quantizer, wire.scale_rule)
+        packed = _pack(codes, wire.quantizer)
+        scales[first // size : first // size + count] = scale
+        out[codes_at : codes_at + packed.numel()] = packed.flatten()
+        codes_at += packed.numel()
+        if residual is not None:
+            kept = residual[first:last].view(count, -1)
+            kept.copy_(torch.where(finite, block - decoded, kept))
+
+
+def _decode_piece(
+    wire: Wire, piece: Piece, payload: Tensor, dtype: torch.dtype, divisor: int = 1
+) -> Tensor:
+    """One piece in the arithmetic's dtype, divided by ``divisor``: the scales, or the raw values."""
+    compute = _compute_dtype(dtype)
+    if piece.raw:
+        return _raw(piece, payload, dtype).to(compute) / divisor
+    quantizer, size = wire.quantizer, wire.block_size
+    levels = torch.tensor(quantizer.levels, dtype=compute, device=payload.device)
+    scales = _scales(wire, piece, payload).to(compute) / divisor
+    full, rest = divmod(piece.numel, size)
+    full_bytes = full * quantizer.code_bytes(size)
+    codes = payload[piece.data_at : piece.data_at + full_bytes + quantizer.code_bytes(rest)]
+    parts = []
+    if full:
+        index = _unpack(codes[:full_bytes].view(full, -1), size, quantizer)
+        parts.append((scales[:full, None] * levels[index]).flatten())
+    if rest:
+        index = _unpack(codes[full_bytes:].view(1, -1), rest, quantizer)
+        parts.append((scales[full:, None] * levels[index]).flatten())
+    return torch.cat(parts)
+
+
+def _raw(piece: Piece, payload: Tensor, dtype: torch.dtype) -> Tensor:
+    return payload[piece.data_at : piece.data_at + piece.numel * dtype.itemsize].view(dtype)
+
+
+def _scales(wire: Wire, piece: Piece, payload: Tensor) -> Tensor:
+    blocks = -(-piece.numel // wire.block_size)
+    at = piece.scales_at
+    return payload[at : at + blocks * SCALE_BYTES].view(torch.bfloat16)
+
+
+def _quantize(
+    x: Tensor, quantizer: Quantizer, scale_rule: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize blocks ``[blocks, n]``, steps [1] to [4] of :mod:`effadam_hook.quantizers`.
+
+    Returns:
+        Scales ``[blocks]`` bfloat16, codes ``[blocks, n]`` int64, the decoded values ``[blocks, n]``,
+        and ``[blocks, 1]`` bool, whether the block is finite.
+    """
+    magnitudes = torch.tensor(quantizer.magnitudes, dtype=x.dtype, device=x.device)
+    top = quantizer.magnitudes[-1]
+    largest = x.abs().amax(dim=1, keepdim=True)
+    finite = torch.isfinite(largest)
+    idle = largest < _TINY
+    x = torch.where(finite & ~idle, x, 1.0)
+    largest = torch.where(finite & ~idle, largest, 1.0)
+
+    # [1] The exponent is limited so that its reciprocal is a normal number too.
+    limit = 126 if x.dtype == torch.float32 else 1022
+    exponent = (torch.frexp(largest).exponent - 1).clamp(max=limit)
+    power = torch.ldexp(torch.ones_like(largest), exponent)
+    y = x * (1 / power)
+
+    # [2]
+    if quantizer.spread is None or scale_rule == "absmax":
+        provisional = (largest * (1 / power)) / top
+    else:
+        provisional = (_lane_sum(y * y) / x.shape[1]).sqrt() * quantizer.spread
+
+    # [3]
+    ratio = y.abs() * (1 / provisional)
+    thresholds = (magnitudes[1:] + magnitudes[:-1]) / 2
+    index = torch.bucketize(ratio, thresholds)
+    q = torch.where(y < 0, -magnitudes[index], magnitudes[index])
+    gap = 0 if quantizer.has_zero else 1
+    middle = len(magnitudes) - 1 + gap
+    codes = torch.where(y < 0, middle - gap - index, middle + index)
+
+    # [4]
+    if scale_rule == "absmax":
+        scale = provisional * power
+    else:
+        scale = (_lane_sum(y * q) / _lane_sum(q * q)) * power
+    rounded = scale.clamp(max=_largest_scale(top)).to(torch.float32).to(torch.bfloat16)
+    rounded = torch.where(idle, torch.zeros_like(rounded), rounded)
+    decoded = rounded.to(x.dtype) * q
+    codes = torch.where(finite & ~idle, codes, torch.zeros_like(codes))
+    rounded = torch.where(finite, rounded, torch.full_like(rounded, float("nan")))
+    return rounded[:, 0], codes, decoded, finite
+
+
+def _largest_scale(top: float) -> float:
+    """The largest bfloat16 whose product with the top level is finite in float32."""
+    bits = torch.tensor(_FLOAT32_MAX / top, dtype=torch.float32).view(torch.int32)
+    return float((bits & -0x10000).view(torch.float32))
+
+
+def _lane_sum(x: Tensor) -> Tensor:
+    """Sums of the rows of ``[blocks, n]`` as ``[blocks, 1]``, in the order that is the law."""
+    padding = -x.shape[1] % _LANES
+    rows = torch.nn.functional.pad(x, (0, padding)).view(x.shape[0], -1, _LANES)
+    lanes = rows[:, 0]
+    for row in rows.unbind(1)[1:]:
+        lanes = lanes + row
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes
+
+
+def _pack(codes: Tensor, quantizer: Quantizer) -> Tensor:
+    """Codes ``[blocks, n]`` as bytes ``[blocks, code_bytes(n)]``."""
+    blocks, numel = codes.shape
+    columns = -(-numel // quantizer.planes)
+    padding = columns * quantizer.planes - numel
+    planes = torch.nn.functional.pad(codes, (0, padding)).view(blocks, quantizer.planes, columns)
+    word = (planes * _weights(quantizer, codes.device)).sum(dim=1)
+    return torch.cat(
+        [(word >> (8 * byte)) & 255 for byte in range(quantizer.plane_bytes)], dim=1
+    ).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, numel: int, quantizer: Quantizer) -> Tensor:
+    """The inverse of :func:`_pack`: codes ``[blocks, numel]`` as int64."""
+    columns = -(-numel // quantizer.planes)
+    rows = packed.to(torch.int64).view(len(packed), quantizer.plane_bytes, columns)
+    word = rows[:, 0]
+    for byte in range(1, quantizer.plane_bytes):
+        word = word | (rows[:, byte] << (8 * byte))
+    # Floor division and modulo, so that the sign bit of a word of eight 8-bit codes does no harm.
+    planes = (word[:, None] // _weights(quantizer, packed.device)) % _base(quantizer)
+    return planes.reshape(len(packed), -1)[:, :numel]
+
+
+def _base(quantizer: Quantizer) -> int:
+    return 3 if quantizer.planes == 5 else 2**quantizer.plane_bytes
+
+
+def _weights(quantizer: Quantizer, device: torch.device) -> Tensor:
+    """What a code counts for in its column's word, by plane: ``[planes, 1]``."""
+    base = _base(quantizer)
+    powers = [base**plane for plane in range(quantizer.planes)]
+    return torch.tensor(powers, device=device)[:, None]

@@ -1,0 +1,259 @@
+"""Where every element of a bucket lies in the payloads that carry it. Integers only, no torch.
+
+A *bucket* is DDP's flat buffer with one *slot* per parameter. Every parameter is cut into blocks from
+its own first element, so no block straddles two parameters, and the blocks of a parameter are dealt
+to the servers in contiguous runs, the same runs in whatever bucket the parameter turns up: when DDP
+rebuilds its buckets, nothing changes hands. What one server gets of one bucket is a *chunk*, made of
+*pieces*, at most one per parameter::
+
+    bucket    | weight.0 ............ | bias.0 | weight.1 ............ |
+    pieces    | server 0 | server 1 |  s 0    | server 1  | server 0 |      (two servers)
+
+    chunk     | raw elements | scales | codes |  padding to the stride
+    payload   | chunk of server 0 | chunk of server 1 |
+
+With one server (topology "rank0") there is one chunk and the pieces are whole parameters. Chunks have
+a common stride, so a payload is a ``[servers, stride_bytes]`` matrix of bytes and what a server has
+gathered is ``[world_size, stride_bytes]``.
+
+Raw elements (exact parameters, or all of them with the quantizer ``none``) travel in the bucket's own
+dtype and come first, where they are aligned; then two bytes of scale per block; then the codes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from effadam_hook.quantizers import SCALE_BYTES, Quantizer
+
+__all__ = ["BucketLayout", "Chunk", "Piece", "Slot", "Wire", "plan_bucket", "share_of"]
+
+_ALIGN_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter's place in a bucket.
+
+    Attributes:
+        name: The parameter's name, its identity across buckets and runs.
+        order: Its position among the model's parameters; decides which server gets the odd block.
+        start: First element in the bucket.
+        numel: Number of elements.
+        exact: Whether it travels uncompressed.
+    """
+
+    name: str
+    order: int
+    start: int
+    numel: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One server's share of one parameter, in one direction.
+
+    Attributes:
+        slot: Index of the parameter's slot.
+        start: First element in the bucket.
+        local: First element in the server's chunk.
+        numel: Number of elements; all but the last block are full.
+        raw: Whether the elements travel as they are.
+        scales_at: Byte in the chunk of the first scale (quantized pieces).
+        data_at: Byte in the chunk of the first code, or of the first raw element.
+    """
+
+    slot: int
+    start: int
+    local: int
+    numel: int
+    raw: bool
+    scales_at: int
+    data_at: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one server holds of a bucket.
+
+    Attributes:
+        numel: Number of elements.
+        pieces: Its pieces, in the order of the bucket's slots.
+        used_bytes: Bytes before the padding.
+    """
+
+    numel: int
+    pieces: tuple[Piece, ...]
+    used_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Wire:
+    """The layout of one direction's payload.
+
+    Attributes:
+        quantizer: What turns blocks into codes.
+        scale_rule: How a block finds its scale.
+        block_size: Elements that share a scale.
+        itemsize: Bytes of a raw element.
+        chunks: One per server.
+        stride_bytes: Bytes from one chunk to the next in a payload.
+    """
+
+    quantizer: Quantizer
+    scale_rule: str
+    block_size: int
+    itemsize: int
+    chunks: tuple[Chunk, ...]
+    stride_bytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of a whole payload, padding included."""
+        return len(self.chunks) * self.stride_bytes
+
+    @cached_property
+    def tables(self) -> tuple[array[int], ...]:
+        """Per chunk, six 64-bit integers a piece: start, local, numel, raw, scales_at, data_at."""
+        return tuple(
+            array(
+                "q",
+                (
+                    value
+                    for p in chunk.pieces
+                    for value in (p.start, p.local, p.numel, int(p.raw), p.scales_at, p.data_at)
+                ),
+            )
+            for chunk in self.chunks
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BucketLayout:
+    """A bucket's slots and the wires of both directions.
+
+    Attributes:
+        slots: The parameters, in the bucket's order.
+        numel: Elements of the bucket.
+        uplink: From workers to servers.
+        downlink: From servers to workers. Its pieces pair with the uplink's.
+    """
+
+    slots: tuple[Slot, ...]
+    numel: int
+    uplink: Wire
+    downlink: Wire
+
+
+def share_of(numel: int, order: int, block_size: int, server: int, servers: int) -> tuple[int, int]:
+    """The contiguous run of a parameter's elements that a server is responsible for.
+
+    Depends on nothing but the parameter and the number of servers. Runs are whole blocks and differ
+    by at most one block; ``order`` turns the assignment, so that odd blocks spread over the servers.
+
+    Args:
+        numel: Elements of the parameter.
+        order: Its position among the model's parameters.
+        block_size: Elements of a full block.
+        server: Which server, from 0.
+        servers: How many there are.
+
+    Returns:
+        First element and number of elements, the latter possibly 0.
+    """
+    blocks = -(-numel // block_size)
+    position = (server - order) % servers
+    first = position * blocks // servers * block_size
+    last = min((position + 1) * blocks // servers * block_size, numel)
+    return first, max(0, last - first)
+
+
+def plan_bucket(
+    slots: Sequence[Slot],
+    *,
+    uplink: Quantizer,
+    downlink: Quantizer,
+    scale_rule: str,
+    block_size: int,
+    servers: int,
+    itemsize: int,
+) -> BucketLayout:
+    """Lay out both directions of a bucket.
+
+    Args:
+        slots: The parameters in the bucket's order, without gaps.
+        uplink: Quantizer from workers to servers.
+        downlink: Quantizer from servers to workers.
+        scale_rule: How a block finds its scale.
+        block_size: Elements of a full block.
+        servers: Number of servers.
+        itemsize: Bytes of one element of the bucket.
+
+    Returns:
+        The layout; the same for the same arguments on every rank.
+
+    Raises:
+        ValueError: If the slots leave gaps or overlap.
+    """
+    expected = 0
+    for slot in slots:
+        if slot.start != expected:
+            raise ValueError(
+                f"Slot of {slot.name!r} starts at element {slot.start}. Must be {expected}: "
+                "slots follow one another without gaps."
+            )
+        expected += slot.numel
+
+    def wire(quantizer: Quantizer) -> Wire:
+        chunks = tuple(
+            _plan_chunk(slots, quantizer, block_size, server, servers, itemsize)
+            for server in range(servers)
+        )
+        longest = max(chunk.used_bytes for chunk in chunks)
+        stride = -(-longest // _ALIGN_BYTES) * _ALIGN_BYTES
+        return Wire(quantizer, scale_rule, block_size, itemsize, chunks, stride)
+
+    return BucketLayout(tuple(slots), expected, wire(uplink), wire(downlink))
+
+
+def _plan_chunk(
+    slots: Sequence[Slot],
+    quantizer: Quantizer,
+    block_size: int,
+    server: int,
+    servers: int,
+    itemsize: int,
+) -> Chunk:
+    shares: list[tuple[int, int, int, int, bool]] = []
+    local = raw_bytes = scale_bytes = 0
+    for index, slot in enumerate(slots):
+        first, numel = share_of(slot.numel, slot.order, block_size, server, servers)
+        if numel == 0:
+            continue
+        raw = slot.exact or quantizer.is_raw
+        shares.append((index, slot.start + first, local, numel, raw))
+        local += numel
+        if raw:
+            raw_bytes += numel * itemsize
+        else:
+            scale_bytes += -(-numel // block_size) * SCALE_BYTES
+
+    raw_at = 0
+    # Raw elements of 2 bytes may end anywhere even, so scales stay aligned to their own size.
+    scales_at = raw_bytes
+    codes_at = raw_bytes + scale_bytes
+    pieces: list[Piece] = []
+    for index, start, local_start, numel, raw in shares:
+        if raw:
+            pieces.append(Piece(index, start, local_start, numel, True, 0, raw_at))
+            raw_at += numel * itemsize
+        else:
+            pieces.append(Piece(index, start, local_start, numel, False, scales_at, codes_at))
+            full, rest = divmod(numel, block_size)
+            scales_at += (full + (rest > 0)) * SCALE_BYTES
+            codes_at += full * quantizer.code_bytes(block_size) + quantizer.code_bytes(rest)
+    return Chunk(local, tuple(pieces), codes_at)

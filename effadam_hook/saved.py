@@ -1,0 +1,152 @@
+"""Saved states: tensors and plain values by parameter name, checked before they are believed.
+
+Residuals are per rank, so each rank saves its own. For a run on another number of ranks the states of
+all are merged: every new worker starts with the mean of the old workers' residuals, which is what the
+invariants of the algorithm are about, and the servers' shares are put together and dealt out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effadam_hook._version import STATE_VERSION
+from effadam_hook.errors import StateMismatchError
+from effadam_hook.layout import share_of
+
+__all__ = ["check_saved", "merge_saved", "share_saved"]
+
+_KEYS = frozenset(
+    "version rank world_size servers block_size counters order worker server server_start".split()
+)
+
+
+def check_saved(saved: Any, numels: Mapping[str, int]) -> None:
+    """Check one rank's saved state.
+
+    Args:
+        saved: What was loaded.
+        numels: The model's parameters and their sizes; empty while the model is not known.
+
+    Raises:
+        StateMismatchError: If it is not a saved state, or not one of this model.
+    """
+    if not isinstance(saved, Mapping) or not saved.keys() >= _KEYS:
+        raise StateMismatchError(
+            "This is no saved state of EfficientAdamState: it must be the dictionary that "
+            f"state_dict() returns, with the keys {', '.join(sorted(_KEYS))}."
+        )
+    if saved["version"] != STATE_VERSION:
+        raise StateMismatchError(
+            f"The saved state has version {saved['version']!r}. Must be {STATE_VERSION}: load it "
+            "with the package version that wrote it."
+        )
+    for side in ("worker", "server"):
+        for name, value in saved[side].items():
+            _check_residual(side, name, value, numels)
+
+
+def _check_residual(side: str, name: str, value: Any, numels: Mapping[str, int]) -> None:
+    if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point():
+        raise StateMismatchError(
+            f"The saved {side} residual of {name!r} must be a one-dimensional floating tensor."
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise StateMismatchError(
+            f"The saved {side} residual of {name!r} holds a NaN or an infinity; it would poison "
+            "every later step. Use an earlier checkpoint."
+        )
+    if not numels:
+        return
+    if name not in numels:
+        raise StateMismatchError(
+            f"The saved state has a residual for {name!r}, which is no parameter of this model."
+        )
+    fits = value.numel() == numels[name] if side == "worker" else value.numel() <= numels[name]
+    if not fits:
+        raise StateMismatchError(
+            f"The saved {side} residual of {name!r} has {value.numel()} elements, the parameter "
+            f"has {numels[name]}. Load a state of the same model."
+        )
+
+
+def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Turn the states of all ranks into one that any number of ranks can start from.
+
+    Args:
+        states: Every rank's saved state, in the order of the ranks.
+
+    Returns:
+        A state of a single rank and server: the workers' mean residuals and the whole parameters'
+        server residuals.
+
+    Raises:
+        StateMismatchError: If the states are not those of all ranks of one run.
+    """
+    for rank, state in enumerate(states):
+        check_saved(state, {})
+        if state["rank"] != rank or state["world_size"] != len(states):
+            raise StateMismatchError(
+                f"State {rank} of {len(states)} is that of rank {state['rank']} of "
+                f"{state['world_size']}. Must be the states of all ranks, in order."
+            )
+    worker: dict[str, Tensor] = {}
+    server: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for state in states for name in state["worker"]):
+        held = [state["worker"][name] for state in states if name in state["worker"]]
+        mean = torch.stack(held).double().sum(dim=0) / len(states)
+        worker[name] = mean.to(held[0].dtype)
+    for name in dict.fromkeys(name for state in states for name in state["server"]):
+        shares = [
+            (state["server_start"][name], state["server"][name])
+            for state in states
+            if name in state["server"]
+        ]
+        server[name] = torch.cat([share for _, share in sorted(shares, key=lambda s: s[0])])
+    return {
+        **states[0],
+        "rank": 0,
+        "world_size": 1,
+        "servers": 1,
+        "worker": worker,
+        "server": server,
+        "server_start": dict.fromkeys(server, 0),
+    }
+
+
+def share_saved(
+    merged: Mapping[str, Any], *, rank: int, world_size: int, servers: int, block_size: int
+) -> dict[str, Any]:
+    """Deal a merged state out to one rank of a new run.
+
+    Args:
+        merged: What :func:`merge_saved` returned.
+        rank: The rank in the new run.
+        world_size: How many ranks the new run has.
+        servers: How many of them are servers.
+        block_size: The new run's block size.
+
+    Returns:
+        That rank's state.
+    """
+    server: dict[str, Tensor] = {}
+    start: dict[str, int] = {}
+    if rank < servers:
+        for name, whole in merged["server"].items():
+            order = merged["order"][name]
+            first, numel = share_of(whole.numel(), order, block_size, rank, servers)
+            if numel:
+                server[name] = whole[first : first + numel]
+                start[name] = first
+    return {
+        **merged,
+        "rank": rank,
+        "world_size": world_size,
+        "servers": servers,
+        "block_size": block_size,
+        "server": server,
+        "server_start": start,
+    }
