@@ -59,6 +59,7 @@ class Piece:
 
     Attributes:
         slot: Index of the parameter's slot.
+        offset: First element in the parameter.
         start: First element in the bucket.
         local: First element in the server's chunk.
         numel: Number of elements; all but the last block are full.
@@ -68,12 +69,26 @@ class Piece:
     """
 
     slot: int
+    offset: int
     start: int
     local: int
     numel: int
     raw: bool
     scales_at: int
     data_at: int
+
+    def row(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """What compiled kernels know of a piece, in their order."""
+        return (
+            self.start,
+            self.local,
+            self.numel,
+            int(self.raw),
+            self.scales_at,
+            self.data_at,
+            self.slot,
+            self.offset,
+        )
 
 
 @dataclass(frozen=True)
@@ -117,17 +132,24 @@ class Wire:
         return len(self.chunks) * self.stride_bytes
 
     @cached_property
+    def numel(self) -> int:
+        """Elements of the bucket."""
+        return sum(chunk.numel for chunk in self.chunks)
+
+    @cached_property
+    def slot_numels(self) -> tuple[int, ...]:
+        """Elements of each slot's parameter, up to the last slot that has any."""
+        pieces = [piece for chunk in self.chunks for piece in chunk.pieces]
+        numels = [0] * (1 + max((piece.slot for piece in pieces), default=-1))
+        for piece in pieces:
+            numels[piece.slot] += piece.numel
+        return tuple(numels)
+
+    @cached_property
     def tables(self) -> tuple[array[int], ...]:
-        """Per chunk, six 64-bit integers a piece: start, local, numel, raw, scales_at, data_at."""
+        """Per chunk, eight 64-bit integers a piece, in the order of :meth:`Piece.row`."""
         return tuple(
-            array(
-                "q",
-                (
-                    value
-                    for p in chunk.pieces
-                    for value in (p.start, p.local, p.numel, int(p.raw), p.scales_at, p.data_at)
-                ),
-            )
+            array("q", (value for piece in chunk.pieces for value in piece.row()))
             for chunk in self.chunks
         )
 
@@ -228,14 +250,14 @@ def _plan_chunk(
     servers: int,
     itemsize: int,
 ) -> Chunk:
-    shares: list[tuple[int, int, int, int, bool]] = []
+    shares: list[tuple[int, int, int, int, int, bool]] = []
     local = raw_bytes = scale_bytes = 0
     for index, slot in enumerate(slots):
         first, numel = share_of(slot.numel, slot.order, block_size, server, servers)
         if numel == 0:
             continue
         raw = slot.exact or quantizer.is_raw
-        shares.append((index, slot.start + first, local, numel, raw))
+        shares.append((index, first, slot.start + first, local, numel, raw))
         local += numel
         if raw:
             raw_bytes += numel * itemsize
@@ -247,12 +269,14 @@ def _plan_chunk(
     scales_at = raw_bytes
     codes_at = raw_bytes + scale_bytes
     pieces: list[Piece] = []
-    for index, start, local_start, numel, raw in shares:
+    for index, first, start, local_start, numel, raw in shares:
         if raw:
-            pieces.append(Piece(index, start, local_start, numel, True, 0, raw_at))
+            pieces.append(Piece(index, first, start, local_start, numel, True, 0, raw_at))
             raw_at += numel * itemsize
         else:
-            pieces.append(Piece(index, start, local_start, numel, False, scales_at, codes_at))
+            pieces.append(
+                Piece(index, first, start, local_start, numel, False, scales_at, codes_at)
+            )
             full, rest = divmod(numel, block_size)
             scales_at += (full + (rest > 0)) * SCALE_BYTES
             codes_at += full * quantizer.code_bytes(block_size) + quantizer.code_bytes(rest)

@@ -26,12 +26,15 @@ This module is integers and floats only; the arithmetic on tensors is in :mod:`e
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 
 __all__ = ["QUANTIZERS", "SCALE_BYTES", "SCALE_RULES", "Quantizer", "get_quantizer"]
 
 SCALE_BYTES = 2
 """Bytes of a scale on the wire: one bfloat16, which has the range of float32."""
+
+_FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 
 SCALE_RULES = ("least_squares", "absmax")
 """How the final scale of a block is found."""
@@ -72,6 +75,18 @@ class Quantizer:
         positive = self.magnitudes[1:] if self.has_zero else self.magnitudes
         zero = (0.0,) if self.has_zero else ()
         return (*(-m for m in reversed(positive)), *zero, *positive)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Midpoints of neighbouring magnitudes; a ratio on one takes the smaller magnitude."""
+        return tuple((a + b) / 2 for a, b in zip(self.magnitudes, self.magnitudes[1:]))
+
+    @property
+    def largest_scale(self) -> float:
+        """The largest bfloat16 whose product with the top level is finite in float32."""
+        (bits,) = struct.unpack("<I", struct.pack("<f", _FLOAT32_MAX / self.magnitudes[-1]))
+        (scale,) = struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))
+        return float(scale)
 
     @property
     def bits(self) -> float:

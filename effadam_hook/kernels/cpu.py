@@ -1,0 +1,315 @@
+"""The three kernels for CPU tensors: checks of the arguments, and one call into compiled C.
+
+The C source in ``csrc`` knows nothing of torch; it is handed addresses, and the pieces of a wire as a
+table of integers. It reproduces :mod:`effadam_hook.kernels.reference` to the bit, whichever
+instruction set it chooses at run time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from effadam_hook.kernels.sources import AdamSource, Preconditioner, check_arguments
+from effadam_hook.layout import Wire
+from effadam_hook.quantizers import Quantizer
+
+__all__ = ["CpuKernels", "load"]
+
+_ABI_VERSION = 1
+_MAX_BLOCK = 4096
+_TABLE_CODES = 16
+_TABLE_THRESHOLDS = 8
+_STORES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_ENCODE, _REDUCE_ENCODE, _DECODE = range(3)
+
+
+class _Quantizer(ctypes.Structure):
+    _fields_ = (
+        ("planes", ctypes.c_int32),
+        ("plane_bytes", ctypes.c_int32),
+        ("magnitudes", ctypes.c_int32),
+        ("has_zero", ctypes.c_int32),
+        ("linear", ctypes.c_int32),
+        ("absmax", ctypes.c_int32),
+        ("spread", ctypes.c_double),
+        ("top", ctypes.c_double),
+        ("largest_scale", ctypes.c_double),
+        ("levels", ctypes.c_float * _TABLE_CODES),
+        ("thresholds", ctypes.c_float * _TABLE_THRESHOLDS),
+    )
+
+
+class _Wire(ctypes.Structure):
+    _fields_ = (
+        ("pieces", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("quantizer", _Quantizer),
+    )
+
+
+class _Adam(ctypes.Structure):
+    _fields_ = (
+        ("exp_avg", ctypes.c_void_p),
+        ("exp_avg_sq", ctypes.c_void_p),
+        ("terms", ctypes.c_void_p),
+    )
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        ("task", ctypes.c_int),
+        ("wire", ctypes.POINTER(_Wire)),
+        ("uplink", ctypes.POINTER(_Wire)),
+        ("x", ctypes.c_void_p),
+        ("x_store", ctypes.c_int32),
+        ("raw_store", ctypes.c_int32),
+        ("residual", ctypes.c_void_p),
+        ("payload", ctypes.c_void_p),
+        ("payloads", ctypes.c_void_p),
+        ("workers", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("moments", ctypes.POINTER(ctypes.c_void_p)),
+        ("adam", ctypes.POINTER(_Adam)),
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A wire as C sees it: all chunks as one list of pieces, and each chunk alone."""
+
+    rows: tuple[array[int], ...]
+    whole: _Wire
+    chunks: tuple[_Wire, ...]
+
+
+_plans: WeakKeyDictionary[Wire, _Plan] = WeakKeyDictionary()
+
+
+class CpuKernels:
+    """The compiled kernels.
+
+    Args:
+        library: The loaded shared library.
+        variant: Instruction set, one of :attr:`variants`; None takes the best.
+
+    Raises:
+        ValueError: If this processor does not run the variant.
+    """
+
+    name = "cpu"
+
+    def __init__(self, library: ctypes.CDLL, variant: str | None = None) -> None:
+        self._library = library
+        self.variants = _variants(library)
+        if variant is None:
+            variant = self.variants[0]
+        if variant not in self.variants:
+            raise ValueError(
+                f"Invalid variant: {variant!r}. Must be one of {', '.join(self.variants)}, "
+                "the instruction sets of this build that this processor runs."
+            )
+        self.variant = variant
+        self._variant_index = self.variants.index(variant)
+
+    def encode_(
+        self,
+        wire: Wire,
+        x: Tensor,
+        residual: Tensor | None,
+        payload: Tensor,
+        dtype: torch.dtype,
+        *,
+        preconditioner: Preconditioner | None = None,
+        adam: AdamSource | None = None,
+    ) -> None:
+        """See :func:`effadam_hook.kernels.reference.encode_`."""
+        check_arguments(
+            wire,
+            dtype,
+            bucket=x,
+            residual=residual,
+            payload=payload,
+            preconditioner=preconditioner,
+            adam=adam,
+        )
+        job = _Job(
+            task=_ENCODE,
+            wire=ctypes.pointer(_plan_of(wire).whole),
+            x=x.data_ptr(),
+            x_store=_STORES[x.dtype],
+            residual=None if residual is None else residual.data_ptr(),
+            payload=payload.data_ptr(),
+        )
+        if adam is not None:
+            terms = adam.terms.contiguous()
+            addresses = (adam.exp_avg.data_ptr(), adam.exp_avg_sq.data_ptr(), terms.data_ptr())
+            job.adam = ctypes.pointer(_Adam(*addresses))
+        self._run(job, dtype, preconditioner)
+
+    def reduce_encode_(
+        self,
+        uplink: Wire,
+        downlink: Wire,
+        server: int,
+        payloads: Tensor,
+        residual: Tensor | None,
+        dtype: torch.dtype,
+        payload: Tensor,
+        *,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
+        """See :func:`effadam_hook.kernels.reference.reduce_encode_`."""
+        check_arguments(
+            downlink,
+            dtype,
+            server=server,
+            uplink=uplink,
+            payloads=payloads,
+            residual=residual,
+            payload=payload,
+            preconditioner=preconditioner,
+        )
+        job = _Job(
+            task=_REDUCE_ENCODE,
+            wire=ctypes.pointer(_plan_of(downlink).chunks[server]),
+            uplink=ctypes.pointer(_plan_of(uplink).chunks[server]),
+            residual=None if residual is None else residual.data_ptr(),
+            payload=payload.data_ptr(),
+            payloads=payloads.data_ptr(),
+            workers=payloads.shape[0],
+            stride=payloads.shape[1],
+        )
+        self._run(job, dtype, preconditioner)
+
+    def decode(
+        self,
+        wire: Wire,
+        payload: Tensor,
+        out: Tensor,
+        dtype: torch.dtype,
+        *,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
+        """See :func:`effadam_hook.kernels.reference.decode`."""
+        check_arguments(wire, dtype, bucket=out, payload=payload, preconditioner=preconditioner)
+        job = _Job(
+            task=_DECODE,
+            wire=ctypes.pointer(_plan_of(wire).whole),
+            x=out.data_ptr(),
+            x_store=_STORES[out.dtype],
+            payload=payload.data_ptr(),
+        )
+        self._run(job, dtype, preconditioner)
+
+    def _run(self, job: _Job, dtype: torch.dtype, preconditioner: Preconditioner | None) -> None:
+        job.raw_store = _STORES[dtype]
+        if preconditioner is not None:
+            addresses = [
+                None if moment is None else moment.data_ptr()
+                for moment in preconditioner.second_moments
+            ]
+            job.moments = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._library.effadam_run(
+            ctypes.byref(job),
+            self._variant_index,
+            int(dtype == torch.float64),
+            torch.get_num_threads(),
+        )
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The shared library that was built with the package.
+
+    Returns:
+        The library.
+
+    Raises:
+        ImportError: If there is none, or it does not fit this version or this system.
+    """
+    folder = Path(__file__).parent
+    built = sorted(folder.glob("_cpu*.so")) + sorted(folder.glob("_cpu*.dylib"))
+    if not built:
+        raise ImportError(f"no compiled library _cpu*.so in {folder}")
+    reasons = []
+    for path in built:
+        try:
+            library = ctypes.CDLL(str(path))
+            library.effadam_abi_version.restype = ctypes.c_int32
+            version = library.effadam_abi_version()
+        except (OSError, AttributeError) as error:
+            reasons.append(f"{path.name}: {error}")
+            continue
+        if version != _ABI_VERSION:
+            reasons.append(f"{path.name}: built for interface {version}, not {_ABI_VERSION}")
+            continue
+        library.effadam_run.restype = None
+        library.effadam_run.argtypes = (ctypes.POINTER(_Job), *[ctypes.c_int32] * 3)
+        return library
+    raise ImportError("; ".join(reasons))
+
+
+def _variants(library: ctypes.CDLL) -> tuple[str, ...]:
+    library.effadam_variant_name.restype = ctypes.c_char_p
+    library.effadam_variant_name.argtypes = (ctypes.c_int32,)
+    names: list[str] = []
+    while (name := library.effadam_variant_name(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
+
+
+def _plan_of(wire: Wire) -> _Plan:
+    plan = _plans.get(wire)
+    if plan is None:
+        plan = _plans[wire] = _make_plan(wire)
+    return plan
+
+
+def _make_plan(wire: Wire) -> _Plan:
+    if not 1 <= wire.block_size <= _MAX_BLOCK:
+        raise ValueError(
+            f"Invalid block_size: {wire.block_size}. Must be from 1 to {_MAX_BLOCK} for the compiled "
+            "CPU kernels."
+        )
+    quantizer = _describe(wire.quantizer, wire.scale_rule)
+    whole = array("q")
+    for server, chunk in enumerate(wire.chunks):
+        shift = server * wire.stride_bytes
+        for piece in chunk.pieces:
+            start, local, numel, raw, scales_at, data_at, slot, offset = piece.row()
+            row = (start, local, numel, raw, scales_at + shift, data_at + shift, slot, offset)
+            whole.extend(row)
+    rows = (whole, *wire.tables)
+    counts = (sum(len(c.pieces) for c in wire.chunks), *(len(c.pieces) for c in wire.chunks))
+    wires = [
+        _Wire(row.buffer_info()[0], count, wire.block_size, quantizer)
+        for row, count in zip(rows, counts, strict=True)
+    ]
+    return _Plan(rows, wires[0], tuple(wires[1:]))
+
+
+def _describe(quantizer: Quantizer, scale_rule: str) -> _Quantizer:
+    described = _Quantizer(planes=quantizer.planes, plane_bytes=quantizer.plane_bytes)
+    if quantizer.is_raw:
+        return described
+    magnitudes = quantizer.magnitudes
+    described.magnitudes = len(magnitudes)
+    described.has_zero = int(quantizer.has_zero)
+    described.linear = int(magnitudes == tuple(range(len(magnitudes))))
+    described.absmax = int(scale_rule == "absmax")
+    described.spread = quantizer.spread or 0.0
+    described.top = magnitudes[-1]
+    described.largest_scale = quantizer.largest_scale
+    if len(quantizer.levels) <= _TABLE_CODES:
+        described.levels[: len(quantizer.levels)] = quantizer.levels
+        described.thresholds[: len(magnitudes) - 1] = quantizer.thresholds
+    return described

@@ -1,0 +1,583 @@
+/* The arithmetic of all three kernels, for one instruction set (VARIANT) and one type (REAL).
+ *
+ * Included twice by each variant. A group of neighbouring full blocks, or one partial block, goes
+ * through every step of quantizers.py together in memory that stays in the first-level cache, so that
+ * the latency of one block's sums and divisions hides behind the other blocks. */
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define FN(name) PASTE(name, REAL)
+#define SCRATCH FN(Scratch)
+
+#if REAL_IS_DOUBLE
+#define UINT uint64_t
+#define INT int64_t
+#define MANTISSA_BITS 52
+#define BIAS 1023
+#define EXPONENT_LIMIT 1022
+#define BITS_OF bits_of_double
+#define REAL_OF double_of_bits
+#define ABS __builtin_fabs
+#define SQRT __builtin_sqrt
+#define STORE_REAL STORE_F64
+#define SMALLEST_NORMAL 0x1p-1022
+#else
+#define UINT uint32_t
+#define INT int32_t
+#define MANTISSA_BITS 23
+#define BIAS 127
+#define EXPONENT_LIMIT 126
+#define BITS_OF bits_of_float
+#define REAL_OF float_of_bits
+#define ABS __builtin_fabsf
+#define SQRT __builtin_sqrtf
+#define STORE_REAL STORE_F32
+#define SMALLEST_NORMAL 0x1p-126f
+#endif
+
+#define INFINITE_BITS ((UINT)(2 * BIAS + 1) << MANTISSA_BITS)
+#define TINY_BITS ((UINT)(BIAS - 100) << MANTISSA_BITS)
+
+typedef REAL FN(any) __attribute__((aligned(1), may_alias));
+#define REAL_ANY FN(any)
+
+typedef struct {
+    REAL value[MAX_BLOCK];   /* what is quantized, zeros up to a multiple of LANES */
+    REAL total[MAX_BLOCK];   /* the same before preconditioning */
+    REAL divisor[MAX_BLOCK]; /* of the preconditioner */
+    REAL exp_avg[MAX_BLOCK], exp_avg_sq[MAX_BLOCK];
+    REAL mean[MAX_BLOCK];
+    float level[MAX_BLOCK + LANES];
+    uint8_t code[MAX_BLOCK + GROUP_BLOCKS * 64];
+} SCRATCH;
+
+typedef struct {
+    UINT largest;  /* bits of the largest magnitude, not finite if anything is not */
+    REAL power, inverse_power, provisional;
+} FN(Block);
+#define BLOCK FN(Block)
+
+/* Converts elements from their storage. */
+static void FN(fetch)(const void *x, int store, int64_t numel, REAL *restrict out) {
+    switch (store) {
+    case STORE_F32: {
+        const f32_any *in = x;
+        for (int64_t i = 0; i < numel; i++) out[i] = (REAL)in[i];
+        break;
+    }
+    case STORE_F64: {
+        const f64_any *in = x;
+        for (int64_t i = 0; i < numel; i++) out[i] = (REAL)in[i];
+        break;
+    }
+    case STORE_F16: {
+        const u16_any *in = x;
+        for (int64_t i = 0; i < numel; i++) out[i] = (REAL)float_of_f16(in[i]);
+        break;
+    }
+    default: {
+        const u16_any *in = x;
+        for (int64_t i = 0; i < numel; i++) out[i] = (REAL)float_of_bf16(in[i]);
+    }
+    }
+}
+
+/* Converts elements into their storage. */
+static void FN(stash)(const REAL *restrict in, int64_t numel, void *x, int store) {
+    switch (store) {
+    case STORE_F32: {
+        f32_any *out = x;
+        for (int64_t i = 0; i < numel; i++) out[i] = (float)in[i];
+        break;
+    }
+    case STORE_F64: {
+        f64_any *out = x;
+        for (int64_t i = 0; i < numel; i++) out[i] = (double)in[i];
+        break;
+    }
+    case STORE_F16: {
+        u16_any *out = x;
+        for (int64_t i = 0; i < numel; i++) out[i] = f16_of_float((float)in[i]);
+        break;
+    }
+    default: {
+        u16_any *out = x;
+        for (int64_t i = 0; i < numel; i++) out[i] = bf16_of_float((float)in[i]);
+    }
+    }
+}
+
+static void *FN(at)(const void *x, int store, int64_t index) {
+    static const int64_t bytes[] = {4, 8, 2, 2};
+    return (char *)x + index * bytes[store];
+}
+
+/* Bits of the largest magnitude: above INFINITE_BITS if there is a NaN. */
+static UINT FN(largest_of)(const REAL *restrict value, int64_t numel) {
+    INT largest = 0;
+    for (int64_t i = 0; i < numel; i++) {
+        INT bits = (INT)(BITS_OF(value[i]) & (~(UINT)0 >> 1));
+        largest = bits > largest ? bits : largest;
+    }
+    return (UINT)largest;
+}
+
+static REAL FN(sum_of_lanes)(REAL *lanes) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+/* The sum of `rows` rows of LANES elements, each divided by a power of two, squared or not. */
+static REAL FN(lane_sum)(const REAL *restrict value, int64_t rows) {
+    REAL lanes[LANES] = {0};
+    for (int64_t row = 0; row < rows; row++)
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] += value[row * LANES + lane];
+    return FN(sum_of_lanes)(lanes);
+}
+
+static REAL FN(lane_squares)(const REAL *restrict value, REAL factor, int64_t rows) {
+    REAL lanes[LANES] = {0};
+    for (int64_t row = 0; row < rows; row++)
+        for (int lane = 0; lane < LANES; lane++) {
+            REAL y = value[row * LANES + lane] * factor;
+            lanes[lane] += y * y;
+        }
+    return FN(sum_of_lanes)(lanes);
+}
+
+/* <y, q> / <q, q> */
+static REAL FN(least_squares)(const REAL *restrict value, REAL factor, const float *restrict level,
+                              int64_t rows) {
+    REAL products[LANES] = {0}, squares[LANES] = {0};
+    for (int64_t row = 0; row < rows; row++)
+        for (int lane = 0; lane < LANES; lane++) {
+            REAL q = (REAL)level[row * LANES + lane];
+            products[lane] += value[row * LANES + lane] * factor * q;
+            squares[lane] += q * q;
+        }
+    return FN(sum_of_lanes)(products) / FN(sum_of_lanes)(squares);
+}
+
+/* Code = positive + index for y >= 0, else negative - index; index counts the thresholds below. */
+static inline __attribute__((always_inline)) void
+FN(count_codes)(const Quantizer *quantizer, int thresholds, const REAL *restrict value, int64_t numel,
+                REAL factor, REAL inverse, uint8_t *restrict code) {
+    int negative = quantizer->magnitudes - 1;
+    int positive = negative + !quantizer->has_zero;
+    for (int64_t i = 0; i < numel; i++) {
+        REAL y = value[i] * factor;
+        REAL ratio = ABS(y) * inverse;
+        int index = 0;
+        for (int t = 0; t < thresholds; t++) index += ratio > (REAL)quantizer->thresholds[t];
+        code[i] = (uint8_t)(y < 0 ? negative - index : positive + index);
+    }
+}
+
+static void FN(linear_codes)(int top, const REAL *restrict value, int64_t numel, REAL factor,
+                             REAL inverse, uint8_t *restrict code) {
+    for (int64_t i = 0; i < numel; i++) {
+        REAL y = value[i] * factor;
+        REAL ratio = ABS(y) * inverse;
+        int index = (int)ratio;
+        index += ratio - (REAL)index > (REAL)0.5;
+        index = index < top ? index : top;
+        code[i] = (uint8_t)(y < 0 ? top - index : top + index);
+    }
+}
+
+static void FN(choose_codes)(const Quantizer *quantizer, const REAL *value, int64_t numel, REAL factor,
+                             REAL inverse, uint8_t *code) {
+    if (quantizer->linear) {
+        FN(linear_codes)(quantizer->magnitudes - 1, value, numel, factor, inverse, code);
+        return;
+    }
+    switch (quantizer->magnitudes - 1) {
+    case 0: FN(count_codes)(quantizer, 0, value, numel, factor, inverse, code); break;
+    case 1: FN(count_codes)(quantizer, 1, value, numel, factor, inverse, code); break;
+    case 3: FN(count_codes)(quantizer, 3, value, numel, factor, inverse, code); break;
+    case 7: FN(count_codes)(quantizer, 7, value, numel, factor, inverse, code); break;
+    default:
+        FN(count_codes)(quantizer, quantizer->magnitudes - 1, value, numel, factor, inverse, code);
+    }
+}
+
+/* Steps [3] and [4]: codes, levels, and the scale in units of the block's power of two. */
+static REAL FN(quantize)(const Quantizer *quantizer, const void *cells, const REAL *value,
+                         int64_t numel, REAL factor, REAL provisional, uint8_t *code, float *level) {
+    REAL inverse = 1 / provisional;
+#if FUSED_QUANTIZE && !REAL_IS_DOUBLE
+    if (cells) return fused_quantize(quantizer, cells, value, numel, factor, provisional, code, level);
+#else
+    (void)cells;
+#endif
+    int64_t rows = (numel + LANES - 1) / LANES;
+    FN(choose_codes)(quantizer, value, numel, factor, inverse, code);
+    expand_codes(quantizer, code, numel, level);
+    for (int64_t i = numel; i < rows * LANES; i++) level[i] = 0;
+    return quantizer->absmax ? provisional : FN(least_squares)(value, factor, level, rows);
+}
+
+/* Step [1]. */
+static void FN(normalize)(BLOCK *block) {
+    int exponent = (int)(block->largest >> MANTISSA_BITS) - BIAS;
+    exponent = exponent < EXPONENT_LIMIT ? exponent : EXPONENT_LIMIT;
+    block->power = REAL_OF((UINT)(BIAS + exponent) << MANTISSA_BITS);
+    block->inverse_power = REAL_OF((UINT)(BIAS - exponent) << MANTISSA_BITS);
+}
+
+/* What the gradient is divided by: sqrt(v + mean(v) / 1000), or 1 where that means nothing. */
+static void FN(divisor_of)(const REAL_ANY *moment, int64_t numel, REAL *restrict divisor) {
+    int64_t rows = (numel + LANES - 1) / LANES;
+    memcpy(divisor, moment, (size_t)numel * sizeof(REAL));
+    for (int64_t i = numel; i < rows * LANES; i++) divisor[i] = 0;
+    REAL floor = FN(lane_sum)(divisor, rows) / (REAL)numel * (REAL)1e-3;
+    int usable = floor >= SMALLEST_NORMAL && BITS_OF(floor) < INFINITE_BITS;
+    for (int64_t i = 0; i < numel; i++) divisor[i] = usable ? SQRT(divisor[i] + floor) : 1;
+}
+
+/* Turns the gradients in `value` into Adam updates, with the new moments in the scratch. */
+static UINT FN(adam_updates)(const double *terms, const REAL_ANY *exp_avg, const REAL_ANY *exp_avg_sq,
+                             int64_t numel, REAL *restrict value, REAL *restrict new_exp_avg,
+                             REAL *restrict new_exp_avg_sq) {
+    const REAL beta1 = (REAL)terms[0], rest1 = (REAL)terms[1], beta2 = (REAL)terms[2],
+               rest2 = (REAL)terms[3], step = (REAL)terms[4], correction = (REAL)terms[5],
+               eps = (REAL)terms[6];
+    for (int64_t i = 0; i < numel; i++) {
+        REAL g = value[i];
+        REAL v = exp_avg_sq[i] * beta2 + g * g * rest2;
+        REAL m = exp_avg[i] * beta1 + g * rest1;
+        REAL numerator = m * step;
+        REAL denominator = SQRT(v) * correction + eps;
+        REAL update = numerator / denominator;
+        value[i] = numerator == 0 && denominator == 0 ? 0 : update;
+        new_exp_avg[i] = m;
+        new_exp_avg_sq[i] = v;
+    }
+    return FN(largest_of)(new_exp_avg_sq, numel);
+}
+
+/* Fetches x + e and finds the largest magnitude, in one pass for the common case. */
+static UINT FN(fetch_total)(const void *x, int store, const REAL_ANY *residual, int64_t numel,
+                            REAL *restrict value) {
+    if (store == STORE_REAL && residual) {
+        const REAL_ANY *in = x;
+        INT largest = 0;
+        for (int64_t i = 0; i < numel; i++) {
+            REAL total = in[i] + residual[i];
+            INT bits = (INT)(BITS_OF(total) & (~(UINT)0 >> 1));
+            value[i] = total;
+            largest = bits > largest ? bits : largest;
+        }
+        return (UINT)largest;
+    }
+    FN(fetch)(x, store, numel, value);
+    if (residual)
+        for (int64_t i = 0; i < numel; i++) value[i] += residual[i];
+    return FN(largest_of)(value, numel);
+}
+
+/* Where the elements of a group are. */
+typedef struct {
+    const void *x;
+    int store;
+    REAL_ANY *residual;
+    const REAL_ANY *moment;
+    REAL_ANY *exp_avg, *exp_avg_sq;
+    const double *terms;
+    uint8_t *scales, *codes;
+} FN(Group);
+#define GROUP FN(Group)
+
+/* Fills value (and total, divisor) of the block at `first`, and says how large it is. */
+static UINT FN(gather)(const GROUP *group, int64_t first, int64_t numel, int64_t at, SCRATCH *scratch) {
+    const void *x = FN(at)(group->x, group->store, first);
+    const REAL_ANY *residual = group->residual ? group->residual + first : NULL;
+    REAL *value = scratch->value + at;
+    UINT largest;
+    if (group->exp_avg) {
+        FN(fetch)(x, group->store, numel, value);
+        UINT second = FN(adam_updates)(group->terms, group->exp_avg + first, group->exp_avg_sq + first,
+                                       numel, value, scratch->exp_avg + at, scratch->exp_avg_sq + at);
+        if (residual)
+            for (int64_t i = 0; i < numel; i++) value[i] += residual[i];
+        largest = FN(largest_of)(value, numel);
+        largest = second < INFINITE_BITS ? largest : INFINITE_BITS;
+    } else if (group->moment) {
+        REAL *total = scratch->total + at, *divisor = scratch->divisor + at;
+        FN(divisor_of)(group->moment + first, numel, divisor);
+        FN(fetch)(x, group->store, numel, total);
+        if (residual)
+            for (int64_t i = 0; i < numel; i++) total[i] += residual[i];
+        for (int64_t i = 0; i < numel; i++) value[i] = total[i] / divisor[i];
+        largest = FN(largest_of)(value, numel);
+    } else {
+        largest = FN(fetch_total)(x, group->store, residual, numel, value);
+    }
+    for (int64_t i = numel; i % LANES; i++) value[i] = 0;
+    return largest;
+}
+
+/* Quantizes one gathered block, writes it, and leaves its error in the residual. */
+static void FN(emit)(const Quantizer *quantizer, const void *cells, const GROUP *group,
+                     const BLOCK *block, int64_t first, int64_t numel, int64_t at, uint8_t *code,
+                     uint8_t *out, uint8_t *scale_out, SCRATCH *scratch) {
+    REAL_ANY *residual = group->residual ? group->residual + first : NULL;
+    const REAL *value = scratch->value + at;
+    const REAL *total = group->moment ? scratch->total + at : value;
+    float *level = scratch->level;
+    uint16_t scale_bits;
+    int finite = block->largest < INFINITE_BITS;
+    if (finite && block->largest >= TINY_BITS) {
+        REAL scale = block->power * FN(quantize)(quantizer, cells, value, numel, block->inverse_power,
+                                                 block->provisional, code, level);
+        scale = scale < (REAL)quantizer->largest_scale ? scale : (REAL)quantizer->largest_scale;
+        scale_bits = bf16_of_float((float)scale);
+        pack_codes(quantizer, code, numel, out);
+        scale = (REAL)float_of_bf16(scale_bits);
+        if (residual && group->moment) {
+            const REAL *divisor = scratch->divisor + at;
+            for (int64_t i = 0; i < numel; i++)
+                residual[i] = total[i] - scale * (REAL)level[i] * divisor[i];
+        } else if (residual) {
+            for (int64_t i = 0; i < numel; i++) residual[i] = value[i] - scale * (REAL)level[i];
+        }
+    } else {
+        scale_bits = finite ? 0 : 0x7FC0;
+        memset(out, 0, (size_t)code_bytes_of(quantizer, numel));
+        if (residual && finite) memcpy(residual, total, (size_t)numel * sizeof(REAL));
+    }
+    memcpy(scale_out, &scale_bits, sizeof scale_bits);
+    if (group->exp_avg && finite) {
+        memcpy(group->exp_avg + first, scratch->exp_avg + at, (size_t)numel * sizeof(REAL));
+        memcpy(group->exp_avg_sq + first, scratch->exp_avg_sq + at, (size_t)numel * sizeof(REAL));
+    }
+}
+
+/* Encodes `blocks` neighbouring blocks of `numel` elements each. */
+static void FN(encode_group)(const Quantizer *quantizer, const void *cells, const GROUP *group,
+                             int64_t blocks, int64_t numel, SCRATCH *scratch) {
+    int64_t width = (numel + LANES - 1) / LANES * LANES;
+    int64_t code_bytes = code_bytes_of(quantizer, numel);
+    BLOCK block[GROUP_BLOCKS];
+    for (int64_t b = 0; b < blocks; b++) {
+        block[b].largest = FN(gather)(group, b * numel, numel, b * width, scratch);
+        FN(normalize)(&block[b]);
+    }
+    for (int64_t b = 0; b < blocks; b++) {
+        REAL factor = block[b].inverse_power;
+        if (quantizer->absmax || quantizer->spread == 0)
+            block[b].provisional = REAL_OF(block[b].largest) * factor / (REAL)quantizer->top;
+        else
+            block[b].provisional = FN(lane_squares)(scratch->value + b * width, factor, width / LANES);
+    }
+    if (!quantizer->absmax && quantizer->spread != 0)
+        for (int64_t b = 0; b < blocks; b++)
+            block[b].provisional =
+                SQRT(block[b].provisional / (REAL)numel) * (REAL)quantizer->spread;
+    for (int64_t b = 0; b < blocks; b++)
+        FN(emit)(quantizer, cells, group, &block[b], b * numel, numel, b * width, scratch->code,
+                 group->codes + b * code_bytes, group->scales + 2 * b, scratch);
+}
+
+static int64_t FN(group_blocks)(int64_t block_size) {
+    int64_t blocks = GROUP_NUMEL / block_size;
+    return blocks < 1 ? 1 : blocks > GROUP_BLOCKS ? GROUP_BLOCKS : blocks;
+}
+
+static const REAL_ANY *FN(moment_of)(const Job *job, const Piece *piece) {
+    const void *moment = job->moments ? job->moments[piece->slot] : NULL;
+    return moment ? (const REAL_ANY *)moment + piece->offset : NULL;
+}
+
+/* The levels of one block, times its scale over `divisor`. */
+static REAL FN(levels_of)(const Wire *wire, const uint8_t *payload, const Piece *piece, int64_t index,
+                          int64_t numel, int64_t divisor, SCRATCH *scratch) {
+    const Quantizer *quantizer = &wire->quantizer;
+    const uint8_t *codes = payload + piece->data_at + index * code_bytes_of(quantizer, wire->block_size);
+    uint16_t scale_bits;
+    memcpy(&scale_bits, payload + piece->scales_at + 2 * index, sizeof scale_bits);
+    unpack_codes(quantizer, codes, numel, scratch->code);
+    expand_codes(quantizer, scratch->code, numel, scratch->level);
+    return (REAL)float_of_bf16(scale_bits) / (REAL)divisor;
+}
+
+/* The workers' mean of one block, or of any run of raw elements, from element `from` of the piece. */
+static void FN(average)(const Job *job, const Piece *piece, int64_t from, int64_t numel,
+                        REAL *restrict mean, SCRATCH *scratch) {
+    memset(mean, 0, (size_t)numel * sizeof(REAL));
+    for (int64_t worker = 0; worker < job->workers; worker++) {
+        const uint8_t *payload = job->payloads + worker * job->stride;
+        if (piece->raw) {
+            FN(fetch)(FN(at)(payload + piece->data_at, job->raw_store, from), job->raw_store, numel,
+                      scratch->value);
+            for (int64_t i = 0; i < numel; i++) mean[i] += scratch->value[i] / (REAL)job->workers;
+        } else {
+            REAL scale = FN(levels_of)(job->uplink, payload, piece, from / job->uplink->block_size,
+                                       numel, job->workers, scratch);
+            const float *level = scratch->level;
+            for (int64_t i = 0; i < numel; i++) mean[i] += scale * (REAL)level[i];
+        }
+    }
+}
+
+/* Raw elements as Adam updates; an element that is not finite is sent as NaN and changes nothing. */
+static void FN(encode_raw_updates)(const GROUP *group, int64_t numel, int raw_store, void *out,
+                                   SCRATCH *scratch) {
+    REAL *value = scratch->value;
+    FN(fetch)(group->x, group->store, numel, value);
+    FN(adam_updates)(group->terms, group->exp_avg, group->exp_avg_sq, numel, value, scratch->exp_avg,
+                     scratch->exp_avg_sq);
+    for (int64_t i = 0; i < numel; i++) {
+        UINT second = BITS_OF(scratch->exp_avg_sq[i]) & (~(UINT)0 >> 1);
+        UINT update = BITS_OF(value[i]) & (~(UINT)0 >> 1);
+        if (second < INFINITE_BITS && update < INFINITE_BITS) {
+            group->exp_avg[i] = scratch->exp_avg[i];
+            group->exp_avg_sq[i] = scratch->exp_avg_sq[i];
+        } else {
+            value[i] = (REAL)NAN;
+        }
+    }
+    FN(stash)(value, numel, out, raw_store);
+}
+
+/* Blocks [first, last) of one piece, worker side or server side. */
+static void FN(encode_piece)(const Job *job, const Piece *piece, const Piece *source, int64_t first,
+                             int64_t last, const void *cells, SCRATCH *scratch) {
+    const Quantizer *quantizer = &job->wire->quantizer;
+    int64_t size = job->wire->block_size;
+    int64_t most = FN(group_blocks)(size);
+    int64_t base = job->task == TASK_ENCODE ? piece->start : piece->local;
+    const REAL_ANY *moment = piece->raw ? NULL : FN(moment_of)(job, piece);
+    for (int64_t index = first; index < last;) {
+        int64_t from = index * size, left = piece->numel - from;
+        int64_t blocks = left < size ? 1 : left / size < most ? left / size : most;
+        blocks = blocks < last - index ? blocks : last - index;
+        int64_t numel = left < size ? left : size;
+        GROUP group = {0};
+        group.x = FN(at)(job->x, job->x_store, base + from);
+        group.store = job->x_store;
+        group.residual = job->residual && !piece->raw ? (REAL_ANY *)job->residual + base + from : NULL;
+        group.moment = moment ? moment + from : NULL;
+        if (job->adam) {
+            group.exp_avg = (REAL_ANY *)job->adam->exp_avg + base + from;
+            group.exp_avg_sq = (REAL_ANY *)job->adam->exp_avg_sq + base + from;
+            group.terms = job->adam->terms + 7 * piece->slot;
+        }
+        if (job->task == TASK_REDUCE_ENCODE) {
+            for (int64_t b = 0; b < blocks; b++)
+                FN(average)(job, source, from + b * size, numel, scratch->mean + b * size, scratch);
+            const REAL_ANY *sent = source->raw ? NULL : FN(moment_of)(job, source);
+            if (sent)
+                for (int64_t b = 0; b < blocks; b++) {
+                    FN(divisor_of)(sent + from + b * size, numel, scratch->divisor);
+                    REAL *mean = scratch->mean + b * size;
+                    for (int64_t i = 0; i < numel; i++) mean[i] *= scratch->divisor[i];
+                }
+            group.x = scratch->mean;
+            group.store = STORE_REAL;
+        }
+        if (piece->raw) {
+            void *out = FN(at)(job->payload + piece->data_at, job->raw_store, from);
+            for (int64_t b = 0; b < blocks; b++) {
+                GROUP one = group;
+                int64_t skip = b * size;
+                one.x = FN(at)(group.x, group.store, skip);
+                void *here = FN(at)(out, job->raw_store, skip);
+                if (job->adam) {
+                    one.exp_avg += skip;
+                    one.exp_avg_sq += skip;
+                    FN(encode_raw_updates)(&one, numel, job->raw_store, here, scratch);
+                } else {
+                    FN(fetch)(one.x, one.store, numel, scratch->value);
+                    FN(stash)(scratch->value, numel, here, job->raw_store);
+                }
+            }
+        } else {
+            group.scales = job->payload + piece->scales_at + 2 * index;
+            group.codes = job->payload + piece->data_at + index * code_bytes_of(quantizer, size);
+            FN(encode_group)(quantizer, cells, &group, blocks, numel, scratch);
+        }
+        index += blocks;
+    }
+}
+
+static void FN(decode_piece)(const Job *job, const Piece *piece, int64_t first, int64_t last,
+                             SCRATCH *scratch) {
+    int64_t size = job->wire->block_size;
+    const REAL_ANY *moment = piece->raw ? NULL : FN(moment_of)(job, piece);
+    for (int64_t index = first; index < last; index++) {
+        int64_t from = index * size, left = piece->numel - from;
+        int64_t numel = left < size ? left : size;
+        void *out = FN(at)(job->x, job->x_store, piece->start + from);
+        REAL *value = scratch->value;
+        if (piece->raw) {
+            FN(fetch)(FN(at)(job->payload + piece->data_at, job->raw_store, from), job->raw_store,
+                      numel, value);
+            FN(stash)(value, numel, out, job->x_store);
+            continue;
+        }
+        REAL scale = FN(levels_of)(job->wire, job->payload, piece, index, numel, 1, scratch);
+        const float *level = scratch->level;
+        if (!moment && job->x_store == STORE_REAL) {
+            REAL_ANY *direct = out;
+            for (int64_t i = 0; i < numel; i++) direct[i] = scale * (REAL)level[i];
+            continue;
+        }
+        for (int64_t i = 0; i < numel; i++) value[i] = scale * (REAL)level[i];
+        if (moment) {
+            FN(divisor_of)(moment + from, numel, scratch->divisor);
+            for (int64_t i = 0; i < numel; i++) value[i] *= scratch->divisor[i];
+        }
+        FN(stash)(value, numel, out, job->x_store);
+    }
+}
+
+/* The engine: walks the pieces and runs the blocks that are in its share. */
+static void FN(run)(const Job *job, int64_t first, int64_t last) {
+    SCRATCH scratch;
+    const Wire *wire = job->wire;
+    int64_t seen = 0;
+#if FUSED_QUANTIZE && !REAL_IS_DOUBLE
+    Cells table;
+    const void *cells = find_cells(&wire->quantizer, &table) ? &table : NULL;
+#else
+    const void *cells = NULL;
+#endif
+    for (int64_t p = 0; p < wire->count && seen < last; p++) {
+        const Piece *piece = &wire->pieces[p];
+        int64_t blocks = (piece->numel + wire->block_size - 1) / wire->block_size;
+        int64_t from = first > seen ? first - seen : 0;
+        int64_t to = last - seen < blocks ? last - seen : blocks;
+        seen += blocks;
+        if (from >= to) continue;
+        if (job->task == TASK_DECODE)
+            FN(decode_piece)(job, piece, from, to, &scratch);
+        else
+            FN(encode_piece)(job, piece, job->uplink ? &job->uplink->pieces[p] : NULL, from, to, cells,
+                             &scratch);
+    }
+}
+
+#undef PASTE_
+#undef PASTE
+#undef FN
+#undef SCRATCH
+#undef UINT
+#undef INT
+#undef MANTISSA_BITS
+#undef BIAS
+#undef EXPONENT_LIMIT
+#undef BITS_OF
+#undef REAL_OF
+#undef ABS
+#undef SQRT
+#undef STORE_REAL
+#undef SMALLEST_NORMAL
+#undef INFINITE_BITS
+#undef TINY_BITS
+#undef REAL_ANY
+#undef BLOCK
+#undef GROUP
+#undef REAL
+#undef REAL_IS_DOUBLE

@@ -1,0 +1,14 @@
+/* Instantiates the engines of one variant. The variant has chosen its instruction set, has defined
+ * VARIANT and FUSED_QUANTIZE, and provides expand_codes (and fused_quantize). */
+
+enum { GROUP_NUMEL = 2048, GROUP_BLOCKS = 16 };
+
+#define REAL float
+#define REAL_IS_DOUBLE 0
+#include "engine.h"
+
+#define REAL double
+#define REAL_IS_DOUBLE 1
+#include "engine.h"
+
+const Variant VARIANT = {VARIANT_NAME, run_float, run_double};

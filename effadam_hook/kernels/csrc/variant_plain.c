@@ -1,0 +1,24 @@
+/* Plain C: whatever the compiler makes of it for the baseline of the architecture (SSE2, NEON). */
+#include <math.h>
+#include <stddef.h>
+
+#include "convert.h"
+#include "effadam_kernels.h"
+
+#define VARIANT effadam_plain
+#define VARIANT_NAME "plain"
+#define FUSED_QUANTIZE 0
+
+#include "codes.h"
+
+static void expand_codes(const Quantizer *quantizer, const uint8_t *restrict code, int64_t numel,
+                         float *restrict level) {
+    if (quantizer->linear) {
+        int zero = quantizer->magnitudes - 1;
+        for (int64_t i = 0; i < numel; i++) level[i] = (float)(code[i] - zero);
+    } else {
+        for (int64_t i = 0; i < numel; i++) level[i] = quantizer->levels[code[i] % TABLE_CODES];
+    }
+}
+
+#include "variant.h"

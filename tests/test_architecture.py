@@ -1,0 +1,395 @@
+"""Imports go one way, and each hazard has one home. Holds whatever part of the packages exists."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("effadam_hook", "lightning_plugin")
+
+# A module may import from its own step and from those above it in this list, types included, and
+# never in a circle, types excepted.
+# A new module takes its place here.
+LADDER = (
+    ("effadam_hook.errors", "effadam_hook._version"),
+    ("effadam_hook.config", "effadam_hook.quantizers", "effadam_hook.layout"),
+    (
+        "effadam_hook.kernels",
+        "effadam_hook.parameters",
+        "effadam_hook.residuals",
+        "effadam_hook.saved",
+        "effadam_hook.stats",
+    ),
+    ("effadam_hook.exchange",),
+    ("effadam_hook.plan",),
+    ("effadam_hook.state",),
+    ("effadam_hook.hook", "effadam_hook.optim", "effadam_hook.schedules"),
+    ("effadam_hook",),
+    ("effadam_hook.cli",),
+    ("lightning_plugin",),
+)
+OUTSIDE = {"examples", "benchmarks", "tests", "harness", "conftest"}
+
+TRITON_HOME = "effadam_hook.kernels.triton_kernels"
+GRAD_BUCKET_HOME = "effadam_hook.hook"
+COLLECTIVES_HOME = "effadam_hook.exchange"
+TORCH_FREE = {"effadam_hook.errors", "effadam_hook.layout", "effadam_hook._version"}
+
+# Everything that all ranks of a group must call in the same order.
+COLLECTIVES = {
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_gather_single",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "batch_isend_irecv",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "irecv",
+    "isend",
+    "monitored_barrier",
+    "new_group",
+    "new_subgroups",
+    "recv",
+    "recv_object_list",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+    "send",
+    "send_object_list",
+}
+# The same as methods of a ProcessGroup, where the name says so whatever it is called on.
+GROUP_METHODS = {
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "allgather",
+    "allgather_into_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "alltoall_base",
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: ``target`` is dotted and complete, ``from a import b`` gives ``a.b``."""
+
+    target: str
+    alias: str
+    line: int
+    at_top: bool
+    for_types: bool
+
+    @property
+    def root(self) -> str:
+        return self.target.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file of the packages under its dotted name."""
+
+    name: str
+    is_package: bool
+    tree: ast.Module
+    imports: tuple[Import, ...]
+
+    def at(self, line: int) -> str:
+        return f"{self.name}:{line}"
+
+
+Modules = dict[str, Module]
+
+
+def read_modules(root: Path) -> Modules:
+    modules = {}
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            is_package = parts[-1] == "__init__"
+            name = ".".join(parts[:-1] if is_package else parts)
+            tree = ast.parse(path.read_text(), str(path))
+            imports = tuple(find_imports(tree, name, is_package))
+            modules[name] = Module(name, is_package, tree, imports)
+    return modules
+
+
+def find_imports(tree: ast.Module, name: str, is_package: bool) -> Iterator[Import]:
+    package = name.split(".") if is_package else name.split(".")[:-1]
+
+    def visit(node: ast.AST, at_top: bool, for_types: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                bound = alias.asname or alias.name.partition(".")[0]
+                yield Import(alias.name, bound, node.lineno, at_top, for_types)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                bound = alias.asname or alias.name
+                yield Import(f"{origin}.{alias.name}", bound, node.lineno, at_top, for_types)
+        at_top = at_top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for_types = True
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_top, for_types)
+
+    return visit(tree, at_top=True, for_types=False)
+
+
+def own_target(target: str, modules: Modules) -> str | None:
+    """The module of ours that an imported name lives in, whether or not the file exists."""
+    if target.partition(".")[0] not in PACKAGES:
+        return None
+    parts = target.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name in modules:
+            return name
+    return target
+
+
+def step(name: str) -> int | None:
+    """The place of a module on the ladder, counted from the ground."""
+    for index, names in enumerate(LADDER):
+        for entry in names:
+            inside = name.startswith(f"{entry}.") and entry != "effadam_hook"
+            if name == entry or inside:
+                return index
+    return None
+
+
+def imports_go_one_way(modules: Modules) -> Iterator[str]:
+    graph: dict[str, set[str]] = {}
+    for module in modules.values():
+        mine = step(module.name)
+        if mine is None:
+            yield f"{module.name} has no place on the ladder: give it one in {Path(__file__).name}"
+            continue
+        for imported in module.imports:
+            if imported.root in OUTSIDE:
+                yield f"{module.at(imported.line)} imports {imported.root}, which is outside"
+            target = own_target(imported.target, modules)
+            if target is None or target == module.name:
+                continue
+            theirs = step(target)
+            if theirs is None or theirs > mine:
+                yield f"{module.at(imported.line)} imports {target}, which is higher on the ladder"
+            if not imported.for_types:
+                graph.setdefault(module.name, set()).add(target)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        yield "imports in a circle: " + " -> ".join(reversed(error.args[1]))
+
+
+def core_needs_only_torch(modules: Modules) -> Iterator[str]:
+    allowed = {"effadam_hook", "torch", *sys.stdlib_module_names}
+    for module in modules.values():
+        if not module.name.startswith("effadam_hook"):
+            continue
+        for imported in module.imports:
+            triton_at_home = imported.root == "triton" and module.name == TRITON_HOME
+            if imported.at_top and imported.root not in allowed and not triton_at_home:
+                yield f"{module.at(imported.line)} imports {imported.root} at top level"
+            if imported.root in {"lightning", "pytorch_lightning"}:
+                yield f"{module.at(imported.line)} knows {imported.root}"
+            if imported.root == "torch" and module.name in TORCH_FREE:
+                yield f"{module.at(imported.line)} imports torch, in a module of plain integers"
+
+
+def only_one_file_imports_triton(modules: Modules) -> Iterator[str]:
+    for module in modules.values():
+        if module.name == TRITON_HOME:
+            continue
+        for imported in module.imports:
+            if imported.root == "triton":
+                yield f"{module.at(imported.line)} imports triton"
+            if imported.at_top and own_target(imported.target, modules) == TRITON_HOME:
+                yield f"{module.at(imported.line)} imports {TRITON_HOME} at top level"
+
+
+def only_the_exchange_calls_collectives(modules: Modules) -> Iterator[str]:
+    for module in modules.values():
+        if module.name.startswith(COLLECTIVES_HOME):
+            continue
+        for imported in module.imports:
+            if is_collective(imported.target):
+                yield f"{module.at(imported.line)} imports {imported.target}"
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute):
+                name = dotted(node, module)
+                if is_collective(name) or node.attr in GROUP_METHODS:
+                    yield f"{module.at(node.lineno)} uses {name or node.attr}"
+
+
+def is_collective(name: str) -> bool:
+    return name.startswith("torch.distributed.") and name.rpartition(".")[2] in COLLECTIVES
+
+
+def dotted(node: ast.expr, module: Module) -> str:
+    """The full name behind an expression such as ``dist.nn.all_reduce``; empty if it is no name."""
+    attributes: list[str] = []
+    while isinstance(node, ast.Attribute):
+        attributes.insert(0, node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        return ""
+    root = node.id
+    for imported in module.imports:
+        if imported.alias == root:
+            is_alias = "." not in imported.target or root != imported.root
+            root = imported.target if is_alias else imported.root
+            break
+    return ".".join([root, *attributes])
+
+
+def only_the_hook_knows_grad_bucket(modules: Modules) -> Iterator[str]:
+    for module in modules.values():
+        if module.name == GRAD_BUCKET_HOME:
+            continue
+        for imported in module.imports:
+            if imported.target.endswith(".GradBucket"):
+                yield f"{module.at(imported.line)} imports GradBucket"
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute) and node.attr == "GradBucket":
+                yield f"{module.at(node.lineno)} names GradBucket"
+            if isinstance(node, ast.Name) and node.id == "GradBucket":
+                yield f"{module.at(node.lineno)} names GradBucket"
+
+
+Rule = Callable[[Modules], Iterator[str]]
+RULES: tuple[Rule, ...] = (
+    imports_go_one_way,
+    core_needs_only_torch,
+    only_one_file_imports_triton,
+    only_the_exchange_calls_collectives,
+    only_the_hook_knows_grad_bucket,
+)
+each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+
+
+@each_rule
+def test_the_packages_keep_the_rule(rule: Rule) -> None:
+    found = list(rule(read_modules(ROOT)))
+    assert not found, "\n".join(found)
+
+
+CLEAN = {
+    "effadam_hook/__init__.py": "from effadam_hook.hook import hook",
+    "effadam_hook/errors.py": "import enum",
+    "effadam_hook/config.py": "from .errors import EffAdamError\nfrom . import quantizers",
+    "effadam_hook/quantizers.py": (
+        "import torch\nif TYPE_CHECKING:\n    from effadam_hook.config import Config"
+    ),
+    "effadam_hook/kernels/__init__.py": "",
+    "effadam_hook/kernels/choose.py": "def best():\n    from . import triton_kernels",
+    "effadam_hook/kernels/triton_kernels.py": "import triton.language as tl",
+    "effadam_hook/exchange/__init__.py": "",
+    "effadam_hook/exchange/rank0.py": "import torch.distributed as dist\ndist.all_reduce(x)",
+    "effadam_hook/hook.py": (
+        "import torch.distributed as dist\n"
+        "from ..effadam_hook.exchange import rank0\n"
+        "def hook(state, bucket: dist.GradBucket): return dist.get_rank(), torch.gather(x, 0, i)"
+    ),
+    "effadam_hook/cli.py": "import effadam_hook\ndef plot():\n    import matplotlib",
+    "lightning_plugin/__init__.py": "import lightning\nfrom effadam_hook import hook",
+}
+
+
+def plant(root: Path, files: dict[str, str]) -> Modules:
+    for name, source in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return read_modules(root)
+
+
+@each_rule
+def test_the_rule_passes_clean_packages(rule: Rule, tmp_path: Path) -> None:
+    assert list(rule(plant(tmp_path, CLEAN))) == []
+
+
+@each_rule
+def test_the_rule_passes_any_part_of_the_packages(rule: Rule, tmp_path: Path) -> None:
+    assert list(rule(read_modules(tmp_path))) == []
+    part = ["effadam_hook/hook.py", "effadam_hook/cli.py"]
+    assert list(rule(plant(tmp_path, {name: CLEAN[name] for name in part}))) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "source", "said"),
+    [
+        (imports_go_one_way, "layout", "from effadam_hook.state import S", "layout:1 imports"),
+        (imports_go_one_way, "layout", "def f():\n    from . import hook", "layout:2 imports"),
+        (imports_go_one_way, "layout", "if TYPE_CHECKING:\n    from . import hook", "layout:2 imp"),
+        (imports_go_one_way, "exchange/flat", "from ..hook import attach", "exchange.flat:1 impor"),
+        (imports_go_one_way, "residuals", "import effadam_hook", "residuals:1 imports effadam_"),
+        (imports_go_one_way, "cli", "import lightning_plugin", "cli:1 imports lightning_plugin"),
+        (imports_go_one_way, "cli", "from benchmarks import kernels", "cli:1 imports benchmarks"),
+        (imports_go_one_way, "quantizers", "from . import config", "in a circle: effadam_hook."),
+        (imports_go_one_way, "gadget", "", "effadam_hook.gadget has no place on the ladder"),
+        (core_needs_only_torch, "layout", "import torch", "layout:1 imports torch"),
+        (core_needs_only_torch, "config", "import numpy as np", "config:1 imports numpy"),
+        (core_needs_only_torch, "config", "try:\n    import rich\nexcept E: pass", "imports rich"),
+        (core_needs_only_torch, "hook", "def f():\n    import lightning", "hook:2 knows lightning"),
+        (
+            only_one_file_imports_triton,
+            "kernels/cpu",
+            "def f():\n    import triton",
+            "cpu:2 import",
+        ),
+        (only_one_file_imports_triton, "kernels/cpu", "from . import triton_kernels", "cpu:1 imp"),
+        (
+            only_the_exchange_calls_collectives,
+            "state",
+            "import torch\ntorch.distributed.reduce",
+            ":2",
+        ),
+        (
+            only_the_exchange_calls_collectives,
+            "state",
+            "import torch.distributed as d\nd.send",
+            ":2",
+        ),
+        (
+            only_the_exchange_calls_collectives,
+            "state",
+            "from torch import distributed as d\nd.send",
+            ":2",
+        ),
+        (only_the_exchange_calls_collectives, "hook", "from torch.distributed import gather", ":1"),
+        (only_the_exchange_calls_collectives, "hook", "state.group.allreduce(x)", "hook:1 uses st"),
+        (
+            only_the_hook_knows_grad_bucket,
+            "state",
+            "from torch.distributed import GradBucket",
+            ":1",
+        ),
+        (only_the_hook_knows_grad_bucket, "state", "def f(b: dist.GradBucket): ...", "names GradB"),
+    ],
+)
+def test_the_rule_catches_a_violation(
+    rule: Rule, file: str, source: str, said: str, tmp_path: Path
+) -> None:
+    found = list(rule(plant(tmp_path, {**CLEAN, f"effadam_hook/{file}.py": source})))
+    assert len(found) == 1, found
+    assert said in found[0]
