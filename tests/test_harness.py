@@ -21,7 +21,7 @@ HANG_S = 600.0
 
 @pytest.fixture(autouse=True, scope="module")
 def _fork_server_runs() -> None:
-    """It stays for the whole session, and so does its socket in the temporary folder."""
+    """It lives as long as pytest does, and so does its socket in the temporary folder."""
     run_ranks(describe, 1)
 
 

@@ -1,0 +1,53 @@
+# make demo and make test each set up .venv by themselves; neither needs the other.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard effadam_hook/__init__.py lightning_plugin/__init__.py))
+KERNEL_SOURCES := $(wildcard effadam_hook/kernels/csrc/*.[ch])
+
+# make test ARGS="-k harness", make demo ARGS="--workers 4", make bench ARGS="--csv out.csv"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench fmt clean
+
+help:
+	@echo "make demo    train a small GPT on 2 local workers, dense and compressed, and compare"
+	@echo "make test    run the test suite"
+	@echo "make check   ruff and mypy"
+	@echo "make bench   time the kernels"
+	@echo "make fmt     format the code"
+	@echo "make venv    only set up $(VENV)"
+	@echo "make clean   remove $(VENV), build products and caches"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt effadam_hook/_version.py $(KERNEL_SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(PY) examples/train_text.py --compare --workers 2 $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict $(PACKAGES)
+
+bench: $(STAMP)
+	$(PY) benchmarks/kernels.py $(ARGS)
+
+fmt: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f effadam_hook/kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
