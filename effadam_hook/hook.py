@@ -10,8 +10,11 @@ import torch
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from effadam_hook.errors import EffAdamError
+from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode
+from effadam_hook.optim import EfficientAdam
 from effadam_hook.state import EfficientAdamState
 
 __all__ = ["attach", "efficient_adam_hook"]
@@ -55,7 +58,12 @@ def efficient_adam_hook(state: EfficientAdamState, bucket: GradBucket) -> Future
 
 
 def attach(
-    ddp_model: DistributedDataParallel, *, enabled: bool = True, **options: Any
+    ddp_model: DistributedDataParallel,
+    *,
+    enabled: bool = True,
+    optimizer: Optimizer | None = None,
+    precondition: bool = False,
+    **options: Any,
 ) -> EfficientAdamState:
     """Register the hook on a DDP model: the one line for existing DDP code.
 
@@ -66,6 +74,10 @@ def attach(
         ddp_model: The wrapped model, without a communication hook so far.
         enabled: Whether to compress. ``False`` averages by a dense all-reduce, as plain DDP does, and
             can be switched with ``state.enabled``.
+        optimizer: An :class:`EfficientAdam`, for update mode; or, with ``precondition``, the
+            ``torch.optim.Adam`` or ``AdamW`` of the model.
+        precondition: Whether to quantize the gradient in units of the root of ``optimizer``'s second
+            moment, which is worth about one bit and costs none.
         **options: Those of :class:`EfficientAdamState`.
 
     Returns:
@@ -93,7 +105,35 @@ def attach(
             "takes only one. Attach before any other, or wrap the model anew."
         )
     state = EfficientAdamState(enabled=enabled, **options)
+    mode = _mode_for(optimizer, precondition, state.config.warmup_steps)
+    if isinstance(mode, UpdateMode):
+        mode.optimizer.attach_to(ddp_model.module.named_parameters())
+    state.use(mode)
     group = options.get("process_group") or ddp_model.process_group
     state.bind(ddp_model.module.named_parameters(), group)
     ddp_model.register_comm_hook(state, efficient_adam_hook)
     return state
+
+
+def _mode_for(optimizer: Optimizer | None, precondition: bool, warmup_steps: int) -> Mode:
+    if precondition:
+        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            raise TypeError(
+                f"Invalid optimizer for precondition=True: {type(optimizer).__name__}. Must be a "
+                "torch.optim.Adam or AdamW, whose second moment is the same on all ranks."
+            )
+        return PreconditionedMode(optimizer)
+    if optimizer is None:
+        return GradientMode()
+    if not isinstance(optimizer, EfficientAdam):
+        raise TypeError(
+            f"Invalid optimizer: {type(optimizer).__name__}. Must be an EfficientAdam, for update "
+            "mode. Any other optimizer works in gradient mode, without being handed over; Adam and "
+            "AdamW also with precondition=True."
+        )
+    if optimizer.second_moment == "frozen" and warmup_steps == 0:
+        raise ValueError(
+            'Invalid warmup_steps: 0 with second_moment="frozen". Must be 1 or more: the second '
+            "moment is estimated during the dense steps, and is zero without them."
+        )
+    return UpdateMode(optimizer)

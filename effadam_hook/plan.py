@@ -12,6 +12,7 @@ from torch import Tensor
 from effadam_hook.exchange import Topology
 from effadam_hook.kernels import Kernels
 from effadam_hook.layout import BucketLayout
+from effadam_hook.modes import GradientContent
 from effadam_hook.residuals import Place, Residuals
 
 __all__ = ["BucketPlan"]
@@ -26,10 +27,11 @@ class BucketPlan:
         kernels: The implementation of the arithmetic.
         topology: Who is the server.
         world_size: How many workers there are.
-        dtype: The bucket's dtype.
+        dtype: The dtype in which uncompressed elements travel.
         device: Its device.
         worker: The worker's residuals, or None without error feedback.
         server: The server's residuals, or None without error feedback.
+        content: What is exchanged: the gradient, or what is made of it.
     """
 
     def __init__(
@@ -43,13 +45,15 @@ class BucketPlan:
         device: torch.device,
         worker: Residuals | None,
         server: Residuals | None,
+        content: GradientContent,
     ) -> None:
         self.label = label
         self.layout = layout
         self._kernels = kernels
         self._server = topology.serves
         self._dtype = dtype
-        self._bucket = torch.empty(0, dtype=dtype, device=device)
+        self._content = content
+        self.bucket = torch.empty(0, dtype=dtype, device=device)
         precise = torch.float64 if dtype == torch.float64 else torch.float32
 
         def payload(rows: int, stride_bytes: int) -> Tensor:
@@ -70,15 +74,29 @@ class BucketPlan:
             places = [Place(layout.slots[p.slot].name, p.local, p.numel) for p in chunk.pieces]
             self._server_residual = server.adopt(places, chunk.numel, precise, device)
 
-    def load(self, bucket: Tensor) -> BucketPlan:
-        """Take the bucket ``[numel]`` of this step; it is read and then overwritten in place."""
-        self._bucket = bucket
-        return self
+    @property
+    def averages_first(self) -> bool:
+        """Whether the bucket itself is averaged, uncompressed, before this step's exchange."""
+        return self._content.averages_first
+
+    def load(self, bucket: Tensor) -> None:
+        """Begin a step.
+
+        Args:
+            bucket: ``[numel]``, DDP's buffer, read and in the end overwritten.
+        """
+        self.bucket = bucket
+        self._content.begin()
 
     def encode(self) -> None:
-        """Gradient and worker residual into the uplink's payload."""
+        """What is exchanged, and the worker residual, into the uplink's payload."""
         self._kernels.encode_(
-            self.layout.uplink, self._bucket, self._worker_residual, self.uplink, self._dtype
+            self.layout.uplink,
+            self.bucket,
+            self._worker_residual,
+            self.uplink,
+            self._dtype,
+            **self._fused("preconditioner", "adam"),
         )
 
     def reduce(self) -> None:
@@ -92,9 +110,21 @@ class BucketPlan:
             self._server_residual,
             self._dtype,
             self.outgoing,
+            **self._fused("preconditioner"),
         )
 
     def decode(self) -> Tensor:
-        """The downlink's payload into the bucket."""
-        self._kernels.decode(self.layout.downlink, self.downlink, self._bucket, self._dtype)
-        return self._bucket
+        """The downlink's payload to where it belongs."""
+        self._kernels.decode(
+            self.layout.downlink,
+            self.downlink,
+            self._content.target(self.bucket),
+            self._dtype,
+            **self._fused("preconditioner"),
+        )
+        self._content.finish(self.bucket)
+        return self.bucket
+
+    def _fused(self, *names: str) -> dict:
+        values = {name: getattr(self._content, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}

@@ -11,18 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from effadam_hook._version import PAYLOAD_VERSION, STATE_VERSION, __version__
+from effadam_hook._version import STATE_VERSION, __version__
 from effadam_hook.config import Config
-from effadam_hook.errors import EffAdamError, StateMismatchError
-from effadam_hook.exchange import Exchange, Topology, make_exchange, make_topology
-from effadam_hook.exchange.agreement import check_agreement
+from effadam_hook.engine import Engine
+from effadam_hook.errors import StateMismatchError
 from effadam_hook.exchange.compat import gather_bytes
-from effadam_hook.exchange.dense import all_reduce_mean
-from effadam_hook.kernels import Kernels, select
-from effadam_hook.layout import Slot, plan_bucket, share_of
-from effadam_hook.parameters import ParameterTable
-from effadam_hook.plan import BucketPlan
-from effadam_hook.residuals import Residuals
+from effadam_hook.layout import share_of
+from effadam_hook.modes import Mode
 from effadam_hook.saved import check_saved, merge_saved, share_saved
 from effadam_hook.stats import Counters
 
@@ -87,35 +82,24 @@ class EfficientAdamState:
             exact=tuple(exact) if isinstance(exact, list) else exact,
             warmup_steps=warmup_steps,
         )
+        self._engine = Engine(self.config, process_group)
         self.enabled = enabled
-        self._group = process_group
-        self._parameters = ParameterTable()
-        self._agreed = False
-        self._topology: Topology | None = None
-        self._exchange: Exchange | None = None
-        self._kernels: Kernels | None = None
-        self._plans: dict[int, tuple[object, BucketPlan]] = {}
-        self._bypassed: dict[str, str] = {}
-        self._worker = Residuals()
-        self._server = Residuals()
-        self._counters = Counters()
-        self._compressing = False
 
     @property
     def enabled(self) -> bool:
         """Whether steps are compressed; takes effect with the next backward."""
-        return self._enabled
+        return self._engine.enabled
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
         if not isinstance(value, bool):
             raise TypeError(f"Invalid enabled: {value!r}. Must be True or False.")
-        self._enabled = value
+        self._engine.enabled = value
 
     @property
     def steps(self) -> int:
         """Backward passes with communication so far."""
-        return self._counters.steps
+        return self._engine.counters.steps
 
     # Registration
 
@@ -144,155 +128,27 @@ class EfficientAdamState:
                     "store it as a real tensor with torch.view_as_real."
                 )
         if group is not None:
-            self._group = group
-        self._parameters.bind(named)
-        self._agree(named[0][1].device if named else torch.device("cpu"))
+            self._engine.use_group(group)
+        self._engine.parameters.bind(named)
+        self._engine.agree(self._engine.parameters.device())
 
-    def _agree(self, device: torch.device) -> None:
-        description = {
-            "effadam_hook": __version__,
-            "torch": torch.__version__,
-            "payload version": PAYLOAD_VERSION,
-            "enabled": self.enabled,
-            **self.config.to_dict(),
-            "parameters": self._parameters.describe(),
-        }
-        check_agreement(description, self._process_group(), device)
-        self._agreed = True
+    def use(self, mode: Mode) -> None:
+        """Exchange something else than the gradient; :func:`attach` does it before binding.
 
-    def _process_group(self) -> dist.ProcessGroup:
-        if self._group is None:
-            if not dist.is_initialized():
-                raise EffAdamError(
-                    "There is no process group yet. Call torch.distributed.init_process_group "
-                    "before the state is used, or hand it a process_group."
-                )
-            self._group = dist.group.WORLD
-            assert self._group is not None
-        return self._group
-
-    # One bucket
+        Args:
+            mode: What to exchange.
+        """
+        self._engine.mode = mode
 
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
     ) -> Future[Tensor]:
-        """Exchange one bucket; the hook's work.
-
-        Args:
-            index: The bucket's index in this backward; 0 comes first.
-            buffer: ``[numel]``, the local gradients of ``parameters`` one after the other,
-                overwritten with the decoded mean.
-            parameters: The parameters of the bucket.
-            is_last: Whether it is this backward's last.
-
-        Returns:
-            A future of ``buffer``.
-
-        Raises:
-            EffAdamError: If the exchange is broken, or the ranks disagree.
-        """
-        if index == 0:
-            self._compressing = self.enabled and self.steps >= self.config.warmup_steps
-        if not self._compressing or buffer.is_sparse:
-            future = self._run_dense(buffer, parameters)
-        else:
-            future = self._run_compressed(index, buffer, parameters)
-        if is_last:
-            self._counters.steps += 1
-        return future
-
-    def _run_dense(self, buffer: Tensor, parameters: Sequence[Tensor]) -> Future[Tensor]:
-        if buffer.is_sparse:
-            for tensor in parameters:
-                self._bypassed[self._parameters.find(tensor).name] = "sparse gradient"
-            numel = buffer._nnz() * buffer._values()[0].numel() if buffer._nnz() else 0
-        else:
-            numel = buffer.numel()
-        size = numel * buffer.element_size()
-        self._counters.count(size, size, size)
-        return all_reduce_mean(buffer, self._process_group())
-
-    def _run_compressed(
-        self, index: int, buffer: Tensor, parameters: Sequence[Tensor]
-    ) -> Future[Tensor]:
-        plan = self._plan(index, buffer, parameters)
-        layout = plan.layout
-        self._counters.count(
-            buffer.numel() * buffer.element_size(),
-            layout.uplink.payload_bytes,
-            layout.downlink.payload_bytes,
-        )
-        assert self._exchange is not None
-        return self._exchange.submit(plan.load(buffer))
-
-    def _plan(self, index: int, buffer: Tensor, parameters: Sequence[Tensor]) -> BucketPlan:
-        """The bucket's plan; a new one if DDP shows other parameters under this index than before."""
-        key = (buffer.dtype, buffer.device, *map(id, parameters))
-        known = self._plans.get(index)
-        if known is not None and known[0] == key:
-            return known[1]
-        slots = self._slots(parameters)
-        self._start(buffer.device)
-        assert self._topology is not None and self._kernels is not None
-        layout = plan_bucket(
-            slots,
-            uplink=self.config.uplink,
-            downlink=self.config.downlink,
-            scale_rule=self.config.scale_rule,
-            block_size=self.config.block_size,
-            servers=self._topology.servers,
-            itemsize=buffer.element_size(),
-        )
-        if layout.numel != buffer.numel():
-            raise EffAdamError(
-                f"Bucket {index} has {buffer.numel()} elements and its parameters have "
-                f"{layout.numel}. They must be equal; a parameter was resized after DDP was built."
-            )
-        feedback = self.config.error_feedback
-        plan = BucketPlan(
-            f"bucket {index}",
-            layout,
-            self._kernels,
-            self._topology,
-            self._process_group().size(),
-            buffer.dtype,
-            buffer.device,
-            self._worker if feedback else None,
-            self._server if feedback else None,
-        )
-        self._plans[index] = (key, plan)
-        return plan
-
-    def _slots(self, parameters: Sequence[Tensor]) -> list[Slot]:
-        if self.config.needs_names() and not self._parameters.bound:
-            raise EffAdamError(
-                f"exact={self.config.exact} asks for parameter names, which this state does not "
-                "have. Use attach(ddp_model, ...), or call "
-                "state.bind(ddp_model.module.named_parameters()) after register_comm_hook."
-            )
-        slots: list[Slot] = []
-        start = 0
-        for tensor in parameters:
-            known = self._parameters.find(tensor)
-            exact = self.config.is_exact(known.name, tensor.ndim, tensor.numel())
-            slots.append(Slot(known.name, known.order, start, tensor.numel(), exact))
-            start += tensor.numel()
-        return slots
-
-    def _start(self, device: torch.device) -> None:
-        """At the first bucket: agree, if that is still to do, and open the exchange."""
-        if not self._agreed:
-            self._agree(device)
-        if self._exchange is None:
-            group = self._process_group()
-            self._topology = make_topology(self.config.topology, group)
-            self._kernels = select(device)
-            self._exchange = make_exchange(self._topology, group, device)
+        """Exchange one bucket; the hook's work. See :meth:`effadam_hook.engine.Engine.run_bucket`."""
+        return self._engine.run_bucket(index, buffer, parameters, is_last)
 
     def close(self) -> None:
-        """End the exchange's threads. The state can still be asked and saved, but not trained with."""
-        if self._exchange is not None:
-            self._exchange.close()
+        """End the exchange's threads. The state can be asked and saved, but not trained with."""
+        self._engine.close()
 
     # Questions
 
@@ -304,26 +160,28 @@ class EfficientAdamState:
             :class:`effadam_hook.stats.Counters`); ``ratio``, dense over sent;
             ``worker_residual_norm`` and ``server_residual_norm``, 2-norms over this rank's residuals.
         """
+        engine = self._engine
         return {
-            **self._counters.to_dict(),
-            "ratio": self._counters.ratio,
-            "worker_residual_norm": self._worker.norm(),
-            "server_residual_norm": self._server.norm(),
+            **engine.counters.to_dict(),
+            "ratio": engine.counters.ratio,
+            "worker_residual_norm": engine.worker.norm(),
+            "server_residual_norm": engine.server.norm(),
         }
 
     def summary(self) -> str:
         """What runs and what has travelled, for people."""
-        config, stats = self.config, self.stats()
-        slots = [slot for _, plan in self._plans.values() for slot in plan.layout.slots]
+        config, engine, stats = self.config, self._engine, self.stats()
+        slots = [slot for plan in engine.plans for slot in plan.layout.slots]
         exact = [slot for slot in slots if slot.exact]
         kernels = "not chosen before the first backward"
-        if self._kernels is not None:
-            kernels = self._kernels.name
+        if engine.kernels is not None:
+            kernels = engine.kernels.name
         status = "on" if self.enabled else "off (dense all-reduce)"
         if self.enabled and self.steps < config.warmup_steps:
             status = f"warming up (dense all-reduce until step {config.warmup_steps})"
         lines = [
             f"Efficient-Adam {__version__}: {status}",
+            f"  exchanges    {engine.mode.name}",
             f"  quantizers   up {config.worker_quantizer}, down {config.server_quantizer}, "
             f"blocks of {config.block_size}, scale {config.scale_rule}",
             f"  feedback     {'both sides' if config.error_feedback else 'none'}",
@@ -331,7 +189,7 @@ class EfficientAdamState:
             f"  kernels      {kernels}",
             f"  exact        {len(exact)} of {len(slots)} parameters, "
             f"{sum(s.numel for s in exact)} of {sum(s.numel for s in slots)} elements",
-            *(f"  bypassed     {name}: {why}" for name, why in self._bypassed.items()),
+            *(f"  bypassed     {name}: {why}" for name, why in engine.bypassed.items()),
             f"  steps        {stats['steps']}",
             f"  bytes        dense {stats['dense_bytes']}, up {stats['uplink_bytes']}, "
             f"down {stats['downlink_bytes']}: {stats['ratio']:.2f}x less",
@@ -349,9 +207,8 @@ class EfficientAdamState:
             A dictionary for :meth:`load_state_dict` on the same rank of as many ranks; its tensors
             are copies. For another number of ranks see :meth:`full_state_dict`.
         """
-        group = self._process_group()
-        topology = make_topology(self.config.topology, group)
-        order = {name: self._parameters.order_of(name) for name, _ in self._worker}
+        group, topology = self._engine.group, self._engine.topology
+        order = {name: self._engine.parameters.order_of(name) for name, _ in self._engine.worker}
         start = {
             name: share_of(
                 view.numel(),
@@ -360,9 +217,9 @@ class EfficientAdamState:
                 topology.serves or 0,
                 topology.servers,
             )[0]
-            for name, view in self._worker
+            for name, view in self._engine.worker
         }
-        server = {name: view.clone() for name, view in self._server}
+        server = {name: view.clone() for name, view in self._engine.server}
         return {
             "version": STATE_VERSION,
             "package": __version__,
@@ -371,9 +228,9 @@ class EfficientAdamState:
             "world_size": group.size(),
             "servers": topology.servers,
             "block_size": self.config.block_size,
-            "counters": self._counters.to_dict(),
+            "counters": self._engine.counters.to_dict(),
             "order": order,
-            "worker": {name: view.clone() for name, view in self._worker},
+            "worker": {name: view.clone() for name, view in self._engine.worker},
             "server": server,
             "server_start": {name: start[name] for name in server},
         }
@@ -385,10 +242,10 @@ class EfficientAdamState:
             On the group's rank 0 a dictionary for :meth:`load_state_dict` on any rank of any number
             of ranks; elsewhere an empty one.
         """
-        group = self._process_group()
+        group = self._engine.group
         file = io.BytesIO()
         torch.save(self.state_dict(), file)
-        device = self._parameters.device()
+        device = self._engine.parameters.device()
         files = gather_bytes(file.getvalue(), group, device, everywhere=False)
         if not files:
             return {}
@@ -408,10 +265,9 @@ class EfficientAdamState:
         Raises:
             StateMismatchError: If it does not fit; nothing has changed then.
         """
-        group = self._process_group()
-        topology = make_topology(self.config.topology, group)
+        group, topology = self._engine.group, self._engine.topology
         here = (group.size(), topology.servers, self.config.block_size)
-        numels = self._parameters.numels() if self._parameters.bound else {}
+        numels = self._engine.parameters.numels() if self._engine.parameters.bound else {}
         if "ranks" in saved:
             merged = merge_saved(saved["ranks"])
             own = saved["ranks"][group.rank() % len(saved["ranks"])]
@@ -433,6 +289,6 @@ class EfficientAdamState:
                 f"= {there}; this is rank {group.rank()} with {here}. Load each rank's own state, "
                 "or one of all ranks from full_state_dict()."
             )
-        self._worker.load(own["worker"])
-        self._server.load(own["server"])
-        self._counters = Counters(**own["counters"])
+        self._engine.worker.load(own["worker"])
+        self._engine.server.load(own["server"])
+        self._engine.counters = Counters(**own["counters"])

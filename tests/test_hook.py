@@ -82,7 +82,7 @@ def train_with(
     rank: int, world_size: int, hook_options: dict[str, Any], ddp_options: dict[str, Any]
 ) -> tuple[list[Tensor], int, dict[str, float]]:
     weights, state = train_mlp(rank, world_size, 12, hook_options, ddp_options)
-    return weights, len(state._plans), state.stats()
+    return weights, len(state._engine.plans), state.stats()
 
 
 @pytest.mark.parametrize("topology", ["rank0", "sharded"])
@@ -141,7 +141,7 @@ def soak(rank: int, world_size: int, topology: str) -> tuple[list[Tensor], int, 
         optimizer.step()
         if torch.rand((), generator=jitter) < 0.1:
             time.sleep(0.003)
-    return [p.detach() for p in model.parameters()], len(state._plans), state.stats()["steps"]
+    return [p.detach() for p in model.parameters()], len(state._engine.plans), state.stats()["steps"]
 
 
 def delay_calls(name: str, jitter: torch.Generator) -> None:
@@ -344,7 +344,7 @@ def fail_in_a_lane(rank: int, world_size: int) -> tuple[str, str]:
     state = attach(model)
     gradients_of(model, rank, 0)
     gradients_of(model, rank, 1)
-    plan = state._plans[1][1]
+    plan = state._engine.plans[1]
 
     def broken() -> None:
         raise OSError("no space left")

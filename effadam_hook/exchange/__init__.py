@@ -24,7 +24,11 @@ __all__ = ["Exchange", "Topology", "make_exchange", "make_topology"]
 class Exchange(Protocol):
     """Runs jobs in the order in which they are submitted, the same on every rank."""
 
-    def submit(self, job: Job) -> Future[Tensor]:
+    def new_future(self) -> Future[Tensor]:
+        """A future for a job, to be handed to DDP before or after the job is submitted."""
+        ...
+
+    def submit(self, job: Job, future: Future[Tensor]) -> None:
         """Start a job; the future completes after decoding, or with what went wrong."""
         ...
 

@@ -14,6 +14,8 @@ class Job(Protocol):
 
     label: str
     """How messages name the bucket."""
+    bucket: Tensor
+    """``[numel]``: DDP's buffer."""
     uplink: Tensor
     """``[servers, stride_bytes]`` uint8: what this worker sends."""
     received: Tensor
@@ -23,8 +25,13 @@ class Job(Protocol):
     downlink: Tensor
     """``[servers, stride_bytes]`` uint8: what the servers sent."""
 
+    @property
+    def averages_first(self) -> bool:
+        """Whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
+        ...
+
     def encode(self) -> None:
-        """Gradient and worker residual into :attr:`uplink`."""
+        """:attr:`bucket` and worker residual into :attr:`uplink`."""
         ...
 
     def reduce(self) -> None:

@@ -29,6 +29,7 @@ from torch.futures import Future
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.compat import new_group_like
+from effadam_hook.exchange.dense import average
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.topology import Topology
 
@@ -69,18 +70,18 @@ class LaneExchange:
         self._down = _Lane("effadam-down", self._guarded(self._step_down))
         _open_exchanges.add(self)
 
-    def submit(self, job: Job) -> Future[Tensor]:
-        """Start a job; the future completes after decoding, or with what went wrong.
+    def new_future(self) -> Future[Tensor]:
+        """A future for a job, to be handed to DDP."""
+        return Future()
+
+    def submit(self, job: Job, future: Future[Tensor]) -> None:
+        """Start a job.
 
         Args:
             job: The bucket's job; its buffers are in use until the future completes.
-
-        Returns:
-            A future of the decoded bucket.
+            future: Completed with the decoded bucket, or with what went wrong.
         """
-        future: Future[Tensor] = Future()
         self._up.put(_Passage(job, future))
-        return future
 
     def close(self) -> None:
         """End the threads; a collective under way is left to its group's time-out."""
@@ -90,6 +91,10 @@ class LaneExchange:
 
     def _step_up(self, passage: _Passage) -> None:
         job = passage.job
+        if job.averages_first:
+            passage.phase = "dense average"
+            average(job.bucket, self._up_group)
+            passage.phase = "encode"
         job.encode()  # [1]
         passage.phase = "uplink"
         passage.work = self._topology.send_up(job.uplink, job.received, self._up_group)  # [2]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from effadam_hook.exchange.dense import average
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.topology import Topology
 
@@ -33,17 +34,21 @@ class StreamExchange:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def submit(self, job: Job) -> Future[Tensor]:
-        """Issue a job; the future completes, on the device, after decoding.
+    def new_future(self) -> Future[Tensor]:
+        """A future for a job, to be handed to DDP; it orders the streams of whoever waits."""
+        return Future(devices=[self._device])
+
+    def submit(self, job: Job, future: Future[Tensor]) -> None:
+        """Issue a job.
 
         Args:
             job: The bucket's job.
-
-        Returns:
-            A future of the decoded bucket, which orders the streams of whoever waits for it.
+            future: Completed, on the device, with the decoded bucket.
         """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
+            if job.averages_first:
+                average(job.bucket, self._group)
             job.encode()
             _order(self._topology.send_up(job.uplink, job.received, self._group))
             if self._topology.serves is not None:
@@ -52,9 +57,7 @@ class StreamExchange:
             result = job.decode()
             # The allocator must not hand the bucket out again while this stream reads it.
             result.record_stream(self._stream)
-            future: Future[Tensor] = Future(devices=[self._device])
             future.set_result(result)
-        return future
 
     def close(self) -> None:
         """Nothing to release: the stream goes with the object."""

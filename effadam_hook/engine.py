@@ -1,0 +1,262 @@
+"""From one of DDP's buckets to its exchange: the plan it needs, dense or compressed, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook._version import PAYLOAD_VERSION, __version__
+from effadam_hook.config import Config
+from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange import Exchange, Topology, make_exchange, make_topology
+from effadam_hook.exchange.agreement import check_agreement
+from effadam_hook.exchange.dense import all_reduce_mean
+from effadam_hook.kernels import Kernels, select
+from effadam_hook.layout import Slot, plan_bucket
+from effadam_hook.modes import GradientMode, Mode
+from effadam_hook.parameters import ParameterTable
+from effadam_hook.plan import BucketPlan
+from effadam_hook.residuals import Residuals
+from effadam_hook.stats import Counters
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """What happens to the buckets of one DDP model.
+
+    Args:
+        config: What the ranks agree on.
+        group: DDP's process group; None is the default group, looked up at first use.
+
+    Attributes:
+        enabled: Whether to compress; looked at when a backward's first bucket comes.
+        mode: What is exchanged.
+        parameters: Names and positions.
+        worker: The worker's residuals.
+        server: The residuals of this rank as a server.
+        counters: What has travelled.
+        bypassed: Parameters that cannot be compressed, and why.
+        kernels: The implementation in use; None before the first compressed bucket.
+    """
+
+    def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
+        self.config = config
+        self.enabled = True
+        self.mode: Mode = GradientMode()
+        self.parameters = ParameterTable()
+        self.worker = Residuals()
+        self.server = Residuals()
+        self.counters = Counters()
+        self.bypassed: dict[str, str] = {}
+        self.kernels: Kernels | None = None
+        self._group = group
+        self._agreed = False
+        self._compressing = False
+        self._topology: Topology | None = None
+        self._exchange: Exchange | None = None
+        self._plans: dict[int, tuple[object, BucketPlan]] = {}
+        # Buckets that wait for the last one, where the gradient's norm must be known first.
+        self._waiting: list[tuple[BucketPlan, Future[Tensor]]] = []
+
+    @property
+    def plans(self) -> list[BucketPlan]:
+        """The plans of the buckets seen last."""
+        return [plan for _, plan in self._plans.values()]
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group.
+
+        Raises:
+            EffAdamError: If there is none yet.
+        """
+        if self._group is None:
+            if not dist.is_initialized():
+                raise EffAdamError(
+                    "There is no process group yet. Call torch.distributed.init_process_group "
+                    "before the state is used, or hand it a process_group."
+                )
+            self._group = dist.group.WORLD
+            assert self._group is not None
+        return self._group
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's view of the servers."""
+        if self._topology is None:
+            self._topology = make_topology(self.config.topology, self.group)
+        return self._topology
+
+    def use_group(self, group: dist.ProcessGroup) -> None:
+        """Take DDP's process group."""
+        self._group = group
+
+    def agree(self, device: torch.device) -> None:
+        """Compare configuration and model with the other ranks; a collective operation.
+
+        Args:
+            device: Where the group's backend wants tensors.
+
+        Raises:
+            DisagreementError: On every rank, if any two differ.
+        """
+        description = {
+            "effadam_hook": __version__,
+            "torch": torch.__version__,
+            "payload version": PAYLOAD_VERSION,
+            "enabled": self.enabled,
+            "mode": self.mode.name,
+            **self.config.to_dict(),
+            "parameters": self.parameters.describe(),
+        }
+        check_agreement(description, self.group, device)
+        self._agreed = True
+
+    def run_bucket(
+        self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
+    ) -> Future[Tensor]:
+        """Exchange one bucket.
+
+        Args:
+            index: The bucket's index in this backward; 0 comes first.
+            buffer: ``[numel]``, the local gradients of ``parameters`` one after the other,
+                overwritten with the result.
+            parameters: The parameters of the bucket.
+            is_last: Whether it is this backward's last.
+
+        Returns:
+            A future of ``buffer``.
+
+        Raises:
+            EffAdamError: If the exchange is broken, or the ranks disagree.
+        """
+        if index == 0:
+            warm = self.counters.steps >= self.config.warmup_steps
+            self._compressing = self.enabled and warm
+            self._waiting.clear()
+        if not self._compressing or buffer.is_sparse:
+            future = self._run_dense(buffer, parameters)
+        else:
+            future = self._run_compressed(index, buffer, parameters)
+        if is_last:
+            self._release_waiting()
+            self.mode.notice_end_of_backward()
+            self.counters.steps += 1
+        return future
+
+    def close(self) -> None:
+        """End the exchange's threads."""
+        if self._exchange is not None:
+            self._exchange.close()
+
+    def _run_dense(self, buffer: Tensor, parameters: Sequence[Tensor]) -> Future[Tensor]:
+        numel = buffer.numel()
+        if buffer.is_sparse:
+            for tensor in parameters:
+                self.bypassed[self.parameters.find(tensor).name] = "sparse gradient"
+            numel = buffer._values().numel()
+        size = numel * buffer.element_size()
+        self.counters.count(size, size, size)
+        return all_reduce_mean(buffer, self.group, also=self.mode.averaged(parameters))
+
+    def _run_compressed(
+        self, index: int, buffer: Tensor, parameters: Sequence[Tensor]
+    ) -> Future[Tensor]:
+        plan = self._plan(index, buffer, parameters)
+        plan.load(buffer)
+        size = buffer.numel() * buffer.element_size()
+        beside = size if plan.averages_first else 0
+        layout = plan.layout
+        self.counters.count(
+            size, layout.uplink.payload_bytes + beside, layout.downlink.payload_bytes + beside
+        )
+        assert self._exchange is not None
+        future = self._exchange.new_future()
+        if self.mode.max_grad_norm is not None:
+            self._waiting.append((plan, future))
+        else:
+            self._exchange.submit(plan, future)
+        return future
+
+    def _release_waiting(self) -> None:
+        """Bound the gradient's norm over all buckets, now that the last one is here."""
+        if not self._waiting:
+            return
+        assert self.mode.max_grad_norm is not None and self._exchange is not None
+        buckets = [plan.bucket for plan, _ in self._waiting]
+        norm = torch.stack([bucket.float().norm() for bucket in buckets]).norm()
+        factor = (self.mode.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for plan, future in self._waiting:
+            plan.bucket.mul_(factor.to(plan.bucket.dtype))
+            self._exchange.submit(plan, future)
+        self._waiting.clear()
+
+    def _plan(self, index: int, buffer: Tensor, parameters: Sequence[Tensor]) -> BucketPlan:
+        """The bucket's plan; a new one if this index shows other parameters than before."""
+        key = (buffer.dtype, buffer.device, self.mode.generation, *map(id, parameters))
+        known = self._plans.get(index)
+        if known is not None and known[0] == key:
+            return known[1]
+        slots = self._slots(parameters)
+        kernels = self._start(buffer.device)
+        dtype = self.mode.wire_dtype(buffer.dtype)
+        layout = plan_bucket(
+            slots,
+            uplink=self.config.uplink,
+            downlink=self.config.downlink,
+            scale_rule=self.config.scale_rule,
+            block_size=self.config.block_size,
+            servers=self.topology.servers,
+            itemsize=dtype.itemsize,
+        )
+        if layout.numel != buffer.numel():
+            raise EffAdamError(
+                f"Bucket {index} has {buffer.numel()} elements and its parameters have "
+                f"{layout.numel}. They must be equal; a parameter was resized after DDP was built."
+            )
+        feedback = self.config.error_feedback
+        plan = BucketPlan(
+            f"bucket {index}",
+            layout,
+            kernels,
+            self.topology,
+            self.group.size(),
+            dtype,
+            buffer.device,
+            self.worker if feedback else None,
+            self.server if feedback else None,
+            self.mode.content(parameters, slots, buffer.dtype),
+        )
+        self._plans[index] = (key, plan)
+        return plan
+
+    def _slots(self, parameters: Sequence[Tensor]) -> list[Slot]:
+        if self.config.needs_names() and not self.parameters.bound:
+            raise EffAdamError(
+                f"exact={self.config.exact} asks for parameter names, which this state does not "
+                "have. Use attach(ddp_model, ...), or call "
+                "state.bind(ddp_model.module.named_parameters()) after register_comm_hook."
+            )
+        slots: list[Slot] = []
+        start = 0
+        for tensor in parameters:
+            known = self.parameters.find(tensor)
+            exact = self.config.is_exact(known.name, tensor.ndim, tensor.numel())
+            slots.append(Slot(known.name, known.order, start, tensor.numel(), exact))
+            start += tensor.numel()
+        return slots
+
+    def _start(self, device: torch.device) -> Kernels:
+        """At the first bucket: agree, if that is still to do, and open the exchange."""
+        if not self._agreed:
+            self.agree(device)
+        if self._exchange is None:
+            self._exchange = make_exchange(self.topology, self.group, device)
+        if self.kernels is None:
+            self.kernels = select(device)
+        return self.kernels

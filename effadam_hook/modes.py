@@ -1,0 +1,254 @@
+"""What a bucket exchanges: the gradient, the preconditioned gradient, or the Adam update.
+
+The two-way exchange is the same for all of them; a mode only says what the kernels fuse with the
+quantizer, and where the decoded result goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from effadam_hook.errors import EffAdamError
+from effadam_hook.kernels.sources import ADAM_TERMS, AdamSource, Preconditioner
+from effadam_hook.layout import Slot
+from effadam_hook.optim import MOMENTS, EfficientAdam
+
+__all__ = ["GradientContent", "GradientMode", "Mode", "PreconditionedMode", "UpdateMode"]
+
+
+class GradientContent:
+    """What one bucket exchanges; this one, its gradient.
+
+    Attributes:
+        preconditioner: What the kernels divide blocks by, if anything.
+        adam: What turns the gradient into an update, if anything.
+        averages_first: Whether the gradient itself is averaged, uncompressed, before it is encoded.
+    """
+
+    preconditioner: Preconditioner | None = None
+    adam: AdamSource | None = None
+    averages_first = False
+
+    def begin(self) -> None:
+        """Prepare a step; called by the hook before the exchange."""
+
+    def target(self, bucket: Tensor) -> Tensor:
+        """Where the decoded result goes.
+
+        Args:
+            bucket: ``[numel]``, DDP's buffer.
+
+        Returns:
+            A tensor ``[numel]``.
+        """
+        return bucket
+
+    def finish(self, bucket: Tensor) -> None:
+        """Hand over the decoded result.
+
+        Args:
+            bucket: ``[numel]``, DDP's buffer.
+        """
+
+
+class GradientMode:
+    """Drop-in: the gradient of any optimizer."""
+
+    name = "gradient"
+    max_grad_norm: float | None = None
+    generation = 0
+
+    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which uncompressed elements travel.
+
+        Args:
+            dtype: The bucket's.
+
+        Returns:
+            The bucket's dtype for gradients; the moments' for updates.
+        """
+        return dtype
+
+    def content(
+        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+    ) -> GradientContent:
+        """What a bucket exchanges.
+
+        Args:
+            parameters: Its parameters.
+            slots: Their places.
+            dtype: The bucket's dtype.
+
+        Returns:
+            The content, kept for as long as the bucket keeps its parameters.
+        """
+        return GradientContent()
+
+    def averaged(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Note that a bucket's gradient is averaged densely this time.
+
+        Args:
+            parameters: Its parameters.
+
+        Returns:
+            Further tensors to average, so that dense steps leave all ranks equal.
+        """
+        return []
+
+    def notice_end_of_backward(self) -> None:
+        """Called by the hook for the last bucket of a backward."""
+
+
+class PreconditionedMode(GradientMode):
+    """The gradient in units of the root of the optimizer's second moment.
+
+    Replicas are identical, and so is the second moment of their Adam: it costs nothing to send.
+
+    Args:
+        optimizer: A ``torch.optim.Adam`` or ``AdamW`` over the DDP model's parameters.
+    """
+
+    name = "preconditioned gradient"
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def content(
+        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+    ) -> GradientContent:
+        """A content that looks up the second moments at every step."""
+        return _PreconditionedContent(self._optimizer, parameters, dtype)
+
+
+class _PreconditionedContent(GradientContent):
+    def __init__(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor], dtype: torch.dtype
+    ) -> None:
+        self._optimizer = optimizer
+        self._parameters = list(parameters)
+        self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def begin(self) -> None:
+        moments = [self._moment(parameter) for parameter in self._parameters]
+        known = any(moment is not None for moment in moments)
+        self.preconditioner = Preconditioner(tuple(moments)) if known else None
+
+    def _moment(self, parameter: Tensor) -> Tensor | None:
+        state = self._optimizer.state.get(parameter)
+        moment: Tensor | None = state.get("exp_avg_sq") if state else None
+        return None if moment is None else moment.to(self._dtype).reshape(-1)
+
+
+class UpdateMode(GradientMode):
+    """Efficient-Adam as published: every worker's Adam update.
+
+    Args:
+        optimizer: The attached optimizer, which holds the moments and applies the result.
+    """
+
+    name = "update"
+
+    def __init__(self, optimizer: EfficientAdam) -> None:
+        self.optimizer = optimizer
+        self.max_grad_norm = optimizer.max_grad_norm
+        # Parameters whose first moments may differ between the ranks.
+        self._differing: set[Tensor] = set()
+
+    @property
+    def generation(self) -> int:  # type: ignore[override]
+        """Changes when the moments have been replaced, so that buckets adopt the new ones."""
+        return self.optimizer.generation
+
+    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Updates travel in the moments' dtype."""
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def content(
+        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+    ) -> GradientContent:
+        """A content with this bucket's moments, laid out like the bucket."""
+        self._differing.update(parameters)
+        return _UpdateContent(self.optimizer, parameters, slots, self.wire_dtype(dtype))
+
+    def averaged(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The first dense step after compressed ones averages the workers' moments too."""
+        moments = []
+        for parameter in parameters:
+            self.optimizer.deliver_mean(parameter)
+            if parameter in self._differing:
+                state = self.optimizer.state[parameter]
+                moments += [state[key] for key in MOMENTS if key in state]
+        self._differing.difference_update(parameters)
+        return moments
+
+    def notice_end_of_backward(self) -> None:
+        """Have the optimizer note the gradients once DDP has written them back.
+
+        DDP does so in a callback at the end of backward, which it queues after the last bucket's
+        hook; a callback that queues the real one comes after it.
+        """
+        engine = torch.autograd.Variable._execution_engine
+        note = self.optimizer.note_gradients
+        with contextlib.suppress(RuntimeError):  # join() calls hooks without a backward
+            engine.queue_callback(lambda: engine.queue_callback(note))
+
+
+class _UpdateContent(GradientContent):
+    """One bucket's moments and update, and the terms of the current step."""
+
+    def __init__(
+        self,
+        optimizer: EfficientAdam,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+    ) -> None:
+        self._optimizer = optimizer
+        self._parameters = list(parameters)
+        self._slots = list(slots)
+        numel = sum(slot.numel for slot in slots)
+        device = parameters[0].device
+        self._update = torch.zeros(numel, dtype=dtype, device=device)
+        flats = {key: torch.zeros(numel, dtype=dtype, device=device) for key in MOMENTS}
+        for parameter, slot in zip(self._parameters, self._slots, strict=True):
+            state = optimizer.init_state(parameter, slot.name)
+            for key, flat in flats.items():
+                view = flat[slot.start : slot.start + slot.numel].view_as(parameter)
+                state[key] = view.copy_(state[key])
+        terms = torch.zeros(len(slots), len(ADAM_TERMS), dtype=torch.float64)
+        self.adam = AdamSource(flats["exp_avg"], flats["exp_avg_sq"], terms)
+
+    def begin(self) -> None:
+        assert self.adam is not None
+        rows = []
+        steps = set()
+        for parameter, slot in zip(self._parameters, self._slots, strict=True):
+            step = self._optimizer.state[parameter]["step"] + 1
+            steps.add(step)
+            refresh = self._optimizer.refreshes(step)
+            rows.append(self._optimizer.terms(parameter, slot.name, dense=refresh))
+        if len(steps) > 1 and self._optimizer.second_moment == "shared":
+            raise EffAdamError(
+                "Parameters of one bucket are at different steps, and a shared second moment is "
+                'refreshed for all of them at once. Use second_moment="local".'
+            )
+        self.averages_first = any(self._optimizer.refreshes(step) for step in steps)
+        self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64))
+
+    def target(self, bucket: Tensor) -> Tensor:
+        return self._update
+
+    def finish(self, bucket: Tensor) -> None:
+        bucket.copy_(self._update)
+        for parameter, slot in zip(self._parameters, self._slots, strict=True):
+            update = self._update[slot.start : slot.start + slot.numel]
+            self._optimizer.deliver(parameter, update)
+
+
+Mode = GradientMode
+"""Any of the modes."""
