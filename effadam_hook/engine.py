@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +13,16 @@ from torch.futures import Future
 from effadam_hook._version import PAYLOAD_VERSION, __version__
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
-from effadam_hook.exchange import Exchange, Topology, make_exchange, make_topology
+from effadam_hook.exchange import (
+    Exchange,
+    Passage,
+    Topology,
+    Watch,
+    make_exchange,
+    make_topology,
+)
 from effadam_hook.exchange.agreement import check_agreement
-from effadam_hook.exchange.dense import all_reduce_mean
+from effadam_hook.exchange.dense import DenseExchange
 from effadam_hook.kernels import Kernels, select
 from effadam_hook.layout import Slot, plan_bucket
 from effadam_hook.modes import GradientMode, Mode
@@ -59,9 +67,11 @@ class Engine:
         self._compressing = False
         self._topology: Topology | None = None
         self._exchange: Exchange | None = None
+        self._dense: DenseExchange | None = None
+        self._watch: Watch | None = None
         self._plans: dict[int, tuple[object, BucketPlan]] = {}
         # Buckets that wait for the last one, where the gradient's norm must be known first.
-        self._waiting: list[tuple[BucketPlan, Future[Tensor]]] = []
+        self._waiting: list[tuple[BucketPlan, Passage]] = []
 
     @property
     def plans(self) -> list[BucketPlan]:
@@ -140,7 +150,7 @@ class Engine:
             self._compressing = self.enabled and warm
             self._waiting.clear()
         if not self._compressing or buffer.is_sparse:
-            future = self._run_dense(buffer, parameters)
+            future = self._run_dense(index, buffer, parameters)
         else:
             future = self._run_compressed(index, buffer, parameters)
         if is_last:
@@ -151,10 +161,21 @@ class Engine:
 
     def close(self) -> None:
         """End the exchange's threads."""
-        if self._exchange is not None:
-            self._exchange.close()
+        if self._watch is not None:
+            self._watch.close()
 
-    def _run_dense(self, buffer: Tensor, parameters: Sequence[Tensor]) -> Future[Tensor]:
+    @property
+    def watch(self) -> Watch:
+        """What knows the buckets under way, made when the first one comes."""
+        if self._watch is None:
+            self._watch = Watch(self.group)
+            # Threads hold on to the watch and not to the engine, so that both can end.
+            weakref.finalize(self, self._watch.close)
+        return self._watch
+
+    def _run_dense(
+        self, index: int, buffer: Tensor, parameters: Sequence[Tensor]
+    ) -> Future[Tensor]:
         numel = buffer.numel()
         if buffer.is_sparse:
             for tensor in parameters:
@@ -162,7 +183,10 @@ class Engine:
             numel = buffer._values().numel()
         size = numel * buffer.element_size()
         self.counters.count(size, size, size)
-        return all_reduce_mean(buffer, self.group, also=self.mode.averaged(parameters))
+        if self._dense is None:
+            self._dense = DenseExchange(self.group, self.watch)
+        also = self.mode.averaged(parameters)
+        return self._dense.submit(f"bucket {index}", buffer, also)
 
     def _run_compressed(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor]
@@ -176,12 +200,18 @@ class Engine:
             size, layout.uplink.payload_bytes + beside, layout.downlink.payload_bytes + beside
         )
         assert self._exchange is not None
-        future = self._exchange.new_future()
+        passage = self.watch.enter(
+            plan.label,
+            "a compressed exchange",
+            plan.fingerprint,
+            "encode",
+            self._exchange.new_future(),
+        )
         if self.mode.max_grad_norm is not None:
-            self._waiting.append((plan, future))
+            self._waiting.append((plan, passage))
         else:
-            self._exchange.submit(plan, future)
-        return future
+            self._exchange.submit(plan, passage)
+        return passage.future
 
     def _release_waiting(self) -> None:
         """Bound the gradient's norm over all buckets, now that the last one is here."""
@@ -191,9 +221,9 @@ class Engine:
         buckets = [plan.bucket for plan, _ in self._waiting]
         norm = torch.stack([bucket.float().norm() for bucket in buckets]).norm()
         factor = (self.mode.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for plan, future in self._waiting:
+        for plan, passage in self._waiting:
             plan.bucket.mul_(factor.to(plan.bucket.dtype))
-            self._exchange.submit(plan, future)
+            self._exchange.submit(plan, passage)
         self._waiting.clear()
 
     def _plan(self, index: int, buffer: Tensor, parameters: Sequence[Tensor]) -> BucketPlan:
@@ -256,7 +286,7 @@ class Engine:
         if not self._agreed:
             self.agree(device)
         if self._exchange is None:
-            self._exchange = make_exchange(self.topology, self.group, device)
+            self._exchange = make_exchange(self.topology, self.group, device, self.watch)
         if self.kernels is None:
             self.kernels = select(device)
         return self.kernels

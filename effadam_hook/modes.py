@@ -7,7 +7,8 @@ quantizer, and where the decoded result goes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,21 @@ class GradientMode:
     def notice_end_of_backward(self) -> None:
         """Called by the hook for the last bucket of a backward."""
 
+    def save(self) -> dict[str, dict[str, Any]]:
+        """What this rank needs besides the residuals to continue.
+
+        Returns:
+            By parameter name, flat tensors and numbers.
+        """
+        return {}
+
+    def load(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Continue from what :meth:`save` returned, or from the mean of all ranks'.
+
+        Args:
+            saved: By parameter name.
+        """
+
 
 class PreconditionedMode(GradientMode):
     """The gradient in units of the root of the optimizer's second moment.
@@ -185,6 +201,14 @@ class UpdateMode(GradientMode):
                 moments += [state[key] for key in MOMENTS if key in state]
         self._differing.difference_update(parameters)
         return moments
+
+    def save(self) -> dict[str, dict[str, Any]]:
+        """This rank's moments and steps."""
+        return self.optimizer.save_moments()
+
+    def load(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take up moments and steps, and have the buckets adopt them."""
+        self.optimizer.load_moments(saved)
 
     def notice_end_of_backward(self) -> None:
         """Have the optimizer note the gradients once DDP has written them back.

@@ -21,7 +21,7 @@ up to √N smaller (with no noise, equal). ``second_moment`` says what to do abo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -269,10 +269,40 @@ class EfficientAdam(Optimizer):
         """Remember the gradients as the exchange left them, to notice if someone changes them."""
         self._versions = {p: p.grad._version for p in self._updates if p.grad is not None}
 
+    def save_moments(self) -> dict[str, dict[str, Any]]:
+        """This rank's moments and step counts: ranks differ in them, so one rank's do not serve all.
+
+        Returns:
+            By parameter name: copies of the moments ``[numel]``, and plain numbers.
+        """
+        saved = {}
+        for parameter, name in (self._attached or {}).items():
+            if parameter in self.state:
+                state = self.state[parameter]
+                moments = {key: state[key].detach().flatten().clone() for key in MOMENTS}
+                saved[name] = {**state, **moments}
+        return saved
+
+    def load_moments(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take up what :meth:`save_moments` returned.
+
+        Args:
+            saved: By parameter name; parameters not named start anew.
+        """
+        for parameter, name in (self._attached or {}).items():
+            self.state.pop(parameter, None)
+            if name in saved:
+                state = self.init_state(parameter, name)
+                moments = {key: state[key] for key in MOMENTS}
+                state.update(saved[name])
+                for key, own in moments.items():
+                    state[key] = own.copy_(saved[name][key].view_as(own))
+        self.generation += 1
+
     # What the training loop needs
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply what the exchange delivered.
 
         Args:

@@ -49,6 +49,7 @@ class BucketPlan:
     ) -> None:
         self.label = label
         self.layout = layout
+        self.fingerprint = layout.fingerprint(dtype)
         self._kernels = kernels
         self._server = topology.serves
         self._dtype = dtype

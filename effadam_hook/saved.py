@@ -20,8 +20,10 @@ from effadam_hook.layout import share_of
 __all__ = ["check_saved", "merge_saved", "share_saved"]
 
 _KEYS = frozenset(
-    "version rank world_size servers block_size counters order worker server server_start".split()
+    "version rank world_size servers block_size counters order worker server server_start "
+    "moments".split()
 )
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_saved(saved: Any, numels: Mapping[str, int]) -> None:
@@ -46,29 +48,32 @@ def check_saved(saved: Any, numels: Mapping[str, int]) -> None:
         )
     for side in ("worker", "server"):
         for name, value in saved[side].items():
-            _check_residual(side, name, value, numels)
+            _check_vector(f"{side} residual", name, value, numels, whole=side == "worker")
+    for name, state in saved["moments"].items():
+        for key in _MOMENTS:
+            _check_vector(key, name, state.get(key), numels, whole=True)
 
 
-def _check_residual(side: str, name: str, value: Any, numels: Mapping[str, int]) -> None:
+def _check_vector(what: str, name: str, value: Any, numels: Mapping[str, int], whole: bool) -> None:
     if not isinstance(value, Tensor) or value.ndim != 1 or not value.is_floating_point():
         raise StateMismatchError(
-            f"The saved {side} residual of {name!r} must be a one-dimensional floating tensor."
+            f"The saved {what} of {name!r} must be a one-dimensional floating tensor."
         )
     if not bool(torch.isfinite(value).all()):
         raise StateMismatchError(
-            f"The saved {side} residual of {name!r} holds a NaN or an infinity; it would poison "
+            f"The saved {what} of {name!r} holds a NaN or an infinity; it would poison "
             "every later step. Use an earlier checkpoint."
         )
     if not numels:
         return
     if name not in numels:
         raise StateMismatchError(
-            f"The saved state has a residual for {name!r}, which is no parameter of this model."
+            f"The saved state has a {what} of {name!r}, which is no parameter of this model."
         )
-    fits = value.numel() == numels[name] if side == "worker" else value.numel() <= numels[name]
+    fits = value.numel() == numels[name] if whole else value.numel() <= numels[name]
     if not fits:
         raise StateMismatchError(
-            f"The saved {side} residual of {name!r} has {value.numel()} elements, the parameter "
+            f"The saved {what} of {name!r} has {value.numel()} elements, the parameter "
             f"has {numels[name]}. Load a state of the same model."
         )
 
@@ -96,9 +101,14 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     worker: dict[str, Tensor] = {}
     server: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for state in states for name in state["worker"]):
-        held = [state["worker"][name] for state in states if name in state["worker"]]
-        mean = torch.stack(held).double().sum(dim=0) / len(states)
-        worker[name] = mean.to(held[0].dtype)
+        worker[name] = _mean([s["worker"][name] for s in states if name in s["worker"]], states)
+    moments = {
+        name: {
+            **state,
+            **{key: _mean([s["moments"][name][key] for s in states], states) for key in _MOMENTS},
+        }
+        for name, state in states[0]["moments"].items()
+    }
     for name in dict.fromkeys(name for state in states for name in state["server"]):
         shares = [
             (state["server_start"][name], state["server"][name])
@@ -114,7 +124,13 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "worker": worker,
         "server": server,
         "server_start": dict.fromkeys(server, 0),
+        "moments": moments,
     }
+
+
+def _mean(held: Sequence[Tensor], states: Sequence[object]) -> Tensor:
+    """The mean over all ranks; a rank that holds none counts as zero."""
+    return (torch.stack(list(held)).double().sum(dim=0) / len(states)).to(held[0].dtype)
 
 
 def share_saved(

@@ -201,7 +201,9 @@ class EfficientAdamState:
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals and counters: tensors and plain values only.
+        """This rank's residuals, moments and counters: tensors and plain values only.
+
+        The moments are those of update mode, where they differ between ranks.
 
         Returns:
             A dictionary for :meth:`load_state_dict` on the same rank of as many ranks; its tensors
@@ -233,6 +235,7 @@ class EfficientAdamState:
             "worker": {name: view.clone() for name, view in self._engine.worker},
             "server": server,
             "server_start": {name: start[name] for name in server},
+            "moments": self._engine.mode.save(),
         }
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -257,7 +260,9 @@ class EfficientAdamState:
 
         A state of all ranks (:meth:`full_state_dict`) fits any number of ranks and either topology:
         where they are the same, every rank gets its own back; otherwise workers start with the mean
-        of the saved workers' residuals, and the servers share the saved servers'.
+        of the saved workers' residuals and moments, and the servers share the saved servers'.
+
+        In update mode the moments come from here, whatever the optimizer has loaded before.
 
         Args:
             saved: What :meth:`state_dict` or :meth:`full_state_dict` returned.
@@ -291,4 +296,5 @@ class EfficientAdamState:
             )
         self._engine.worker.load(own["worker"])
         self._engine.server.load(own["server"])
+        self._engine.mode.load(own["moments"])
         self._engine.counters = Counters(**own["counters"])
