@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch.futures import Future
 
 from effadam_hook._version import PAYLOAD_VERSION, __version__
 from effadam_hook.config import Config
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import EffAdamError, UnsupportedBackendError
 from effadam_hook.exchange import (
     Exchange,
     Passage,
@@ -29,7 +30,7 @@ from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.parameters import ParameterTable
 from effadam_hook.plan import BucketPlan
 from effadam_hook.residuals import Residuals
-from effadam_hook.stats import Counters
+from effadam_hook.stats import Clock, Counters
 
 __all__ = ["Engine"]
 
@@ -43,11 +44,14 @@ class Engine:
 
     Attributes:
         enabled: Whether to compress; looked at when a backward's first bucket comes.
+        check_replicas: Whether to compare weights with the other ranks', where that costs nothing.
+        is_joining: Whether ranks may have stopped making optimizer steps, as in DDP's ``join()``.
         mode: What is exchanged.
         parameters: Names and positions.
         worker: The worker's residuals.
         server: The residuals of this rank as a server.
         counters: What has travelled.
+        clock: How long it took.
         bypassed: Parameters that cannot be compressed, and why.
         kernels: The implementation in use; None before the first compressed bucket.
     """
@@ -55,11 +59,14 @@ class Engine:
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         self.config = config
         self.enabled = True
+        self.check_replicas = True
+        self.is_joining: Callable[[], bool] = lambda: True
         self.mode: Mode = GradientMode()
         self.parameters = ParameterTable()
         self.worker = Residuals()
         self.server = Residuals()
         self.counters = Counters()
+        self.clock = Clock()
         self.bypassed: dict[str, str] = {}
         self.kernels: Kernels | None = None
         self._group = group
@@ -149,13 +156,19 @@ class Engine:
             warm = self.counters.steps >= self.config.warmup_steps
             self._compressing = self.enabled and warm
             self._waiting.clear()
+            self.clock.start(buffer.device)
+            if self._exchange is None and not self._compressing:
+                self._start_beside_dense(buffer.device)
         if not self._compressing or buffer.is_sparse:
             future = self._run_dense(index, buffer, parameters)
         else:
             future = self._run_compressed(index, buffer, parameters)
         if is_last:
             self._release_waiting()
+            with contextlib.suppress(RuntimeError):  # join() calls hooks without a backward
+                torch.autograd.Variable._execution_engine.queue_callback(self.watch.join)
             self.mode.notice_end_of_backward()
+            self.clock.stop_after(future)
             self.counters.steps += 1
         return future
 
@@ -192,7 +205,7 @@ class Engine:
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor]
     ) -> Future[Tensor]:
         plan = self._plan(index, buffer, parameters)
-        plan.load(buffer)
+        plan.load(buffer, look=self.check_replicas and not self.is_joining())
         size = buffer.numel() * buffer.element_size()
         beside = size if plan.averages_first else 0
         layout = plan.layout
@@ -261,6 +274,7 @@ class Engine:
             self.worker if feedback else None,
             self.server if feedback else None,
             self.mode.content(parameters, slots, buffer.dtype),
+            parameters,
         )
         self._plans[index] = (key, plan)
         return plan
@@ -280,6 +294,15 @@ class Engine:
             slots.append(Slot(known.name, known.order, start, tensor.numel(), exact))
             start += tensor.numel()
         return slots
+
+    def _start_beside_dense(self, device: torch.device) -> None:
+        """Open the exchange with the first bucket, even if that one is dense.
+
+        A rank that opened its groups later than the others could not be told that they do something
+        else.
+        """
+        with contextlib.suppress(UnsupportedBackendError):  # dense steps need no exchange
+            self._start(device)
 
     def _start(self, device: torch.device) -> Kernels:
         """At the first bucket: agree, if that is still to do, and open the exchange."""

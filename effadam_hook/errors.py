@@ -7,11 +7,20 @@ children, so that a training loop can tell them from its own errors.
 
 from __future__ import annotations
 
-__all__ = ["DisagreementError", "EffAdamError", "StateMismatchError"]
+__all__ = [
+    "DisagreementError",
+    "EffAdamError",
+    "StateMismatchError",
+    "UnsupportedBackendError",
+]
 
 
 class EffAdamError(RuntimeError):
     """Something went wrong in the exchange between ranks, or in the use of its state."""
+
+
+class UnsupportedBackendError(EffAdamError):
+    """The process group's backend cannot carry compressed buckets."""
 
 
 class DisagreementError(EffAdamError):

@@ -4,6 +4,7 @@ The only file that knows ``GradBucket``. It has no ``from __future__ import anno
 a hook's annotations as objects.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from effadam_hook.errors import EffAdamError
-from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode
+from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
 from effadam_hook.optim import EfficientAdam
 from effadam_hook.state import EfficientAdamState
 
@@ -63,6 +64,7 @@ def attach(
     enabled: bool = True,
     optimizer: Optimizer | None = None,
     precondition: bool = False,
+    quantize_weights: bool = False,
     **options: Any,
 ) -> EfficientAdamState:
     """Register the hook on a DDP model: the one line for existing DDP code.
@@ -78,6 +80,8 @@ def attach(
             ``torch.optim.Adam`` or ``AdamW`` of the model.
         precondition: Whether to quantize the gradient in units of the root of ``optimizer``'s second
             moment, which is worth about one bit and costs none.
+        quantize_weights: With an :class:`EfficientAdam`: whether the servers keep the weights and send
+            them down quantized by ``server_quantizer``, as Quantized Adam does (arXiv 2004.14180).
         **options: Those of :class:`EfficientAdamState`.
 
     Returns:
@@ -105,17 +109,27 @@ def attach(
             "takes only one. Attach before any other, or wrap the model anew."
         )
     state = EfficientAdamState(enabled=enabled, **options)
-    mode = _mode_for(optimizer, precondition, state.config.warmup_steps)
+    mode = _mode_for(optimizer, precondition, quantize_weights, state.config.warmup_steps)
     if isinstance(mode, UpdateMode):
         mode.optimizer.attach_to(ddp_model.module.named_parameters())
     state.use(mode)
     group = options.get("process_group") or ddp_model.process_group
     state.bind(ddp_model.module.named_parameters(), group)
+    # Weakly: DDP holds the state from C++, where the garbage collector finds no circles.
+    model = weakref.ref(ddp_model)
+    state.watch_join(lambda: (joined := model()) is not None and joined._join_config.enable)
     ddp_model.register_comm_hook(state, efficient_adam_hook)
     return state
 
 
-def _mode_for(optimizer: Optimizer | None, precondition: bool, warmup_steps: int) -> Mode:
+def _mode_for(
+    optimizer: Optimizer | None, precondition: bool, quantize_weights: bool, warmup_steps: int
+) -> Mode:
+    if quantize_weights and (precondition or not isinstance(optimizer, EfficientAdam)):
+        raise TypeError(
+            f"Invalid optimizer for quantize_weights=True: {type(optimizer).__name__}. Must be an "
+            "EfficientAdam, without precondition=True."
+        )
     if precondition:
         if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             raise TypeError(
@@ -136,4 +150,4 @@ def _mode_for(optimizer: Optimizer | None, precondition: bool, warmup_steps: int
             'Invalid warmup_steps: 0 with second_moment="frozen". Must be 1 or more: the second '
             "moment is estimated during the dense steps, and is zero without them."
         )
-    return UpdateMode(optimizer)
+    return WeightMode(optimizer) if quantize_weights else UpdateMode(optimizer)

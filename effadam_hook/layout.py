@@ -9,7 +9,7 @@ rebuilds its buckets, nothing changes hands. What one server gets of one bucket 
     bucket    | weight.0 ............ | bias.0 | weight.1 ............ |
     pieces    | server 0 | server 1 |  s 0    | server 1  | server 0 |      (two servers)
 
-    chunk     | raw elements | scales | codes |  padding to the stride
+    chunk     | raw elements | scales | codes | padding | seal |
     payload   | chunk of server 0 | chunk of server 1 |
 
 With one server (topology "rank0") there is one chunk and the pieces are whole parameters. Chunks have
@@ -17,21 +17,33 @@ a common stride, so a payload is a ``[servers, stride_bytes]`` matrix of bytes a
 gathered is ``[world_size, stride_bytes]``.
 
 Raw elements (exact parameters, or all of them with the quantizer ``none``) travel in the bucket's own
-dtype and come first, where they are aligned; then two bytes of scale per block; then the codes.
+dtype and come first, where they are aligned; then two bytes of scale per block; then the codes. The
+seal, at the end of the stride, is the exchange's: with it the ranks see that they mean the same.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from effadam_hook.quantizers import SCALE_BYTES, Quantizer
 
-__all__ = ["BucketLayout", "Chunk", "Piece", "Slot", "Wire", "plan_bucket", "share_of"]
+__all__ = [
+    "SEAL_BYTES",
+    "BucketLayout",
+    "Chunk",
+    "Piece",
+    "Slot",
+    "Wire",
+    "plan_bucket",
+    "share_of",
+]
 
 _ALIGN_BYTES = 8
+SEAL_BYTES = 16
+"""Bytes at the end of a chunk that the kernels leave alone."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,22 @@ class Wire:
             numels[piece.slot] += piece.numel
         return tuple(numels)
 
+    def as_raw(self) -> Wire:
+        """The same chunks uncompressed: every element raw, in the chunk's order, from byte 0."""
+        chunks = tuple(
+            Chunk(
+                chunk.numel,
+                tuple(
+                    replace(piece, raw=True, scales_at=0, data_at=piece.local * self.itemsize)
+                    for piece in chunk.pieces
+                ),
+                chunk.numel * self.itemsize,
+            )
+            for chunk in self.chunks
+        )
+        stride = _aligned(max(chunk.used_bytes for chunk in chunks))
+        return replace(self, chunks=chunks, stride_bytes=stride)
+
     @cached_property
     def tables(self) -> tuple[array[int], ...]:
         """Per chunk, eight 64-bit integers a piece, in the order of :meth:`Piece.row`."""
@@ -236,10 +264,14 @@ def plan_bucket(
             for server in range(servers)
         )
         longest = max(chunk.used_bytes for chunk in chunks)
-        stride = -(-longest // _ALIGN_BYTES) * _ALIGN_BYTES
+        stride = _aligned(longest) + SEAL_BYTES
         return Wire(quantizer, scale_rule, block_size, itemsize, chunks, stride)
 
     return BucketLayout(tuple(slots), expected, wire(uplink), wire(downlink))
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 def _plan_chunk(

@@ -16,10 +16,17 @@ from torch.optim import Optimizer
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.kernels.sources import ADAM_TERMS, AdamSource, Preconditioner
-from effadam_hook.layout import Slot
+from effadam_hook.layout import Piece, Slot
 from effadam_hook.optim import MOMENTS, EfficientAdam
 
-__all__ = ["GradientContent", "GradientMode", "Mode", "PreconditionedMode", "UpdateMode"]
+__all__ = [
+    "GradientContent",
+    "GradientMode",
+    "Mode",
+    "PreconditionedMode",
+    "UpdateMode",
+    "WeightMode",
+]
 
 
 class GradientContent:
@@ -29,11 +36,13 @@ class GradientContent:
         preconditioner: What the kernels divide blocks by, if anything.
         adam: What turns the gradient into an update, if anything.
         averages_first: Whether the gradient itself is averaged, uncompressed, before it is encoded.
+        sends_weights: Whether servers apply the mean themselves and send weights down, not means.
     """
 
     preconditioner: Preconditioner | None = None
     adam: AdamSource | None = None
     averages_first = False
+    sends_weights = False
 
     def begin(self) -> None:
         """Prepare a step; called by the hook before the exchange."""
@@ -54,6 +63,17 @@ class GradientContent:
 
         Args:
             bucket: ``[numel]``, DDP's buffer.
+        """
+
+    def apply_on_server(
+        self, mean: Tensor, residual: Tensor | None, pieces: Sequence[Piece]
+    ) -> None:
+        """With :attr:`sends_weights`: turn the mean update of a chunk into its new weights, in place.
+
+        Args:
+            mean: ``[chunk numel]``, the workers' mean.
+            residual: ``[chunk numel]``, what the weights that all ranks hold lack of the server's.
+            pieces: Where the chunk's elements belong.
         """
 
 
@@ -222,6 +242,23 @@ class UpdateMode(GradientMode):
             engine.queue_callback(lambda: engine.queue_callback(note))
 
 
+class WeightMode(UpdateMode):
+    """Quantized Adam: updates go up, the server keeps the weights and sends them down quantized.
+
+    What the server's residual holds is the part of its weights that the quantized ones lack, so the
+    workers compute gradients at ``Q_x(x)`` while ``x`` itself loses nothing.
+    """
+
+    name = "update up, weights down"
+
+    def content(
+        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+    ) -> GradientContent:
+        """A content whose servers apply the update."""
+        self._differing.update(parameters)
+        return _WeightContent(self.optimizer, parameters, slots, self.wire_dtype(dtype))
+
+
 class _UpdateContent(GradientContent):
     """One bucket's moments and update, and the terms of the current step."""
 
@@ -272,6 +309,29 @@ class _UpdateContent(GradientContent):
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
             update = self._update[slot.start : slot.start + slot.numel]
             self._optimizer.deliver(parameter, update)
+
+
+class _WeightContent(_UpdateContent):
+    sends_weights = True
+
+    def apply_on_server(
+        self, mean: Tensor, residual: Tensor | None, pieces: Sequence[Piece]
+    ) -> None:
+        for piece in pieces:
+            here = slice(piece.local, piece.local + piece.numel)
+            parameter, slot = self._parameters[piece.slot], self._slots[piece.slot]
+            keep = self._optimizer.keeps(parameter, slot.name)
+            held = parameter.detach().reshape(-1)[piece.offset : piece.offset + piece.numel]
+            torch.sub(held.to(mean.dtype) * keep, mean[here], out=mean[here])
+            if residual is not None:
+                residual[here].mul_(keep)
+
+    def finish(self, bucket: Tensor) -> None:
+        for parameter, slot in zip(self._parameters, self._slots, strict=True):
+            weights = self._update[slot.start : slot.start + slot.numel]
+            held = parameter.detach().reshape(-1)
+            bucket[slot.start : slot.start + slot.numel] = held.to(weights.dtype) - weights
+            self._optimizer.deliver(parameter, weights, replaces=True)
 
 
 Mode = GradientMode

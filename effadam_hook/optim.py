@@ -3,8 +3,9 @@
 Every worker keeps moments of its own gradients, and the communication hook turns them into an update
 inside the bucket, quantizes that and averages it::
 
-    v_i ← β2 v_i + (1 - β2) g_i² ;  m_i ← β1 m_i + (1 - β1) g_i ;  u_i = α m_i / (√v_i + ε)     in the hook
-    x   ← x - α λ x - δ̃ ,  where δ̃ is the twice quantized mean of the u_i                       in step()
+    in the hook    v_i ← β2 v_i + (1 - β2) g_i² ;  m_i ← β1 m_i + (1 - β1) g_i
+                   u_i = α m_i / (√v_i + ε)
+    in step()      x ← x - α λ x - δ̃ ,  where δ̃ is the twice quantized mean of the u_i
 
 The learning rate is inside the quantizer: what error feedback keeps is in units of the weights.
 
@@ -13,7 +14,8 @@ up to √N smaller (with no noise, equal). ``second_moment`` says what to do abo
 
 - ``"local"``: nothing, as published. Multiply the learning rate, by up to √N.
 - ``"shared"``: v is common to all workers. It follows the squared *mean* gradient, which is averaged
-  uncompressed every ``refresh_every`` steps; in between, v rests.
+  uncompressed in the first ``refresh_every`` steps and then every ``refresh_every``-th; in between, v
+  rests.
 - ``"frozen"``: v is common, estimated during the warm-up's dense steps and never changed again, as in
   1-bit Adam.
 """
@@ -105,6 +107,7 @@ class EfficientAdam(Optimizer):
         self._groups: dict[Tensor, dict[str, Any]] = {}
         self._updates: dict[Tensor, Tensor] = {}
         self._averaged: set[Tensor] = set()
+        self._replaces = False
         self._versions: dict[Tensor, int] = {}
         self.generation = 0
         super().__init__(
@@ -187,9 +190,11 @@ class EfficientAdam(Optimizer):
             step: The step that is being taken, from 1.
 
         Returns:
-            True every ``refresh_every`` steps with ``second_moment="shared"``.
+            With ``second_moment="shared"`` True for the first ``refresh_every`` steps, since a second
+            moment of few gradients makes wild steps, and then every ``refresh_every``-th.
         """
-        return self.second_moment == "shared" and (step - 1) % self.refresh_every == 0
+        due = step <= self.refresh_every or (step - 1) % self.refresh_every == 0
+        return self.second_moment == "shared" and due
 
     def init_state(self, parameter: Tensor, name: str) -> dict[str, Any]:
         """The state of a parameter, made if it has none: zero moments in float32 or float64."""
@@ -248,14 +253,29 @@ class EfficientAdam(Optimizer):
             beta2 **= step - state.get("refreshed", step - 1)
         return beta2
 
-    def deliver(self, parameter: Tensor, update: Tensor) -> None:
-        """Take the common update of a parameter, for the next :meth:`step`.
+    def keeps(self, parameter: Tensor, name: str) -> float:
+        """What decoupled weight decay leaves of a weight in the step that is being taken.
 
         Args:
             parameter: The parameter.
-            update: ``[numel]``, δ̃ in the arithmetic's dtype.
+            name: Its name, for messages.
+
+        Returns:
+            ``1 - α λ``.
+        """
+        group = self.group_of(parameter, name)
+        return 1 - self._alpha(group, self.state[parameter]) * float(group["weight_decay"])
+
+    def deliver(self, parameter: Tensor, update: Tensor, replaces: bool = False) -> None:
+        """Take the common result for a parameter, for the next :meth:`step`.
+
+        Args:
+            parameter: The parameter.
+            update: ``[numel]``, δ̃ in the arithmetic's dtype, or the new weights.
+            replaces: Whether it is the new weights.
         """
         self._updates[parameter] = update
+        self._replaces = replaces
 
     def deliver_mean(self, parameter: Tensor) -> None:
         """Note that ``parameter.grad`` will be the mean gradient: the next step is plain AdamW.
@@ -341,7 +361,7 @@ class EfficientAdam(Optimizer):
         return loss
 
     def _takes_mean(self, parameter: Tensor) -> bool:
-        """Whether this step is a dense one for a parameter; raises if its gradient is not the hook's."""
+        """Whether this step is a dense one; raises if the gradient is not the hook's."""
         if parameter.grad is None:
             return False
         assert self._attached is not None
@@ -381,15 +401,19 @@ class EfficientAdam(Optimizer):
 
     def _apply(self, parameter: Tensor, update: Tensor, dense: bool) -> None:
         assert self._attached is not None
-        group, state = self.group_of(parameter, self._attached[parameter]), self.state[parameter]
+        name = self._attached[parameter]
+        group, state = self.group_of(parameter, name), self.state[parameter]
         refreshed = dense or self.refreshes(state["step"] + 1)
-        if group["weight_decay"] != 0:
-            parameter.mul_(1 - self._alpha(group, state) * group["weight_decay"])
+        if self._replaces and not dense:
+            parameter.copy_(update.view_as(parameter))
+        else:
+            if group["weight_decay"] != 0:
+                parameter.mul_(self.keeps(parameter, name))
+            parameter.sub_(update.view_as(parameter))
         state["decay"] *= self._beta2(group, state, refreshed)
         state["step"] += 1
         if refreshed:
             state["refreshed"] = state["step"]
-        parameter.sub_(update.view_as(parameter))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping moments in their own dtype whatever the parameters'.

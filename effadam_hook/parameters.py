@@ -1,4 +1,4 @@
-"""Which parameter a tensor in a bucket is: its name and its position, stable across buckets and runs."""
+"""Which parameter a tensor is: its name and its position, stable across buckets and runs."""
 
 from __future__ import annotations
 

@@ -6,10 +6,14 @@ shows it with other parameters than before; a step allocates nothing.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from effadam_hook.exchange import Topology
+from effadam_hook.exchange.seal import Seal
 from effadam_hook.kernels import Kernels
 from effadam_hook.layout import BucketLayout
 from effadam_hook.modes import GradientContent
@@ -32,6 +36,7 @@ class BucketPlan:
         worker: The worker's residuals, or None without error feedback.
         server: The server's residuals, or None without error feedback.
         content: What is exchanged: the gradient, or what is made of it.
+        parameters: The bucket's parameters.
     """
 
     def __init__(
@@ -46,10 +51,12 @@ class BucketPlan:
         worker: Residuals | None,
         server: Residuals | None,
         content: GradientContent,
+        parameters: Sequence[Tensor],
     ) -> None:
         self.label = label
         self.layout = layout
-        self.fingerprint = layout.fingerprint(dtype)
+        digest = _digest(label, layout, dtype)
+        self.fingerprint = f"{digest:08x}"
         self._kernels = kernels
         self._server = topology.serves
         self._dtype = dtype
@@ -65,6 +72,16 @@ class BucketPlan:
         self.received = payload(world_size if self._server is not None else 0, up.stride_bytes)
         self.downlink = payload(topology.servers, down.stride_bytes)
         self.outgoing = topology.outgoing(self.downlink)
+        self._seal: Seal | None = None
+        if device.type == "cpu":
+            names = [slot.name for slot in layout.slots]
+            self._seal = Seal(
+                digest, names, parameters, self.uplink, self.received, label == "bucket 0"
+            )
+
+        self._raw = up.as_raw()
+        rows = int(content.sends_weights and self._server is not None)
+        self._weights = payload(rows, self._raw.stride_bytes)
 
         self._worker_residual = self._server_residual = None
         if worker is not None:
@@ -80,13 +97,16 @@ class BucketPlan:
         """Whether the bucket itself is averaged, uncompressed, before this step's exchange."""
         return self._content.averages_first
 
-    def load(self, bucket: Tensor) -> None:
+    def load(self, bucket: Tensor, look: bool) -> None:
         """Begin a step.
 
         Args:
             bucket: ``[numel]``, DDP's buffer, read and in the end overwritten.
+            look: Whether to compare a weight with the other ranks'.
         """
         self.bucket = bucket
+        if self._seal is not None:
+            self._seal.stamp(look)
         self._content.begin()
 
     def encode(self) -> None:
@@ -97,12 +117,18 @@ class BucketPlan:
             self._worker_residual,
             self.uplink,
             self._dtype,
-            **self._fused("preconditioner", "adam"),
+            preconditioner=self._content.preconditioner,
+            adam=self._content.adam,
         )
 
     def reduce(self) -> None:
         """What the workers sent and the server residual into the downlink's chunk."""
         assert self._server is not None
+        if self._seal is not None:
+            self._seal.check()
+        if self._content.sends_weights:
+            self._reduce_to_weights(self._server)
+            return
         self._kernels.reduce_encode_(
             self.layout.uplink,
             self.layout.downlink,
@@ -111,7 +137,20 @@ class BucketPlan:
             self._server_residual,
             self._dtype,
             self.outgoing,
-            **self._fused("preconditioner"),
+            preconditioner=self._content.preconditioner,
+        )
+
+    def _reduce_to_weights(self, server: int) -> None:
+        """The mean uncompressed, then the server's new weights in its place, then those encoded."""
+        up, raw, down = self.layout.uplink, self._raw, self.layout.downlink
+        chunk = raw.chunks[server]
+        self._kernels.reduce_encode_(
+            up, raw, server, self.received, None, self._dtype, self._weights[0]
+        )
+        values = self._weights[0, : chunk.used_bytes].view(self._dtype)
+        self._content.apply_on_server(values, self._server_residual, chunk.pieces)
+        self._kernels.reduce_encode_(
+            raw, down, server, self._weights, self._server_residual, self._dtype, self.outgoing
         )
 
     def decode(self) -> Tensor:
@@ -121,11 +160,15 @@ class BucketPlan:
             self.downlink,
             self._content.target(self.bucket),
             self._dtype,
-            **self._fused("preconditioner"),
+            preconditioner=self._content.preconditioner,
         )
         self._content.finish(self.bucket)
         return self.bucket
 
-    def _fused(self, *names: str) -> dict:
-        values = {name: getattr(self._content, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
+
+def _digest(label: str, layout: BucketLayout, dtype: torch.dtype) -> int:
+    wires = [
+        (wire.quantizer.name, wire.scale_rule, wire.block_size, len(wire.chunks))
+        for wire in (layout.uplink, layout.downlink)
+    ]
+    return zlib.crc32(repr((label, layout.slots, wires, dtype)).encode())

@@ -15,9 +15,9 @@ From a block to its codes, in order:
 [4] The final scale is the least-squares one, ``<y, q> / <q, q>``, with which no choice of codes can
     increase the norm of the error beyond that of the block itself; or ``max|y| / top level``.
 
-The codes of a block are packed in planes: code ``i`` of ``n`` belongs to plane ``i // P`` and column
-``i % P`` with ``P = ceil(n / planes)``. A column of eight ``b``-bit codes makes ``b`` bytes, stored ``P``
-apart; a column of five ternary codes makes one byte in base 3. Planes let one vector instruction pack
+The codes of a block are packed in planes: code ``i`` of ``n`` belongs to plane ``i // P`` and
+column ``i % P`` with ``P = ceil(n / planes)``. A column of eight ``b``-bit codes makes ``b`` bytes,
+stored ``P`` apart; a column of five ternary codes makes one byte in base 3. Planes let one vector instruction pack
 many codes on any device without shuffling.
 
 This module is integers and floats only; the arithmetic on tensors is in :mod:`effadam_hook.kernels`.
@@ -79,7 +79,9 @@ class Quantizer:
     @property
     def thresholds(self) -> tuple[float, ...]:
         """Midpoints of neighbouring magnitudes; a ratio on one takes the smaller magnitude."""
-        return tuple((a + b) / 2 for a, b in zip(self.magnitudes, self.magnitudes[1:]))
+        return tuple(
+            (a + b) / 2 for a, b in zip(self.magnitudes, self.magnitudes[1:], strict=False)
+        )
 
     @property
     def largest_scale(self) -> float:

@@ -159,7 +159,7 @@ def check_convergence(schedule: Schedule, horizon: int, beta: float = 0.9) -> Co
             constant_at_half = constant
             quantity_at_half = total / (step * alpha)
     quantity = total / (horizon * schedule.alpha(horizon))
-    inside = 0 < lowest_theta and highest_theta < 1
+    inside = lowest_theta > 0 and highest_theta < 1
     return ConvergenceReport(
         Condition(0 <= beta < 1, beta, "beta, must be at least 0 and below 1"),
         Condition(

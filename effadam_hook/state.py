@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,15 @@ class EfficientAdamState:
         self._engine.enabled = value
 
     @property
+    def check_replicas(self) -> bool:
+        """Whether ranks compare a few weights at each step, on the CPU only; drift is an error."""
+        return self._engine.check_replicas
+
+    @check_replicas.setter
+    def check_replicas(self, value: bool) -> None:
+        self._engine.check_replicas = value
+
+    @property
     def steps(self) -> int:
         """Backward passes with communication so far."""
         return self._engine.counters.steps
@@ -132,6 +141,15 @@ class EfficientAdamState:
         self._engine.parameters.bind(named)
         self._engine.agree(self._engine.parameters.device())
 
+    def watch_join(self, is_joining: Callable[[], bool]) -> None:
+        """Compare weights between ranks, see :attr:`check_replicas`, except under ``join()``.
+
+        Args:
+            is_joining: Whether the model is under ``join()``, where ranks that have run out of data
+                no longer update theirs.
+        """
+        self._engine.is_joining = is_joining
+
     def use(self, mode: Mode) -> None:
         """Exchange something else than the gradient; :func:`attach` does it before binding.
 
@@ -158,7 +176,8 @@ class EfficientAdamState:
         Returns:
             ``steps``; ``dense_bytes``, ``uplink_bytes``, ``downlink_bytes`` (payload bytes, see
             :class:`effadam_hook.stats.Counters`); ``ratio``, dense over sent;
-            ``worker_residual_norm`` and ``server_residual_norm``, 2-norms over this rank's residuals.
+            ``worker_residual_norm`` and ``server_residual_norm``, 2-norms over this rank's residuals;
+            ``exchange_s``, seconds of the last exchange, see :class:`effadam_hook.stats.Clock`.
         """
         engine = self._engine
         return {
@@ -166,6 +185,7 @@ class EfficientAdamState:
             "ratio": engine.counters.ratio,
             "worker_residual_norm": engine.worker.norm(),
             "server_residual_norm": engine.server.norm(),
+            "exchange_s": engine.clock.seconds,
         }
 
     def summary(self) -> str:

@@ -1,10 +1,15 @@
-"""Counters of what has travelled: plain integers, known from the layout, no look at any device."""
+"""What has travelled, counted in plain integers known from the layout, and how long it took."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 
-__all__ = ["Counters"]
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+__all__ = ["Clock", "Counters"]
 
 
 @dataclass
@@ -47,3 +52,45 @@ class Counters:
     def to_dict(self) -> dict[str, int]:
         """Plain integers, for saved states."""
         return asdict(self)
+
+
+class Clock:
+    """Times an exchange, from its first bucket's arrival to its last one's decoding.
+
+    Nothing waits for it: on CUDA the times are those of events, looked at when someone asks.
+    """
+
+    def __init__(self) -> None:
+        self._begin_s = 0.0
+        self._begin: torch.cuda.Event | None = None
+        self._last: float | tuple[torch.cuda.Event, torch.cuda.Event] = 0.0
+
+    def start(self, device: torch.device) -> None:
+        """A backward's first bucket is here."""
+        self._begin_s = time.perf_counter()
+        self._begin = _event() if device.type == "cuda" else None
+
+    def stop_after(self, last: Future[Tensor]) -> None:
+        """Note the time when a future completes; the exchange completes them in order."""
+        begin_s, begin = self._begin_s, self._begin
+
+        def note(_: Future[Tensor]) -> None:
+            # For a future on CUDA, torch runs this on a stream that comes after the future's.
+            self._last = (begin, _event()) if begin else time.perf_counter() - begin_s
+
+        last.add_done_callback(note)
+
+    @property
+    def seconds(self) -> float:
+        """What the last exchange took; 0 before the first. Waits for the device."""
+        if isinstance(self._last, float):
+            return self._last
+        begin, end = self._last
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -43,8 +43,16 @@ from typing import Any
 
 __all__ = ["Died", "RankError", "run_ranks"]
 
-# What nearly every rank imports. DDP imports torch._dynamo, which takes as long as torch itself.
-_PRELOAD = ["torch", "torch._dynamo", "torch.nn.parallel", "pytest", "hypothesis"]
+# What nearly every rank imports, and what takes long. DDP imports torch._dynamo, which takes as long
+# as torch itself. What cannot be imported is left out.
+_PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.nn.parallel",
+    "pytest",
+    "hypothesis",
+    "lightning_plugin",
+]
 
 _DEFAULT_ENV = {
     "OMP_NUM_THREADS": "1",  # ranks share few cores

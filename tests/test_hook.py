@@ -141,7 +141,11 @@ def soak(rank: int, world_size: int, topology: str) -> tuple[list[Tensor], int, 
         optimizer.step()
         if torch.rand((), generator=jitter) < 0.1:
             time.sleep(0.003)
-    return [p.detach() for p in model.parameters()], len(state._engine.plans), state.stats()["steps"]
+    return (
+        [p.detach() for p in model.parameters()],
+        len(state._engine.plans),
+        state.stats()["steps"],
+    )
 
 
 def delay_calls(name: str, jitter: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""Residuals survive: layout changes, a resume on the same ranks to the bit, on other ranks in the mean."""
+"""Residuals survive: layout changes, a resume on the same ranks to the bit, on others in the mean."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_residuals_move_with_their_parameters_when_buckets_change() -> None:
 def test_a_residual_of_another_size_is_refused() -> None:
     residuals = Residuals()
     residuals.adopt([Place("a", 0, 3)], 3, torch.float32, CPU)
-    with pytest.raises(ValueError, match="'a' has 3 elements. Must be 4"):
+    with pytest.raises(ValueError, match=r"'a' has 3 elements\. Must be 4"):
         residuals.adopt([Place("a", 0, 4)], 4, torch.float32, CPU)
 
 
@@ -189,5 +189,5 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
 
 def test_a_state_needs_a_process_group_only_when_used() -> None:
     state = EfficientAdamState()
-    with pytest.raises(RuntimeError, match="Call torch.distributed.init_process_group"):
+    with pytest.raises(RuntimeError, match=r"Call torch\.distributed\.init_process_group"):
         state.state_dict()

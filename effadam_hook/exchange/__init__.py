@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import UnsupportedBackendError
 from effadam_hook.exchange.compat import backend_of
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lanes import LaneExchange
@@ -17,8 +17,9 @@ from effadam_hook.exchange.rank0 import Rank0
 from effadam_hook.exchange.sharded import Sharded
 from effadam_hook.exchange.stream import StreamExchange
 from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.watchdog import Passage, Watch
 
-__all__ = ["Exchange", "Topology", "make_exchange", "make_topology"]
+__all__ = ["Exchange", "Passage", "Topology", "Watch", "make_exchange", "make_topology"]
 
 
 class Exchange(Protocol):
@@ -28,12 +29,8 @@ class Exchange(Protocol):
         """A future for a job, to be handed to DDP before or after the job is submitted."""
         ...
 
-    def submit(self, job: Job, future: Future[Tensor]) -> None:
-        """Start a job; the future completes after decoding, or with what went wrong."""
-        ...
-
-    def close(self) -> None:
-        """Release threads and groups; nothing may be submitted afterwards."""
+    def submit(self, job: Job, passage: Passage) -> None:
+        """Start a job; the passage ends after decoding, or with what went wrong."""
         ...
 
 
@@ -43,26 +40,29 @@ def make_topology(name: str, group: dist.ProcessGroup) -> Topology:
     return kinds[name](group.rank(), group.size())
 
 
-def make_exchange(topology: Topology, group: dist.ProcessGroup, device: torch.device) -> Exchange:
+def make_exchange(
+    topology: Topology, group: dist.ProcessGroup, device: torch.device, watch: Watch
+) -> Exchange:
     """The exchange that is safe for a group's backend; every rank of the group must call this.
 
     Args:
         topology: Who is the server.
         group: DDP's process group.
         device: Where the buckets are.
+        watch: Knows the buckets under way, and ends the exchange.
 
     Returns:
         Threads and further groups for Gloo, a side stream for NCCL.
 
     Raises:
-        EffAdamError: If the backend for that device is neither.
+        UnsupportedBackendError: If the backend for that device is neither.
     """
     backend = backend_of(group, device)
     if device.type == "cpu" and backend == "gloo":
-        return LaneExchange(topology, group)
+        return LaneExchange(topology, group, watch)
     if device.type == "cuda" and backend == "nccl":
         return StreamExchange(topology, group, device)
-    raise EffAdamError(
+    raise UnsupportedBackendError(
         f"The process group uses the backend {backend!r} for tensors on {device.type!r}. "
         "Must be gloo on cpu or nccl on cuda: start it with "
         'init_process_group("cpu:gloo,cuda:nccl").'

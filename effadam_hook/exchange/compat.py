@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "DefaultStore",
+    "abandon",
     "all_gather_flat",
     "backend_of",
     "gather_bytes",
     "gather_to_first",
     "new_group_like",
     "timeout_of",
+    "wait_while",
 ]
+
+_SLICE = timedelta(seconds=0.5)
 
 
 def all_gather_flat(out: Tensor, value: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
@@ -112,3 +121,83 @@ def new_group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
         use_local_synchronization=True,
     )
     return made
+
+
+def wait_while(work: dist.Work, is_useful: Callable[[], bool]) -> bool:
+    """Wait for a collective on Gloo, and look up now and then whether there is any use in it.
+
+    A thread that is blocked in torch when the interpreter shuts down aborts the process; one that
+    waits a moment at a time can be asked to end.
+
+    Args:
+        work: What :func:`torch.distributed.all_reduce` and the like return.
+        is_useful: Asked twice a second.
+
+    Returns:
+        Whether the collective is done; False if waiting was given up.
+
+    Raises:
+        RuntimeError: If the collective has failed.
+    """
+    while not _done_within(work, _SLICE):
+        if work.is_completed():
+            work.wait()  # raises if it was the collective that failed, not the slice
+            return True
+        if not is_useful():
+            return False
+    return True
+
+
+def _done_within(work: dist.Work, slice_: timedelta) -> bool:
+    try:
+        work.wait(slice_)
+    except RuntimeError:
+        return False
+    return True
+
+
+def abandon(*groups: dist.ProcessGroup) -> None:
+    """Leave groups alone for good: a collective under way in them may never end.
+
+    A Gloo group that is destroyed waits for its collectives, up to the group's time-out, also when
+    that happens at the end of the process. One that is never destroyed does not.
+
+    Args:
+        *groups: The process groups.
+    """
+    for group in groups:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+class DefaultStore:
+    """The store through which the default process group was set up, as long as that group lives.
+
+    It holds no reference: a store that is kept alive keeps its port from the next process group.
+
+    Args:
+        prefix: Put before every key.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._world = weakref.ref(dist.group.WORLD) if dist.is_initialized() else lambda: None
+
+    def is_reachable(self) -> bool:
+        """Whether that process group is still the default one."""
+        return dist.is_initialized() and dist.group.WORLD is self._world()
+
+    def get(self, key: str) -> bytes | None:
+        """A value, or None; never waits for one to be set."""
+        store = self._store()
+        if not store.check([key]):
+            return None
+        value: bytes = store.get(key)
+        return value
+
+    def set(self, key: str, value: bytes) -> None:
+        """Set a value for all ranks to see."""
+        self._store().set(key, value.decode())
+
+    def _store(self) -> Any:
+        world = torch.distributed.distributed_c10d
+        return world.PrefixStore(self._prefix, world._get_default_store())

@@ -9,44 +9,89 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-__all__ = ["all_reduce_mean", "average"]
+from effadam_hook.exchange.compat import abandon
+from effadam_hook.exchange.lane import Lane
+from effadam_hook.exchange.watchdog import Passage, Watch
+
+__all__ = ["DenseExchange", "start_average"]
+
+_Sum = tuple[Tensor, list[dist.Work]]
 
 
-def all_reduce_mean(
-    buffer: Tensor, group: dist.ProcessGroup, also: Sequence[Tensor] = ()
-) -> Future[Tensor]:
-    """Average a bucket over the ranks, uncompressed, in place.
+class DenseExchange:
+    """Averages buckets on DDP's own process group.
+
+    The collectives are started by the hook itself, in the order in which DDP calls it. On the CPU
+    a thread waits for them, so that a rank that waits in vain can be told; elsewhere their futures
+    do.
+
+    Args:
+        group: DDP's process group.
+        watch: Knows the buckets under way.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, watch: Watch) -> None:
+        self._group = group
+        self._watch = watch
+        self._lane: Lane[_Sum] | None = None
+
+    def submit(self, label: str, buffer: Tensor, also: Sequence[Tensor] = ()) -> Future[Tensor]:
+        """Average a bucket over the ranks, uncompressed, in place.
+
+        Args:
+            label: How messages name the bucket.
+            buffer: ``[numel]``, or a sparse tensor.
+            also: Further tensors to average in place before the future completes.
+
+        Returns:
+            A future of the same tensor.
+        """
+        if buffer.device.type != "cpu":
+            return _when_all_are_done(buffer, self._start(buffer, also))
+        layout = "sparse" if buffer.is_sparse else f"{buffer.numel()} elements"
+        passage = self._watch.enter(label, "a dense all-reduce", layout, "dense all-reduce")
+        if self._lane is None:
+            group = self._group
+            self._lane = Lane("effadam-dense", _finish, self._watch)
+            self._watch.on_failure(lambda: abandon(group))
+            self._watch.on_close(self._lane.close)
+        self._lane.put(passage, (buffer, self._start(buffer, also)))
+        return passage.future
+
+    def _start(self, buffer: Tensor, also: Sequence[Tensor]) -> list[dist.Work]:
+        return [start_average(tensor, self._group) for tensor in (buffer, *also)]
+
+
+def start_average(buffer: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start averaging a bucket over the ranks, uncompressed, in place.
 
     Args:
         buffer: ``[numel]``, or a sparse tensor.
-        group: DDP's process group.
-        also: Further tensors to average in place before the future completes.
+        group: The process group.
 
     Returns:
-        A future of the same tensor.
+        The work to wait for.
     """
-    futures = []
-    for tensor in (buffer, *also):
-        tensor.div_(group.size())
-        work = dist.all_reduce(tensor, group=group, async_op=True)
-        assert work is not None
-        futures.append(work.get_future())
+    buffer.div_(group.size())
+    work: dist.Work | None = dist.all_reduce(buffer, group=group, async_op=True)
+    assert work is not None
+    return work
 
+
+def _finish(passage: Passage, job: _Sum) -> None:
+    buffer, works = job
+    for work in works:
+        passage.work = work
+        passage.wait()
+    passage.succeed(buffer)
+
+
+def _when_all_are_done(buffer: Tensor, works: list[dist.Work]) -> Future[Tensor]:
     def own_buffer(done: Future[list[Future[Tensor]]]) -> Tensor:
         for each in done.value():
             each.value()  # raises what the collective raised
         return buffer
 
+    futures = [work.get_future() for work in works]
     future: Future[Tensor] = torch.futures.collect_all(futures).then(own_buffer)
     return future
-
-
-def average(buffer: Tensor, group: dist.ProcessGroup) -> None:
-    """Average a bucket over the ranks, uncompressed, in place, and wait for it.
-
-    Args:
-        buffer: ``[numel]``.
-        group: A process group that nothing else uses at the time.
-    """
-    buffer.div_(group.size())
-    dist.all_reduce(buffer, group=group)

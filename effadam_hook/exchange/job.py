@@ -14,6 +14,8 @@ class Job(Protocol):
 
     label: str
     """How messages name the bucket."""
+    fingerprint: str
+    """What must be the same on every rank: a digest of the layout."""
     bucket: Tensor
     """``[numel]``: DDP's buffer."""
     uplink: Tensor

@@ -16,39 +16,18 @@ While bucket k is on its way down, bucket k+1 is on its way up, and backward goe
 
 from __future__ import annotations
 
-import atexit
-import threading
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from queue import SimpleQueue
-
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from effadam_hook.errors import EffAdamError
-from effadam_hook.exchange.compat import new_group_like
-from effadam_hook.exchange.dense import average
+from effadam_hook.exchange.compat import abandon, new_group_like
+from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.job import Job
+from effadam_hook.exchange.lane import Lane
 from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.watchdog import Passage, Watch
 
 __all__ = ["LaneExchange"]
-
-
-@dataclass
-class _Passage:
-    """A job on its way through the lanes, and the phase that it is in."""
-
-    job: Job
-    future: Future[Tensor]
-    phase: str = "encode"
-    work: dist.Work | None = None
-
-    def wait(self) -> None:
-        """Wait for the collective under way."""
-        if self.work is not None:
-            self.work.wait()
 
 
 class LaneExchange:
@@ -57,110 +36,54 @@ class LaneExchange:
     Args:
         topology: Who is the server.
         group: DDP's process group, whose ranks and time-out the two further groups get.
+        watch: Knows the buckets under way.
     """
 
-    def __init__(self, topology: Topology, group: dist.ProcessGroup) -> None:
+    def __init__(self, topology: Topology, group: dist.ProcessGroup, watch: Watch) -> None:
         self._topology = topology
-        self._rank = group.rank()
-        self._up_group = new_group_like(group)
-        self._down_group = new_group_like(group)
-        self._failure: str | None = None
-        self._up = _Lane("effadam-up", self._guarded(self._step_up))
-        self._across = _Lane("effadam-across", self._guarded(self._step_across))
-        self._down = _Lane("effadam-down", self._guarded(self._step_down))
-        _open_exchanges.add(self)
+        self._up_group = up = new_group_like(group)
+        self._down_group = down = new_group_like(group)
+        self._up = Lane("effadam-up", self._step_up, watch)
+        self._across = Lane("effadam-across", self._step_across, watch)
+        self._down = Lane("effadam-down", self._step_down, watch)
+        watch.on_failure(lambda: abandon(up, down))
+        for lane in (self._up, self._across, self._down):
+            watch.on_close(lane.close)
 
     def new_future(self) -> Future[Tensor]:
         """A future for a job, to be handed to DDP."""
         return Future()
 
-    def submit(self, job: Job, future: Future[Tensor]) -> None:
+    def submit(self, job: Job, passage: Passage) -> None:
         """Start a job.
 
         Args:
-            job: The bucket's job; its buffers are in use until the future completes.
-            future: Completed with the decoded bucket, or with what went wrong.
+            job: The bucket's job; its buffers are in use until the passage ends.
+            passage: Ends with the decoded bucket, or with what went wrong.
         """
-        self._up.put(_Passage(job, future))
+        self._up.put(passage, job)
 
-    def close(self) -> None:
-        """End the threads; a collective under way is left to its group's time-out."""
-        for lane in (self._up, self._across, self._down):
-            lane.close()
-        _open_exchanges.discard(self)
-
-    def _step_up(self, passage: _Passage) -> None:
-        job = passage.job
+    def _step_up(self, passage: Passage, job: Job) -> None:
         if job.averages_first:
             passage.phase = "dense average"
-            average(job.bucket, self._up_group)
+            passage.work = start_average(job.bucket, self._up_group)
+            passage.wait()
             passage.phase = "encode"
         job.encode()  # [1]
         passage.phase = "uplink"
         passage.work = self._topology.send_up(job.uplink, job.received, self._up_group)  # [2]
-        self._across.put(passage)
+        self._across.put(passage, job)
 
-    def _step_across(self, passage: _Passage) -> None:
-        job = passage.job
+    def _step_across(self, passage: Passage, job: Job) -> None:
         passage.wait()  # [3]
         if self._topology.serves is not None:
             passage.phase = "reduce"
             job.reduce()  # [4]
         passage.phase = "downlink"
         passage.work = self._topology.send_down(job.outgoing, job.downlink, self._down_group)  # [5]
-        self._down.put(passage)
+        self._down.put(passage, job)
 
-    def _step_down(self, passage: _Passage) -> None:
+    def _step_down(self, passage: Passage, job: Job) -> None:
         passage.wait()  # [6]
         passage.phase = "decode"
-        passage.future.set_result(passage.job.decode())  # [7] [8]
-
-    def _guarded(self, step: Callable[[_Passage], None]) -> Callable[[_Passage], None]:
-        """A step whose failure reaches the future, and after which nothing is started any more."""
-
-        def run(passage: _Passage) -> None:
-            try:
-                if self._failure is not None:
-                    raise EffAdamError(
-                        f"not started, the exchange has stopped: {self._failure}. "
-                        "Restart all ranks from a checkpoint."
-                    )
-                step(passage)
-            except BaseException as error:
-                message = f"Rank {self._rank}, {passage.job.label}, {passage.phase}: {error}"
-                self._failure = self._failure or message
-                failure = EffAdamError(message)
-                failure.__cause__ = error
-                passage.future.set_exception(failure)  # type: ignore[arg-type]
-
-        return run
-
-
-class _Lane:
-    """A thread that takes passages one at a time, in order."""
-
-    def __init__(self, name: str, step: Callable[[_Passage], None]) -> None:
-        self._queue: SimpleQueue[_Passage | None] = SimpleQueue()
-        # A daemon, so that a rank whose peer is gone can still end.
-        self._thread = threading.Thread(target=self._run, args=(step,), name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, passage: _Passage) -> None:
-        self._queue.put(passage)
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join(timeout=1.0)
-
-    def _run(self, step: Callable[[_Passage], None]) -> None:
-        while (passage := self._queue.get()) is not None:
-            step(passage)
-
-
-_open_exchanges: weakref.WeakSet[LaneExchange] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for exchange in list(_open_exchanges):
-        exchange.close()
+        passage.succeed(job.decode())  # [7] [8]

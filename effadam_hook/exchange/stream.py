@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from effadam_hook.exchange.dense import average
+from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.watchdog import Passage
 
 __all__ = ["StreamExchange"]
 
@@ -38,17 +39,17 @@ class StreamExchange:
         """A future for a job, to be handed to DDP; it orders the streams of whoever waits."""
         return Future(devices=[self._device])
 
-    def submit(self, job: Job, future: Future[Tensor]) -> None:
+    def submit(self, job: Job, passage: Passage) -> None:
         """Issue a job.
 
         Args:
             job: The bucket's job.
-            future: Completed, on the device, with the decoded bucket.
+            passage: Ends, on the device, with the decoded bucket.
         """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             if job.averages_first:
-                average(job.bucket, self._group)
+                _order(start_average(job.bucket, self._group))
             job.encode()
             _order(self._topology.send_up(job.uplink, job.received, self._group))
             if self._topology.serves is not None:
@@ -57,10 +58,7 @@ class StreamExchange:
             result = job.decode()
             # The allocator must not hand the bucket out again while this stream reads it.
             result.record_stream(self._stream)
-            future.set_result(result)
-
-    def close(self) -> None:
-        """Nothing to release: the stream goes with the object."""
+            passage.succeed(result)
 
 
 def _order(work: dist.Work | None) -> None:

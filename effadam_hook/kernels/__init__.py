@@ -1,16 +1,30 @@
-"""The three kernels that carry all the arithmetic, and the choice between their implementations."""
+"""The three kernels that carry all the arithmetic, and the choice between their implementations.
+
+The best implementation for a device runs unless the environment variable ``EFFADAM_KERNELS`` names
+one: ``reference``, ``cpu`` or ``triton``. What is missing is never replaced silently.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from effadam_hook.kernels import reference
+from effadam_hook.kernels.sources import AdamSource, Preconditioner
 from effadam_hook.layout import Wire
 
-__all__ = ["Kernels", "select"]
+__all__ = ["KERNELS_VARIABLE", "Choice", "Kernels", "choose", "select"]
+
+KERNELS_VARIABLE = "EFFADAM_KERNELS"
+"""Environment variable that forces an implementation by its name."""
+
+_NAMES = ("reference", "cpu", "triton")
 
 
 class Kernels(Protocol):
@@ -22,7 +36,15 @@ class Kernels(Protocol):
         ...
 
     def encode_(
-        self, wire: Wire, x: Tensor, residual: Tensor | None, payload: Tensor, dtype: torch.dtype
+        self,
+        wire: Wire,
+        x: Tensor,
+        residual: Tensor | None,
+        payload: Tensor,
+        dtype: torch.dtype,
+        *,
+        preconditioner: Preconditioner | None = None,
+        adam: AdamSource | None = None,
     ) -> None:
         """Worker side: quantize ``x + residual``, keep the error in ``residual``."""
         ...
@@ -36,22 +58,133 @@ class Kernels(Protocol):
         residual: Tensor | None,
         dtype: torch.dtype,
         payload: Tensor,
+        *,
+        preconditioner: Preconditioner | None = None,
     ) -> None:
         """Server side: average, add ``residual``, quantize again, keep the error in ``residual``."""
         ...
 
-    def decode(self, wire: Wire, payload: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    def decode(
+        self,
+        wire: Wire,
+        payload: Tensor,
+        out: Tensor,
+        dtype: torch.dtype,
+        *,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
         """Everywhere: write what a payload stands for."""
         ...
 
 
+@dataclass(frozen=True)
+class Choice:
+    """An implementation, and why it is this one.
+
+    Attributes:
+        kernels: The implementation.
+        reason: What it is, in words for ``summary()`` and ``effadam env``.
+        remedy: What is missing and how to get it; None if this is the best for the device.
+    """
+
+    kernels: Kernels
+    reason: str
+    remedy: str | None = None
+
+
+def choose(device: torch.device) -> Choice:
+    """The implementation for a device, and why.
+
+    Args:
+        device: Where the buckets live.
+
+    Returns:
+        The choice; without a warning, whatever it is.
+
+    Raises:
+        ValueError: If ``EFFADAM_KERNELS`` names an implementation that there is not.
+        ImportError: If it names one that cannot run here.
+    """
+    forced = os.environ.get(KERNELS_VARIABLE)
+    if forced:
+        return _force(forced, device)
+    if device.type == "cuda":
+        return _for_cuda()
+    if device.type == "cpu":
+        return _for_cpu()
+    return Choice(reference, f"reference: there are no fused kernels for {device.type!r} devices")
+
+
 def select(device: torch.device) -> Kernels:
-    """The best implementation for a device.
+    """The best implementation for a device; warns once if it is not what it could be.
 
     Args:
         device: Where the buckets live.
 
     Returns:
         An implementation of the three kernels.
+
+    Raises:
+        ValueError: If ``EFFADAM_KERNELS`` names an implementation that there is not.
+        ImportError: If it names one that cannot run here.
     """
-    return reference
+    choice = choose(device)
+    if choice.remedy is not None and choice.remedy not in _warned:
+        _warned.add(choice.remedy)
+        warnings.warn(
+            f"effadam_hook runs its {choice.kernels.name} kernels on {device.type!r}, which are "
+            f"several times slower than the fused ones: {choice.remedy}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return choice.kernels
+
+
+_warned: set[str] = set()
+
+
+def _for_cpu() -> Choice:
+    from effadam_hook.kernels import cpu
+
+    try:
+        kernels = cpu.CpuKernels(cpu.load())
+    except ImportError as error:
+        return Choice(
+            reference,
+            f"reference: {error}",
+            f"{error}. Install a C compiler (gcc or clang) and reinstall effadam-hook; the log of "
+            "`pip install -v` shows what a build lacks.",
+        )
+    return Choice(kernels, f"cpu: compiled C, {kernels.variant}")
+
+
+def _for_cuda() -> Choice:
+    if importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+        return Choice(
+            reference, f"reference: {missing}", f"{missing}. Install it: `pip install triton`."
+        )
+    from effadam_hook.kernels import triton_kernels
+
+    return Choice(triton_kernels, "triton: fused CUDA kernels")
+
+
+def _force(name: str, device: torch.device) -> Choice:
+    why = f"as {KERNELS_VARIABLE} demands"
+    if name == "reference":
+        return Choice(reference, f"reference: {why}")
+    if name not in _NAMES:
+        raise ValueError(
+            f"Invalid {KERNELS_VARIABLE}: {name!r}. Must be one of {', '.join(_NAMES)}, or unset to "
+            "take the best."
+        )
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != {"cpu": "cpu", "triton": "cuda"}[name] and not interpreted:
+        raise ImportError(
+            f"{KERNELS_VARIABLE}={name} was given, but the bucket is on {device}. Unset it, or set it "
+            "to 'reference'."
+        )
+    choice = _for_cpu() if name == "cpu" else _for_cuda()
+    if choice.remedy is not None:
+        raise ImportError(f"{KERNELS_VARIABLE}={name} was given, but {choice.remedy}")
+    return Choice(choice.kernels, f"{choice.reason}, {why}")

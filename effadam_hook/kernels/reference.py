@@ -20,6 +20,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effadam_hook.kernels.sources import (
+    AdamSource,
+    Preconditioner,
+    check_arguments,
+    compute_dtype,
+)
 from effadam_hook.layout import Piece, Wire
 from effadam_hook.quantizers import SCALE_BYTES, Quantizer
 
@@ -29,11 +35,17 @@ name = "reference"
 
 _LANES = 16
 _TINY = 2.0**-100
-_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
 def encode_(
-    wire: Wire, x: Tensor, residual: Tensor | None, payload: Tensor, dtype: torch.dtype
+    wire: Wire,
+    x: Tensor,
+    residual: Tensor | None,
+    payload: Tensor,
+    dtype: torch.dtype,
+    *,
+    preconditioner: Preconditioner | None = None,
+    adam: AdamSource | None = None,
 ) -> None:
     """Quantize ``x + residual`` into ``payload`` and keep the error in ``residual``.
 
@@ -44,12 +56,32 @@ def encode_(
             no error feedback.
         payload: ``[servers, stride_bytes]`` uint8, overwritten except for its padding.
         dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
+        preconditioner: What blocks are divided by before they are quantized.
+        adam: What turns ``x`` into the update that is encoded in its place.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape, a device or a memory layout is.
     """
+    check_arguments(
+        wire,
+        dtype,
+        bucket=x,
+        residual=residual,
+        payload=payload,
+        preconditioner=preconditioner,
+        adam=adam,
+    )
     for chunk, out in zip(wire.chunks, payload, strict=True):
         for piece in chunk.pieces:
             here = slice(piece.start, piece.start + piece.numel)
             error = None if residual is None else residual[here]
-            _encode_piece(wire, piece, x[here], error, dtype, out)
+            values = x[here].to(compute_dtype(dtype)) if adam is not None else x[here]
+            moments = None if adam is None else _Moments(adam, piece)
+            if moments is not None:
+                values = moments.update(values)
+            divisor = _divisor(wire, piece, preconditioner)
+            _encode_piece(wire, piece, values, error, dtype, out, divisor, moments)
 
 
 def reduce_encode_(
@@ -60,6 +92,8 @@ def reduce_encode_(
     residual: Tensor | None,
     dtype: torch.dtype,
     payload: Tensor,
+    *,
+    preconditioner: Preconditioner | None = None,
 ) -> None:
     """Average the workers' payloads, add the server's residual, and quantize again.
 
@@ -72,18 +106,44 @@ def reduce_encode_(
             means no error feedback.
         dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
         payload: ``[stride_bytes]`` uint8, overwritten except for its padding.
+        preconditioner: What blocks were divided by, and are divided by again.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape, a device or a memory layout is.
     """
+    check_arguments(
+        downlink,
+        dtype,
+        server=server,
+        uplink=uplink,
+        payloads=payloads,
+        residual=residual,
+        payload=payload,
+        preconditioner=preconditioner,
+    )
     pieces = zip(uplink.chunks[server].pieces, downlink.chunks[server].pieces, strict=True)
     for source, target in pieces:
-        mean = torch.zeros(source.numel, dtype=_compute_dtype(dtype), device=payloads.device)
+        mean = torch.zeros(source.numel, dtype=compute_dtype(dtype), device=payloads.device)
         for worker in payloads:
             mean += _decode_piece(uplink, source, worker, dtype, divisor=len(payloads))
+        sent = _divisor(uplink, source, preconditioner)
+        if sent is not None:
+            mean = mean * sent
         here = slice(target.local, target.local + target.numel)
         error = None if residual is None else residual[here]
-        _encode_piece(downlink, target, mean, error, dtype, payload)
+        divisor = _divisor(downlink, target, preconditioner)
+        _encode_piece(downlink, target, mean, error, dtype, payload, divisor)
 
 
-def decode(wire: Wire, payload: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+def decode(
+    wire: Wire,
+    payload: Tensor,
+    out: Tensor,
+    dtype: torch.dtype,
+    *,
+    preconditioner: Preconditioner | None = None,
+) -> None:
     """Write what a payload stands for.
 
     Args:
@@ -91,15 +151,68 @@ def decode(wire: Wire, payload: Tensor, out: Tensor, dtype: torch.dtype) -> None
         payload: ``[servers, stride_bytes]`` uint8.
         out: ``[numel]``, any floating dtype, overwritten.
         dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
+        preconditioner: What blocks were divided by.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape, a device or a memory layout is.
     """
+    check_arguments(wire, dtype, bucket=out, payload=payload, preconditioner=preconditioner)
     for chunk, source in zip(wire.chunks, payload, strict=True):
         for piece in chunk.pieces:
             here = slice(piece.start, piece.start + piece.numel)
-            out[here] = _decode_piece(wire, piece, source, dtype).to(out.dtype)
+            values = _decode_piece(wire, piece, source, dtype)
+            divisor = _divisor(wire, piece, preconditioner)
+            out[here] = (values if divisor is None else values * divisor).to(out.dtype)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class _Moments:
+    """The moments of one piece: their next values, kept only where everything is finite."""
+
+    def __init__(self, adam: AdamSource, piece: Piece) -> None:
+        here = slice(piece.start, piece.start + piece.numel)
+        self.exp_avg, self.exp_avg_sq = adam.exp_avg[here], adam.exp_avg_sq[here]
+        self.terms = adam.terms[piece.slot].to(self.exp_avg.device, self.exp_avg.dtype)
+        self.next_exp_avg, self.next_exp_avg_sq = self.exp_avg, self.exp_avg_sq
+
+    def update(self, g: Tensor) -> Tensor:
+        """The update that the gradient ``g`` makes, formulas in :class:`AdamSource`."""
+        beta1, rest1, beta2, rest2, step_size, correction, eps = self.terms.unbind()
+        v = self.exp_avg_sq * beta2 + (g * g) * rest2
+        m = self.exp_avg * beta1 + g * rest1
+        self.next_exp_avg, self.next_exp_avg_sq = m, v
+        numerator = m * step_size
+        denominator = v.sqrt() * correction + eps
+        nothing = (numerator == 0) & (denominator == 0)
+        return torch.where(nothing, 0.0, numerator / denominator)
+
+    def keep(self, first: int, last: int, finite: Tensor) -> None:
+        """Take over the next values of ``[first, last)`` where ``finite``, bool, says so."""
+        m, v = self.exp_avg[first:last], self.exp_avg_sq[first:last]
+        m.copy_(torch.where(finite, self.next_exp_avg[first:last], m))
+        v.copy_(torch.where(finite, self.next_exp_avg_sq[first:last], v))
+
+
+def _divisor(wire: Wire, piece: Piece, preconditioner: Preconditioner | None) -> Tensor | None:
+    """What a piece is divided by, ``[numel]``, see :class:`Preconditioner`; None for nothing."""
+    moment = None if preconditioner is None else preconditioner.second_moments[piece.slot]
+    if moment is None or piece.raw:
+        return None
+    v = moment[piece.offset : piece.offset + piece.numel]
+    parts = []
+    for first, last, count in _runs(piece.numel, wire.block_size):
+        block = v[first:last].view(count, -1)
+        floor = _lane_sum(block) / block.shape[1] * 1e-3
+        usable = (floor >= torch.finfo(v.dtype).tiny) & torch.isfinite(floor)
+        parts.append(torch.where(usable, (block + floor).sqrt(), 1.0).flatten())
+    return torch.cat(parts)
+
+
+def _runs(numel: int, block_size: int) -> list[tuple[int, int, int]]:
+    """First element, end and number of blocks: of the full blocks together, and of the partial one."""
+    full = numel // block_size * block_size
+    runs = ((0, full, numel // block_size), (full, numel, 1))
+    return [run for run in runs if run[0] < run[1]]
 
 
 def _encode_piece(
@@ -109,53 +222,61 @@ def _encode_piece(
     residual: Tensor | None,
     dtype: torch.dtype,
     out: Tensor,
+    divisor: Tensor | None = None,
+    moments: _Moments | None = None,
 ) -> None:
     if piece.raw:
+        if moments is not None:
+            finite = torch.isfinite(values) & torch.isfinite(moments.next_exp_avg_sq)
+            moments.keep(0, piece.numel, finite)
+            values = torch.where(finite, values, float("nan"))
         _raw(piece, out, dtype).copy_(values)
         return
-    total = values.to(_compute_dtype(dtype))
+    total = values.to(compute_dtype(dtype))
     if residual is not None:
         total = total + residual
+    scaled = total if divisor is None else total / divisor
+    if moments is not None:
+        # An infinite v makes an update of zero: it must not pass for a finite one.
+        scaled = torch.where(torch.isfinite(moments.next_exp_avg_sq), scaled, float("inf"))
     size = wire.block_size
-    full = piece.numel // size * size
-    blocks = piece.numel // size
     scales = _scales(wire, piece, out)
     codes_at = piece.data_at
-    # The full blocks together, then the partial one.
-    for first, last, count in ((0, full, blocks), (full, piece.numel, 1)):
-        if first == last:
-            continue
-        block = total[first:last].view(count, -1)
+    for first, last, count in _runs(piece.numel, size):
+        block = scaled[first:last].view(count, -1)
         scale, codes, decoded, finite = _quantize(block, wire.quantizer, wire.scale_rule)
         packed = _pack(codes, wire.quantizer)
         scales[first // size : first // size + count] = scale
         out[codes_at : codes_at + packed.numel()] = packed.flatten()
         codes_at += packed.numel()
+        finite = finite.expand(block.shape).flatten()
         if residual is not None:
-            kept = residual[first:last].view(count, -1)
-            kept.copy_(torch.where(finite, block - decoded, kept))
+            sent = decoded.flatten() if divisor is None else decoded.flatten() * divisor[first:last]
+            kept = residual[first:last]
+            kept.copy_(torch.where(finite, total[first:last] - sent, kept))
+        if moments is not None:
+            moments.keep(first, last, finite)
 
 
 def _decode_piece(
     wire: Wire, piece: Piece, payload: Tensor, dtype: torch.dtype, divisor: int = 1
 ) -> Tensor:
     """One piece in the arithmetic's dtype, divided by ``divisor``: the scales, or the raw values."""
-    compute = _compute_dtype(dtype)
+    compute = compute_dtype(dtype)
     if piece.raw:
         return _raw(piece, payload, dtype).to(compute) / divisor
     quantizer, size = wire.quantizer, wire.block_size
     levels = torch.tensor(quantizer.levels, dtype=compute, device=payload.device)
     scales = _scales(wire, piece, payload).to(compute) / divisor
-    full, rest = divmod(piece.numel, size)
-    full_bytes = full * quantizer.code_bytes(size)
-    codes = payload[piece.data_at : piece.data_at + full_bytes + quantizer.code_bytes(rest)]
+    at = piece.data_at
     parts = []
-    if full:
-        index = _unpack(codes[:full_bytes].view(full, -1), size, quantizer)
-        parts.append((scales[:full, None] * levels[index]).flatten())
-    if rest:
-        index = _unpack(codes[full_bytes:].view(1, -1), rest, quantizer)
-        parts.append((scales[full:, None] * levels[index]).flatten())
+    for first, last, count in _runs(piece.numel, size):
+        numel = (last - first) // count
+        code_bytes = quantizer.code_bytes(numel)
+        codes = payload[at : at + count * code_bytes].view(count, -1)
+        at += count * code_bytes
+        scale = scales[first // size : first // size + count, None]
+        parts.append((scale * levels[_unpack(codes, numel, quantizer)]).flatten())
     return torch.cat(parts)
 
 
@@ -200,7 +321,7 @@ def _quantize(
 
     # [3]
     ratio = y.abs() * (1 / provisional)
-    thresholds = (magnitudes[1:] + magnitudes[:-1]) / 2
+    thresholds = torch.tensor(quantizer.thresholds, dtype=x.dtype, device=x.device)
     index = torch.bucketize(ratio, thresholds)
     q = torch.where(y < 0, -magnitudes[index], magnitudes[index])
     gap = 0 if quantizer.has_zero else 1
@@ -212,18 +333,12 @@ def _quantize(
         scale = provisional * power
     else:
         scale = (_lane_sum(y * q) / _lane_sum(q * q)) * power
-    rounded = scale.clamp(max=_largest_scale(top)).to(torch.float32).to(torch.bfloat16)
+    rounded = scale.clamp(max=quantizer.largest_scale).to(torch.float32).to(torch.bfloat16)
     rounded = torch.where(idle, torch.zeros_like(rounded), rounded)
     decoded = rounded.to(x.dtype) * q
     codes = torch.where(finite & ~idle, codes, torch.zeros_like(codes))
     rounded = torch.where(finite, rounded, torch.full_like(rounded, float("nan")))
     return rounded[:, 0], codes, decoded, finite
-
-
-def _largest_scale(top: float) -> float:
-    """The largest bfloat16 whose product with the top level is finite in float32."""
-    bits = torch.tensor(_FLOAT32_MAX / top, dtype=torch.float32).view(torch.int32)
-    return float((bits & -0x10000).view(torch.float32))
 
 
 def _lane_sum(x: Tensor) -> Tensor:

@@ -9,6 +9,9 @@
 
 enum { MAX_BLOCK = 4096, LANES = 16, TABLE_CODES = 16, TABLE_THRESHOLDS = 8 };
 
+/* Codes of a block in whole columns and a strip, and how many workers are averaged at once. */
+enum { CODE_ROOM = MAX_BLOCK + 64, FUSED_WORKERS = 4 };
+
 /* How elements are stored. */
 enum { STORE_F32, STORE_F64, STORE_F16, STORE_BF16 };
 
@@ -57,6 +60,11 @@ typedef struct {
     const void *const *moments; /* by slot, NULL where not preconditioned; NULL: nowhere */
     const Adam *adam;
 } Job;
+
+/* What the next group will read, to be asked for while this one is computed. Only addresses. */
+typedef struct {
+    uintptr_t x, residual;
+} Ahead;
 
 /* Runs the blocks [first, last) of a job, counted over all its pieces. */
 typedef void (*Engine)(const Job *job, int64_t first, int64_t last);

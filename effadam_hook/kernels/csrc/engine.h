@@ -48,7 +48,7 @@ typedef struct {
     REAL exp_avg[MAX_BLOCK], exp_avg_sq[MAX_BLOCK];
     REAL mean[MAX_BLOCK];
     float level[MAX_BLOCK + LANES];
-    uint8_t code[MAX_BLOCK + GROUP_BLOCKS * 64];
+    uint8_t code[CODE_ROOM];
 } SCRATCH;
 
 typedef struct {
@@ -107,9 +107,19 @@ static void FN(stash)(const REAL *restrict in, int64_t numel, void *x, int store
     }
 }
 
+/* From one storage to another. */
+static void FN(convert)(const void *in, int in_store, int64_t numel, void *out, int out_store,
+                        REAL *value) {
+    if (in_store == out_store) {
+        memcpy(out, in, (size_t)(numel * bytes_of_store[in_store]));
+    } else {
+        FN(fetch)(in, in_store, numel, value);
+        FN(stash)(value, numel, out, out_store);
+    }
+}
+
 static void *FN(at)(const void *x, int store, int64_t index) {
-    static const int64_t bytes[] = {4, 8, 2, 2};
-    return (char *)x + index * bytes[store];
+    return (char *)x + index * bytes_of_store[store];
 }
 
 /* Bits of the largest magnitude: above INFINITE_BITS if there is a NaN. */
@@ -123,9 +133,11 @@ static UINT FN(largest_of)(const REAL *restrict value, int64_t numel) {
 }
 
 static REAL FN(sum_of_lanes)(REAL *lanes) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-    return lanes[0];
+    REAL eight[8], four[4], two[2];
+    for (int lane = 0; lane < 8; lane++) eight[lane] = lanes[lane] + lanes[lane + 8];
+    for (int lane = 0; lane < 4; lane++) four[lane] = eight[lane] + eight[lane + 4];
+    for (int lane = 0; lane < 2; lane++) two[lane] = four[lane] + four[lane + 2];
+    return two[0] + two[1];
 }
 
 /* The sum of `rows` rows of LANES elements, each divided by a power of two, squared or not. */
@@ -203,14 +215,17 @@ static void FN(choose_codes)(const Quantizer *quantizer, const REAL *value, int6
 }
 
 /* Steps [3] and [4]: codes, levels, and the scale in units of the block's power of two. */
-static REAL FN(quantize)(const Quantizer *quantizer, const void *cells, const REAL *value,
-                         int64_t numel, REAL factor, REAL provisional, uint8_t *code, float *level) {
-    REAL inverse = 1 / provisional;
-#if FUSED_QUANTIZE && !REAL_IS_DOUBLE
-    if (cells) return fused_quantize(quantizer, cells, value, numel, factor, provisional, code, level);
+static REAL FN(quantize)(const Quantizer *quantizer, const void *cells, const Ahead *ahead,
+                         const REAL *value, int64_t numel, REAL factor, REAL provisional,
+                         uint8_t *code, float *level) {
+#if FUSED && !REAL_IS_DOUBLE
+    if (cells)
+        return fused_quantize(quantizer, cells, ahead, value, numel, factor, provisional, code, level);
 #else
     (void)cells;
 #endif
+    for (int64_t byte = 0; byte < numel * (int64_t)sizeof(REAL); byte += 64) prefetch(ahead, byte);
+    REAL inverse = 1 / provisional;
     int64_t rows = (numel + LANES - 1) / LANES;
     FN(choose_codes)(quantizer, value, numel, factor, inverse, code);
     expand_codes(quantizer, code, numel, level);
@@ -279,7 +294,7 @@ static UINT FN(fetch_total)(const void *x, int store, const REAL_ANY *residual, 
 
 /* Where the elements of a group are. */
 typedef struct {
-    const void *x;
+    const void *x, *x_ahead;
     int store;
     REAL_ANY *residual;
     const REAL_ANY *moment;
@@ -319,8 +334,8 @@ static UINT FN(gather)(const GROUP *group, int64_t first, int64_t numel, int64_t
 }
 
 /* Quantizes one gathered block, writes it, and leaves its error in the residual. */
-static void FN(emit)(const Quantizer *quantizer, const void *cells, const GROUP *group,
-                     const BLOCK *block, int64_t first, int64_t numel, int64_t at, uint8_t *code,
+static void FN(emit)(const Quantizer *quantizer, const void *cells, const Ahead *ahead,
+                     const GROUP *group, const BLOCK *block, int64_t first, int64_t numel, int64_t at, uint8_t *code,
                      uint8_t *out, uint8_t *scale_out, SCRATCH *scratch) {
     REAL_ANY *residual = group->residual ? group->residual + first : NULL;
     const REAL *value = scratch->value + at;
@@ -329,8 +344,8 @@ static void FN(emit)(const Quantizer *quantizer, const void *cells, const GROUP 
     uint16_t scale_bits;
     int finite = block->largest < INFINITE_BITS;
     if (finite && block->largest >= TINY_BITS) {
-        REAL scale = block->power * FN(quantize)(quantizer, cells, value, numel, block->inverse_power,
-                                                 block->provisional, code, level);
+        REAL scale = block->power * FN(quantize)(quantizer, cells, ahead, value, numel,
+                                                 block->inverse_power, block->provisional, code, level);
         scale = scale < (REAL)quantizer->largest_scale ? scale : (REAL)quantizer->largest_scale;
         scale_bits = bf16_of_float((float)scale);
         pack_codes(quantizer, code, numel, out);
@@ -375,9 +390,13 @@ static void FN(encode_group)(const Quantizer *quantizer, const void *cells, cons
         for (int64_t b = 0; b < blocks; b++)
             block[b].provisional =
                 SQRT(block[b].provisional / (REAL)numel) * (REAL)quantizer->spread;
-    for (int64_t b = 0; b < blocks; b++)
-        FN(emit)(quantizer, cells, group, &block[b], b * numel, numel, b * width, scratch->code,
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t next = (blocks + b) * numel;
+        Ahead ahead = {ahead_of(group->x_ahead, scratch, next * bytes_of_store[group->store]),
+                       ahead_of(group->residual, scratch, next * (int64_t)sizeof(REAL))};
+        FN(emit)(quantizer, cells, &ahead, group, &block[b], b * numel, numel, b * width, scratch->code,
                  group->codes + b * code_bytes, group->scales + 2 * b, scratch);
+    }
 }
 
 static int64_t FN(group_blocks)(int64_t block_size) {
@@ -386,38 +405,137 @@ static int64_t FN(group_blocks)(int64_t block_size) {
 }
 
 static const REAL_ANY *FN(moment_of)(const Job *job, const Piece *piece) {
-    const void *moment = job->moments ? job->moments[piece->slot] : NULL;
+    const void *moment = job->moments && !piece->raw ? job->moments[piece->slot] : NULL;
     return moment ? (const REAL_ANY *)moment + piece->offset : NULL;
 }
 
-/* The levels of one block, times its scale over `divisor`. */
-static REAL FN(levels_of)(const Wire *wire, const uint8_t *payload, const Piece *piece, int64_t index,
-                          int64_t numel, int64_t divisor, SCRATCH *scratch) {
-    const Quantizer *quantizer = &wire->quantizer;
-    const uint8_t *codes = payload + piece->data_at + index * code_bytes_of(quantizer, wire->block_size);
+/* Where a block's codes are, and its scale. What comes soon is asked for. */
+static const uint8_t *FN(find_block)(const Wire *wire, const uint8_t *payload, const Piece *piece,
+                                     int64_t index, REAL *scale) {
+    int64_t code_bytes = code_bytes_of(&wire->quantizer, wire->block_size);
+    const uint8_t *codes = payload + piece->data_at + index * code_bytes;
     uint16_t scale_bits;
     memcpy(&scale_bits, payload + piece->scales_at + 2 * index, sizeof scale_bits);
-    unpack_codes(quantizer, codes, numel, scratch->code);
-    expand_codes(quantizer, scratch->code, numel, scratch->level);
-    return (REAL)float_of_bf16(scale_bits) / (REAL)divisor;
+    *scale = (REAL)float_of_bf16(scale_bits);
+    for (int64_t byte = 0; byte < code_bytes; byte += 64)
+        __builtin_prefetch((const void *)((uintptr_t)codes + READ_AHEAD + (uintptr_t)byte));
+    return codes;
 }
 
-/* The workers' mean of one block, or of any run of raw elements, from element `from` of the piece. */
-static void FN(average)(const Job *job, const Piece *piece, int64_t from, int64_t numel,
+/* out = scale * level */
+static void FN(decode_block)(const Quantizer *quantizer, const uint8_t *codes, REAL scale,
+                             int64_t numel, REAL_ANY *restrict out, SCRATCH *scratch) {
+#if FUSED && !REAL_IS_DOUBLE
+    (void)scratch;
+    fused_decode(quantizer, codes, scale, numel, (float *)out);
+#else
+    float *level = scratch->level;
+    unpack_codes(quantizer, codes, numel, scratch->code);
+    expand_codes(quantizer, scratch->code, numel, level);
+    for (int64_t i = 0; i < numel; i++) out[i] = scale * (REAL)level[i];
+#endif
+}
+
+/* out += scale * level */
+static void FN(add_block)(const Quantizer *quantizer, const uint8_t *codes, REAL scale, int64_t numel,
+                          REAL *restrict out, SCRATCH *scratch) {
+#if FUSED && !REAL_IS_DOUBLE
+    (void)scratch;
+    fused_add_one(quantizer, codes, scale, numel, out);
+#else
+    float *level = scratch->level;
+    unpack_codes(quantizer, codes, numel, scratch->code);
+    expand_codes(quantizer, scratch->code, numel, level);
+    for (int64_t i = 0; i < numel; i++) out[i] += scale * (REAL)level[i];
+#endif
+}
+
+/* The workers' mean of one quantized block. */
+static void FN(average)(const Job *job, const Piece *piece, int64_t index, int64_t numel,
                         REAL *restrict mean, SCRATCH *scratch) {
+    const Quantizer *quantizer = &job->uplink->quantizer;
+    const uint8_t *codes[FUSED_WORKERS];
+    REAL scales[FUSED_WORKERS];
     memset(mean, 0, (size_t)numel * sizeof(REAL));
-    for (int64_t worker = 0; worker < job->workers; worker++) {
-        const uint8_t *payload = job->payloads + worker * job->stride;
-        if (piece->raw) {
-            FN(fetch)(FN(at)(payload + piece->data_at, job->raw_store, from), job->raw_store, numel,
-                      scratch->value);
-            for (int64_t i = 0; i < numel; i++) mean[i] += scratch->value[i] / (REAL)job->workers;
-        } else {
-            REAL scale = FN(levels_of)(job->uplink, payload, piece, from / job->uplink->block_size,
-                                       numel, job->workers, scratch);
-            const float *level = scratch->level;
-            for (int64_t i = 0; i < numel; i++) mean[i] += scale * (REAL)level[i];
+    for (int64_t worker = 0; worker < job->workers; worker += FUSED_WORKERS) {
+        int64_t left = job->workers - worker;
+        int count = left < FUSED_WORKERS ? (int)left : FUSED_WORKERS;
+        for (int w = 0; w < count; w++) {
+            const uint8_t *payload = job->payloads + (worker + w) * job->stride;
+            codes[w] = FN(find_block)(job->uplink, payload, piece, index, &scales[w]);
+            scales[w] /= (REAL)job->workers;
         }
+#if FUSED && !REAL_IS_DOUBLE
+        if (count == FUSED_WORKERS) {
+            fused_add(quantizer, codes, scales, numel, mean);
+            continue;
+        }
+#endif
+        for (int w = 0; w < count; w++)
+            FN(add_block)(quantizer, codes[w], scales[w], numel, mean, scratch);
+    }
+}
+
+/* Adds `count` workers' raw elements, each divided by the number of workers. */
+static inline __attribute__((always_inline)) void
+FN(add_raw)(const REAL_ANY *const *in, int count, int exact, REAL workers, int64_t numel,
+            REAL *restrict mean) {
+    const int64_t strip = 256, ahead = 2048;
+    REAL share = 1 / workers;
+    for (int64_t first = 0; first < numel; first += strip) {
+        int64_t last = first + strip < numel ? first + strip : numel;
+        for (int w = 0; w < count; w++)
+            for (int64_t i = 0; i < strip; i += 64 / (int64_t)sizeof(REAL))
+                __builtin_prefetch((const void *)((uintptr_t)(in[w] + first) +
+                                                  (uintptr_t)((i + ahead) * (int64_t)sizeof(REAL))));
+        for (int64_t i = first; i < last; i++) {
+            REAL sum = mean[i];
+            for (int w = 0; w < count; w++) sum += exact ? in[w][i] * share : in[w][i] / workers;
+            mean[i] = sum;
+        }
+    }
+}
+
+/* The workers' mean of raw elements. */
+static void FN(average_raw)(const Job *job, const Piece *piece, int64_t from, int64_t numel,
+                            REAL *restrict mean, REAL *value) {
+    REAL workers = (REAL)job->workers;
+    /* Where the quotient is a product, to the bit, a product is much faster. */
+    int exact = (job->workers & (job->workers - 1)) == 0;
+    int together = job->raw_store == STORE_REAL ? FUSED_WORKERS : 1;
+    const REAL_ANY *in[FUSED_WORKERS];
+    memset(mean, 0, (size_t)numel * sizeof(REAL));
+    for (int64_t worker = 0; worker < job->workers;) {
+        int count = together <= job->workers - worker ? together : 1;
+        for (int w = 0; w < count; w++, worker++) {
+            const uint8_t *payload = job->payloads + worker * job->stride + piece->data_at;
+            in[w] = FN(at)(payload, job->raw_store, from);
+        }
+        if (job->raw_store != STORE_REAL) {
+            FN(fetch)(in[0], job->raw_store, numel, value);
+            in[0] = value;
+        }
+        if (count == FUSED_WORKERS && exact)
+            FN(add_raw)(in, FUSED_WORKERS, 1, workers, numel, mean);
+        else if (exact)
+            FN(add_raw)(in, 1, 1, workers, numel, mean);
+        else
+            for (int w = 0; w < count; w++) FN(add_raw)(in + w, 1, 0, workers, numel, mean);
+    }
+}
+
+/* The workers' mean of at most a block, in gradient units. */
+static void FN(mean_of)(const Job *job, const Piece *piece, int64_t from, int64_t numel,
+                        REAL *restrict mean, SCRATCH *scratch) {
+    if (piece->raw) {
+        FN(average_raw)(job, piece, from, numel, mean, scratch->value);
+        return;
+    }
+    FN(average)(job, piece, from / job->uplink->block_size, numel, mean, scratch);
+    const REAL_ANY *moment = FN(moment_of)(job, piece);
+    if (moment) {
+        FN(divisor_of)(moment + from, numel, scratch->divisor);
+        for (int64_t i = 0; i < numel; i++) mean[i] *= scratch->divisor[i];
     }
 }
 
@@ -441,95 +559,98 @@ static void FN(encode_raw_updates)(const GROUP *group, int64_t numel, int raw_st
     FN(stash)(value, numel, out, raw_store);
 }
 
+/* Elements [from, to) of a raw piece, worker side or server side. */
+static void FN(encode_raw)(const Job *job, const Piece *piece, const Piece *source, int64_t from,
+                           int64_t to, SCRATCH *scratch) {
+    int64_t most = source && !source->raw ? job->wire->block_size : MAX_BLOCK;
+    for (int64_t numel; from < to; from += numel) {
+        numel = to - from < most ? to - from : most;
+        void *out = FN(at)(job->payload + piece->data_at, job->raw_store, from);
+        if (job->task == TASK_REDUCE_ENCODE) {
+            FN(mean_of)(job, source, from, numel, scratch->mean, scratch);
+            FN(stash)(scratch->mean, numel, out, job->raw_store);
+            continue;
+        }
+        int64_t at = piece->start + from;
+        const void *x = FN(at)(job->x, job->x_store, at);
+        if (job->adam) {
+            GROUP group = {.x = x,
+                           .store = job->x_store,
+                           .exp_avg = (REAL_ANY *)job->adam->exp_avg + at,
+                           .exp_avg_sq = (REAL_ANY *)job->adam->exp_avg_sq + at,
+                           .terms = job->adam->terms + 7 * piece->slot};
+            FN(encode_raw_updates)(&group, numel, job->raw_store, out, scratch);
+        } else {
+            FN(convert)(x, job->x_store, numel, out, job->raw_store, scratch->value);
+        }
+    }
+}
+
 /* Blocks [first, last) of one piece, worker side or server side. */
 static void FN(encode_piece)(const Job *job, const Piece *piece, const Piece *source, int64_t first,
                              int64_t last, const void *cells, SCRATCH *scratch) {
     const Quantizer *quantizer = &job->wire->quantizer;
-    int64_t size = job->wire->block_size;
-    int64_t most = FN(group_blocks)(size);
-    int64_t base = job->task == TASK_ENCODE ? piece->start : piece->local;
-    const REAL_ANY *moment = piece->raw ? NULL : FN(moment_of)(job, piece);
-    for (int64_t index = first; index < last;) {
+    int64_t size = job->wire->block_size, most = FN(group_blocks)(size);
+    const REAL_ANY *moment = FN(moment_of)(job, piece);
+    for (int64_t index = first, blocks; index < last; index += blocks) {
         int64_t from = index * size, left = piece->numel - from;
-        int64_t blocks = left < size ? 1 : left / size < most ? left / size : most;
-        blocks = blocks < last - index ? blocks : last - index;
         int64_t numel = left < size ? left : size;
-        GROUP group = {0};
-        group.x = FN(at)(job->x, job->x_store, base + from);
-        group.store = job->x_store;
-        group.residual = job->residual && !piece->raw ? (REAL_ANY *)job->residual + base + from : NULL;
-        group.moment = moment ? moment + from : NULL;
-        if (job->adam) {
-            group.exp_avg = (REAL_ANY *)job->adam->exp_avg + base + from;
-            group.exp_avg_sq = (REAL_ANY *)job->adam->exp_avg_sq + base + from;
-            group.terms = job->adam->terms + 7 * piece->slot;
-        }
-        if (job->task == TASK_REDUCE_ENCODE) {
+        blocks = left < size ? 1 : left / size < most ? left / size : most;
+        blocks = blocks < last - index ? blocks : last - index;
+        int64_t at = (job->task == TASK_ENCODE ? piece->start : piece->local) + from;
+        GROUP group = {.residual = job->residual ? (REAL_ANY *)job->residual + at : NULL,
+                       .moment = moment ? moment + from : NULL,
+                       .scales = job->payload + piece->scales_at + 2 * index,
+                       .codes = job->payload + piece->data_at + index * code_bytes_of(quantizer, size)};
+        if (job->task == TASK_ENCODE) {
+            group.x = FN(at)(job->x, job->x_store, at);
+            group.x_ahead = group.x;
+            group.store = job->x_store;
+        } else {
             for (int64_t b = 0; b < blocks; b++)
-                FN(average)(job, source, from + b * size, numel, scratch->mean + b * size, scratch);
-            const REAL_ANY *sent = source->raw ? NULL : FN(moment_of)(job, source);
-            if (sent)
-                for (int64_t b = 0; b < blocks; b++) {
-                    FN(divisor_of)(sent + from + b * size, numel, scratch->divisor);
-                    REAL *mean = scratch->mean + b * size;
-                    for (int64_t i = 0; i < numel; i++) mean[i] *= scratch->divisor[i];
-                }
+                FN(mean_of)(job, source, from + b * size, numel, scratch->mean + b * size, scratch);
             group.x = scratch->mean;
             group.store = STORE_REAL;
         }
-        if (piece->raw) {
-            void *out = FN(at)(job->payload + piece->data_at, job->raw_store, from);
-            for (int64_t b = 0; b < blocks; b++) {
-                GROUP one = group;
-                int64_t skip = b * size;
-                one.x = FN(at)(group.x, group.store, skip);
-                void *here = FN(at)(out, job->raw_store, skip);
-                if (job->adam) {
-                    one.exp_avg += skip;
-                    one.exp_avg_sq += skip;
-                    FN(encode_raw_updates)(&one, numel, job->raw_store, here, scratch);
-                } else {
-                    FN(fetch)(one.x, one.store, numel, scratch->value);
-                    FN(stash)(scratch->value, numel, here, job->raw_store);
-                }
-            }
-        } else {
-            group.scales = job->payload + piece->scales_at + 2 * index;
-            group.codes = job->payload + piece->data_at + index * code_bytes_of(quantizer, size);
-            FN(encode_group)(quantizer, cells, &group, blocks, numel, scratch);
+        if (job->adam) {
+            group.exp_avg = (REAL_ANY *)job->adam->exp_avg + at;
+            group.exp_avg_sq = (REAL_ANY *)job->adam->exp_avg_sq + at;
+            group.terms = job->adam->terms + 7 * piece->slot;
         }
-        index += blocks;
+        FN(encode_group)(quantizer, cells, &group, blocks, numel, scratch);
     }
 }
 
+static void FN(decode_raw)(const Job *job, const Piece *piece, int64_t from, int64_t to,
+                           SCRATCH *scratch) {
+    for (int64_t numel; from < to; from += numel) {
+        numel = to - from < MAX_BLOCK ? to - from : MAX_BLOCK;
+        const void *in = FN(at)(job->payload + piece->data_at, job->raw_store, from);
+        void *out = FN(at)(job->x, job->x_store, piece->start + from);
+        FN(convert)(in, job->raw_store, numel, out, job->x_store, scratch->value);
+    }
+}
+
+/* Blocks [first, last) of one piece. */
 static void FN(decode_piece)(const Job *job, const Piece *piece, int64_t first, int64_t last,
                              SCRATCH *scratch) {
+    const Quantizer *quantizer = &job->wire->quantizer;
     int64_t size = job->wire->block_size;
-    const REAL_ANY *moment = piece->raw ? NULL : FN(moment_of)(job, piece);
+    const REAL_ANY *moment = FN(moment_of)(job, piece);
     for (int64_t index = first; index < last; index++) {
         int64_t from = index * size, left = piece->numel - from;
         int64_t numel = left < size ? left : size;
+        REAL scale;
+        const uint8_t *codes = FN(find_block)(job->wire, job->payload, piece, index, &scale);
         void *out = FN(at)(job->x, job->x_store, piece->start + from);
-        REAL *value = scratch->value;
-        if (piece->raw) {
-            FN(fetch)(FN(at)(job->payload + piece->data_at, job->raw_store, from), job->raw_store,
-                      numel, value);
-            FN(stash)(value, numel, out, job->x_store);
-            continue;
-        }
-        REAL scale = FN(levels_of)(job->wire, job->payload, piece, index, numel, 1, scratch);
-        const float *level = scratch->level;
-        if (!moment && job->x_store == STORE_REAL) {
-            REAL_ANY *direct = out;
-            for (int64_t i = 0; i < numel; i++) direct[i] = scale * (REAL)level[i];
-            continue;
-        }
-        for (int64_t i = 0; i < numel; i++) value[i] = scale * (REAL)level[i];
+        int direct = !moment && job->x_store == STORE_REAL;
+        REAL_ANY *value = direct ? out : scratch->value;
+        FN(decode_block)(quantizer, codes, scale, numel, value, scratch);
         if (moment) {
             FN(divisor_of)(moment + from, numel, scratch->divisor);
             for (int64_t i = 0; i < numel; i++) value[i] *= scratch->divisor[i];
         }
-        FN(stash)(value, numel, out, job->x_store);
+        if (!direct) FN(stash)(scratch->value, numel, out, job->x_store);
     }
 }
 
@@ -538,7 +659,7 @@ static void FN(run)(const Job *job, int64_t first, int64_t last) {
     SCRATCH scratch;
     const Wire *wire = job->wire;
     int64_t seen = 0;
-#if FUSED_QUANTIZE && !REAL_IS_DOUBLE
+#if FUSED && !REAL_IS_DOUBLE
     Cells table;
     const void *cells = find_cells(&wire->quantizer, &table) ? &table : NULL;
 #else
@@ -551,11 +672,16 @@ static void FN(run)(const Job *job, int64_t first, int64_t last) {
         int64_t to = last - seen < blocks ? last - seen : blocks;
         seen += blocks;
         if (from >= to) continue;
-        if (job->task == TASK_DECODE)
+        const Piece *source = job->uplink ? &job->uplink->pieces[p] : NULL;
+        int64_t end = to * wire->block_size < piece->numel ? to * wire->block_size : piece->numel;
+        if (piece->raw && job->task == TASK_DECODE)
+            FN(decode_raw)(job, piece, from * wire->block_size, end, &scratch);
+        else if (piece->raw)
+            FN(encode_raw)(job, piece, source, from * wire->block_size, end, &scratch);
+        else if (job->task == TASK_DECODE)
             FN(decode_piece)(job, piece, from, to, &scratch);
         else
-            FN(encode_piece)(job, piece, job->uplink ? &job->uplink->pieces[p] : NULL, from, to, cells,
-                             &scratch);
+            FN(encode_piece)(job, piece, source, from, to, cells, &scratch);
     }
 }
 

@@ -1,7 +1,9 @@
 /* Instantiates the engines of one variant. The variant has chosen its instruction set, has defined
- * VARIANT and FUSED_QUANTIZE, and provides expand_codes (and fused_quantize). */
+ * VARIANT and FUSED, and provides expand_codes (and the fused steps). */
 
-enum { GROUP_NUMEL = 2048, GROUP_BLOCKS = 16 };
+enum { GROUP_NUMEL = 2048, GROUP_BLOCKS = 16, READ_AHEAD = 2048 };
+
+static const int64_t bytes_of_store[] = {4, 8, 2, 2};
 
 #define REAL float
 #define REAL_IS_DOUBLE 0

@@ -16,7 +16,8 @@
 
 #define VARIANT effadam_avx2
 #define VARIANT_NAME "avx2"
-#define FUSED_QUANTIZE 0
+#define FUSED 0
+#define STRIP 32
 
 #include "codes.h"
 

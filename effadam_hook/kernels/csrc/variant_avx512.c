@@ -21,9 +21,18 @@
 
 #define VARIANT effadam_avx512
 #define VARIANT_NAME "avx512"
-#define FUSED_QUANTIZE 1
+#define FUSED 1
+#define STRIP 32
 
 #include "codes.h"
+
+static inline __m512i codes_at(const uint8_t *code) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)code));
+}
+
+static inline __mmask16 live_of(int64_t left) {
+    return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1);
+}
 
 /* `code` and `level` have room up to a multiple of 16. */
 static void expand_codes(const Quantizer *quantizer, const uint8_t *restrict code, int64_t numel,
@@ -31,35 +40,150 @@ static void expand_codes(const Quantizer *quantizer, const uint8_t *restrict cod
     if (quantizer->linear) {
         __m512i zero = _mm512_set1_epi32(quantizer->magnitudes - 1);
         for (int64_t i = 0; i < numel; i += 16) {
-            __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(code + i)));
+            __m512i index = codes_at(code + i);
             _mm512_storeu_ps(level + i, _mm512_cvtepi32_ps(_mm512_sub_epi32(index, zero)));
         }
     } else {
         __m512 levels = _mm512_loadu_ps(quantizer->levels);
         for (int64_t i = 0; i < numel; i += 16) {
-            __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(code + i)));
+            __m512i index = codes_at(code + i);
             _mm512_storeu_ps(level + i, _mm512_permutexvar_ps(index, levels));
         }
     }
 }
 
-enum { CELLS = 16 };
+/* Decoding leaves codes in 32-bit lanes, where a shift brings the next plane down and the lookup of a
+ * level, already times its scale, reads only as many low bits as a code has: tables repeat. */
+typedef struct {
+    const uint8_t *codes;
+    __m512 scale, table;
+} Sent;
+
+static Sent sent_by(const Quantizer *quantizer, const uint8_t *codes, float scale) {
+    float table[TABLE_CODES];
+    int distinct = quantizer->planes == 5 ? TABLE_CODES : 1 << quantizer->plane_bytes;
+    for (int i = 0; i < TABLE_CODES; i++) table[i] = quantizer->levels[i % distinct];
+    return (Sent){codes, _mm512_set1_ps(scale), _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(table))};
+}
+
+/* out (+)= the sum over senders, in their order; in columns of `rows` bytes. */
+static inline __attribute__((always_inline)) void
+sum_planes(int planes, int rows, int senders, int whole, int onto, const Sent *sent, int64_t P,
+           int64_t numel, float *out) {
+    for (int64_t column = 0; column < P; column += 16) {
+        __mmask16 live = whole ? 0xFFFF : live_of(P - column);
+        __m512i word[FUSED_WORKERS];
+        for (int w = 0; w < senders; w++) {
+            word[w] = _mm512_setzero_si512();
+            for (int row = 0; row < rows; row++) {
+                const uint8_t *from = sent[w].codes + row * P + column;
+                __m128i bytes = whole ? _mm_loadu_si128((const __m128i *)from)
+                                      : _mm_maskz_loadu_epi8(live, from);
+                __m512i lanes = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), (unsigned)(8 * row));
+                word[w] = row ? _mm512_or_si512(word[w], lanes) : lanes;
+            }
+            if (planes == 5) word[w] = _mm512_mullo_epi16(word[w], _mm512_set1_epi32(270));
+        }
+        for (int step = 0; step < planes; step++) {
+            int64_t i = (planes == 5 ? 4 - step : step) * P + column;
+            __mmask16 kept = whole || numel - i >= 16 ? live : live & live_of(numel > i ? numel - i : 0);
+            __m512 sum = onto ? whole ? _mm512_loadu_ps(out + i) : _mm512_maskz_loadu_ps(kept, out + i)
+                              : _mm512_setzero_ps();
+            for (int w = 0; w < senders; w++) {
+                __m512i code = word[w];
+                if (planes == 5) {
+                    /* See unpack_codes: the fraction's product with 3 carries a digit out. */
+                    word[w] = _mm512_mullo_epi16(code, _mm512_set1_epi32(3));
+                    code = _mm512_mulhi_epu16(code, _mm512_set1_epi32(3));
+                } else {
+                    word[w] = _mm512_srli_epi32(code, (unsigned)rows);
+                }
+                __m512 value = _mm512_permutexvar_ps(code, sent[w].table);
+                sum = senders == 1 && !onto ? value : _mm512_add_ps(sum, value);
+            }
+            if (whole)
+                _mm512_storeu_ps(out + i, sum);
+            else
+                _mm512_mask_storeu_ps(out + i, kept, sum);
+        }
+    }
+}
+
+/* The same for codes that are whole bytes, of integer levels from -zero. */
+static inline __attribute__((always_inline)) void
+sum_bytes(int senders, int whole, int onto, const Sent *sent, int zero, int64_t numel, float *out) {
+    const __m512i zeros = _mm512_set1_epi32(zero);
+    for (int64_t i = 0; i < numel; i += 16) {
+        __mmask16 live = whole ? 0xFFFF : live_of(numel - i);
+        __m512 sum = onto ? _mm512_maskz_loadu_ps(live, out + i) : _mm512_setzero_ps();
+        for (int w = 0; w < senders; w++) {
+            __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(live, sent[w].codes + i));
+            __m512 level = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, zeros));
+            __m512 value = _mm512_mul_ps(sent[w].scale, level);
+            sum = senders == 1 && !onto ? value : _mm512_add_ps(sum, value);
+        }
+        _mm512_mask_storeu_ps(out + i, live, sum);
+    }
+}
+
+static inline __attribute__((always_inline)) void
+sum_sent(int senders, int onto, const Quantizer *quantizer, const uint8_t *const *codes,
+         const float *scale, int64_t numel, float *out) {
+    Sent sent[FUSED_WORKERS];
+    for (int w = 0; w < senders; w++) sent[w] = sent_by(quantizer, codes[w], scale[w]);
+    int64_t P = columns_of(quantizer, numel);
+    int whole = P % 16 == 0 && P * quantizer->planes == numel;
+    switch (quantizer->planes * 16 + quantizer->plane_bytes + 8 * whole) {
+#define CASE(planes, rows)                                                                      \
+    case planes * 16 + rows:                                                                    \
+        sum_planes(planes, rows, senders, 0, onto, sent, P, numel, out);                        \
+        break;                                                                                  \
+    case planes * 16 + rows + 8:                                                                \
+        sum_planes(planes, rows, senders, 1, onto, sent, P, numel, out);                        \
+        break;
+        CASE(8, 1)
+        CASE(8, 2)
+        CASE(8, 3)
+        CASE(8, 4)
+        CASE(5, 1)
+#undef CASE
+    default:
+        if (numel % 16 == 0)
+            sum_bytes(senders, 1, onto, sent, quantizer->magnitudes - 1, numel, out);
+        else
+            sum_bytes(senders, 0, onto, sent, quantizer->magnitudes - 1, numel, out);
+    }
+}
+
+static void fused_decode(const Quantizer *quantizer, const uint8_t *codes, float scale, int64_t numel,
+                         float *out) {
+    sum_sent(1, 0, quantizer, &codes, &scale, numel, out);
+}
+
+static void fused_add_one(const Quantizer *quantizer, const uint8_t *codes, float scale, int64_t numel,
+                          float *out) {
+    sum_sent(1, 1, quantizer, &codes, &scale, numel, out);
+}
+
+static void fused_add(const Quantizer *quantizer, const uint8_t *const *codes, const float *scale,
+                      int64_t numel, float *out) {
+    sum_sent(FUSED_WORKERS, 1, quantizer, codes, scale, numel, out);
+}
+
+enum { CELLS = 16, LOWEST_OCTAVE = 127 - 8 };
 
 typedef enum { CELL_WIDTH, CELL_OCTAVE, CELL_NONE } CellKind;
 
-/* Per cell, the thresholds in lower cells and the threshold inside. */
+/* Per cell, the thresholds in lower cells and the threshold inside. Ratios are in cell widths. */
 typedef struct {
     CellKind kind;
     float per_unit;
-    int32_t below[CELLS];
+    int32_t below[CELLS]; /* plus the code of magnitude 0 */
     float inside[CELLS];
 } Cells;
 
-enum { LOWEST_OCTAVE = 127 - 8 };
-
 static int cell_of(const Cells *cells, float ratio) {
-    int cell = cells->kind == CELL_OCTAVE ? (int)(bits_of_float(ratio) >> 23) - LOWEST_OCTAVE
-                                          : (int)(ratio * cells->per_unit);
+    int cell = cells->kind == CELL_OCTAVE ? (int)(bits_of_float(ratio) >> 23) - LOWEST_OCTAVE : (int)ratio;
     return cell < 0 ? 0 : cell < CELLS ? cell : CELLS - 1;
 }
 
@@ -67,24 +191,28 @@ static int fill_cells(const Quantizer *quantizer, Cells *cells) {
     int count[CELLS] = {0};
     for (int cell = 0; cell < CELLS; cell++) cells->inside[cell] = INFINITY;
     for (int t = 0; t < quantizer->magnitudes - 1; t++) {
-        int cell = cell_of(cells, quantizer->thresholds[t]);
+        float threshold = quantizer->thresholds[t] * cells->per_unit;
+        int cell = cell_of(cells, threshold);
         if (count[cell]++) return 0;
-        cells->inside[cell] = quantizer->thresholds[t];
+        cells->inside[cell] = threshold;
     }
-    for (int cell = 0, below = 0; cell < CELLS; below += count[cell++]) cells->below[cell] = below;
+    int below = quantizer->magnitudes - quantizer->has_zero;
+    for (int cell = 0; cell < CELLS; below += count[cell++]) cells->below[cell] = below;
     return 1;
 }
 
 /* Finds cells that part the thresholds; without any, the general path is taken. */
 static int find_cells(const Quantizer *quantizer, Cells *cells) {
+    cells->per_unit = 1;
     if (quantizer->magnitudes > TABLE_THRESHOLDS) {
         cells->kind = CELL_NONE;
         return quantizer->linear;
     }
     cells->kind = CELL_WIDTH;
-    for (cells->per_unit = 1; cells->per_unit <= 16; cells->per_unit *= 2)
+    for (; cells->per_unit <= 16; cells->per_unit *= 2)
         if (fill_cells(quantizer, cells)) return 1;
     cells->kind = CELL_OCTAVE;
+    cells->per_unit = 1;
     return fill_cells(quantizer, cells);
 }
 
@@ -95,70 +223,95 @@ static float sum_of_register(__m512 lanes) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-static inline __attribute__((always_inline)) float
-quantize_by(CellKind kind, const Quantizer *quantizer, const Cells *cells, const float *value,
-            int64_t numel, float factor, float provisional, uint8_t *code, float *level) {
-    const int absmax = quantizer->absmax;
-    const __m512 zero = _mm512_setzero_ps();
-    const __m512 normal = _mm512_set1_ps(factor), inverse = _mm512_set1_ps(1 / provisional);
-    const __m512 per_unit = _mm512_set1_ps(cells->per_unit);
-    const __m512 inside = _mm512_loadu_ps(cells->inside), levels = _mm512_loadu_ps(quantizer->levels);
-    const __m512i below = _mm512_loadu_si512(cells->below), last = _mm512_set1_epi32(CELLS - 1);
-    const __m512i one = _mm512_set1_epi32(1), octave = _mm512_set1_epi32(LOWEST_OCTAVE);
-    const __m512i top = _mm512_set1_epi32(quantizer->magnitudes - 1);
-    const __m512i positive = _mm512_set1_epi32(quantizer->magnitudes - quantizer->has_zero);
-    __m512 products = zero, squares = zero;
-    for (int64_t i = 0; i < numel; i += 16) {
-        __mmask16 live = numel - i >= 16 ? 0xFFFF : (__mmask16)((1u << (numel - i)) - 1);
-        __m512 y = _mm512_mul_ps(_mm512_loadu_ps(value + i), normal);
-        __m512 ratio = _mm512_mul_ps(_mm512_abs_ps(y), inverse);
-        __mmask16 negative = _mm512_cmp_ps_mask(y, zero, _CMP_LT_OQ);
-        __m512i index;
-        __mmask16 above;
-        if (kind == CELL_NONE) {
-            index = _mm512_cvttps_epi32(ratio);
-            __m512 rest = _mm512_sub_ps(ratio, _mm512_cvtepi32_ps(index));
-            above = _mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.5f), _CMP_GT_OQ);
-            index = _mm512_min_epi32(_mm512_mask_add_epi32(index, above, index, one), top);
-        } else {
-            __m512i cell;
-            if (kind == CELL_WIDTH) {
-                cell = _mm512_cvttps_epi32(_mm512_mul_ps(ratio, per_unit));
-            } else {
-                cell = _mm512_sub_epi32(_mm512_srli_epi32(_mm512_castps_si512(ratio), 23), octave);
-                cell = _mm512_max_epi32(cell, _mm512_setzero_si512());
-            }
-            cell = _mm512_min_epi32(cell, last);
-            above = _mm512_cmp_ps_mask(ratio, _mm512_permutexvar_ps(cell, inside), _CMP_GT_OQ);
-            index = _mm512_permutexvar_epi32(cell, below);
-            index = _mm512_mask_add_epi32(index, above, index, one);
+typedef struct {
+    __m512 normal, inverse, inside, levels, products, squares;
+    __m512i below, both_signs, top;
+} Quantizing;
+
+/* One row of a block, as much of it as is live. */
+static inline __attribute__((always_inline)) void
+quantize_row(CellKind kind, int absmax, Quantizing *state, const float *value, __mmask16 live,
+             uint8_t *code, float *level) {
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(value), state->normal);
+    __m512 ratio = _mm512_mul_ps(_mm512_abs_ps(y), state->inverse);
+    __mmask16 negative = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ);
+    __m512i chosen;
+    if (kind == CELL_NONE) {
+        __m512i index = _mm512_cvttps_epi32(ratio);
+        __m512 rest = _mm512_sub_ps(ratio, _mm512_cvtepi32_ps(index));
+        __mmask16 above = _mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.5f), _CMP_GT_OQ);
+        index = _mm512_min_epi32(_mm512_mask_add_epi32(index, above, index, one), state->top);
+        chosen = _mm512_add_epi32(index, state->top);
+    } else {
+        __m512i cell = _mm512_cvttps_epi32(ratio);
+        if (kind == CELL_OCTAVE) {
+            cell = _mm512_srli_epi32(_mm512_castps_si512(ratio), 23);
+            cell = _mm512_sub_epi32(cell, _mm512_set1_epi32(LOWEST_OCTAVE));
+            cell = _mm512_max_epi32(cell, _mm512_setzero_si512());
         }
-        __m512i both = _mm512_add_epi32(positive, index);
-        both = _mm512_mask_sub_epi32(both, negative, top, index);
-        __m512 q = kind == CELL_NONE ? _mm512_cvtepi32_ps(_mm512_sub_epi32(both, top))
-                                     : _mm512_permutexvar_ps(both, levels);
-        q = _mm512_maskz_mov_ps(live, q);
-        _mm_storeu_si128((__m128i *)(code + i), _mm512_cvtepi32_epi8(both));
-        _mm512_storeu_ps(level + i, q);
-        if (!absmax) {
-            products = _mm512_add_ps(products, _mm512_mul_ps(y, q));
-            squares = _mm512_add_ps(squares, _mm512_mul_ps(q, q));
-        }
+        cell = _mm512_min_epi32(cell, _mm512_set1_epi32(CELLS - 1));
+        __mmask16 above =
+            _mm512_cmp_ps_mask(ratio, _mm512_permutexvar_ps(cell, state->inside), _CMP_GT_OQ);
+        chosen = _mm512_permutexvar_epi32(cell, state->below);
+        chosen = _mm512_mask_add_epi32(chosen, above, chosen, one);
     }
-    return absmax ? provisional : sum_of_register(products) / sum_of_register(squares);
+    chosen = _mm512_mask_sub_epi32(chosen, negative, state->both_signs, chosen);
+    __m512 q = kind == CELL_NONE ? _mm512_cvtepi32_ps(_mm512_sub_epi32(chosen, state->top))
+                                 : _mm512_permutexvar_ps(chosen, state->levels);
+    q = _mm512_maskz_mov_ps(live, q);
+    _mm_storeu_si128((__m128i *)code, _mm512_cvtepi32_epi8(chosen));
+    _mm512_storeu_ps(level, q);
+    if (absmax) return;
+    state->products = _mm512_add_ps(state->products, _mm512_mul_ps(y, q));
+    state->squares = _mm512_add_ps(state->squares, _mm512_mul_ps(q, q));
 }
 
-static float fused_quantize(const Quantizer *quantizer, const void *table, const float *value,
-                            int64_t numel, float factor, float provisional, uint8_t *code,
-                            float *level) {
+static inline __attribute__((always_inline)) float
+quantize_by(CellKind kind, int absmax, const Quantizer *quantizer, const Cells *cells,
+            const Ahead *ahead, const float *value, int64_t numel, float factor, float provisional,
+            uint8_t *code, float *level) {
+    int top = quantizer->magnitudes - 1;
+    Quantizing state = {
+        .normal = _mm512_set1_ps(factor),
+        .inverse = _mm512_set1_ps(1 / provisional * cells->per_unit),
+        .inside = _mm512_loadu_ps(cells->inside),
+        .levels = _mm512_loadu_ps(quantizer->levels),
+        .products = _mm512_setzero_ps(),
+        .squares = _mm512_setzero_ps(),
+        .below = _mm512_loadu_si512(cells->below),
+        .both_signs = _mm512_set1_epi32(2 * top + !quantizer->has_zero),
+        .top = _mm512_set1_epi32(top),
+    };
+    int64_t i = 0;
+    for (; i + 16 <= numel; i += 16) {
+        prefetch(ahead, 4 * i);
+        quantize_row(kind, absmax, &state, value + i, 0xFFFF, code + i, level + i);
+    }
+    if (i < numel)
+        quantize_row(kind, absmax, &state, value + i, live_of(numel - i), code + i, level + i);
+    if (absmax) return provisional;
+    return sum_of_register(state.products) / sum_of_register(state.squares);
+}
+
+static float fused_quantize(const Quantizer *quantizer, const void *table, const Ahead *ahead,
+                            const float *value, int64_t numel, float factor, float provisional,
+                            uint8_t *code, float *level) {
     const Cells *cells = table;
-    switch (cells->kind) {
-    case CELL_WIDTH:
-        return quantize_by(CELL_WIDTH, quantizer, cells, value, numel, factor, provisional, code, level);
-    case CELL_OCTAVE:
-        return quantize_by(CELL_OCTAVE, quantizer, cells, value, numel, factor, provisional, code, level);
+    switch (2 * (int)cells->kind + quantizer->absmax) {
+#define CASE(kind, absmax)                                                                            \
+    case 2 * kind + absmax:                                                                           \
+        return quantize_by(kind, absmax, quantizer, cells, ahead, value, numel, factor, provisional, \
+                           code, level);
+        CASE(CELL_WIDTH, 0)
+        CASE(CELL_WIDTH, 1)
+        CASE(CELL_OCTAVE, 0)
+        CASE(CELL_OCTAVE, 1)
+        CASE(CELL_NONE, 0)
+#undef CASE
     default:
-        return quantize_by(CELL_NONE, quantizer, cells, value, numel, factor, provisional, code, level);
+        return quantize_by(CELL_NONE, 1, quantizer, cells, ahead, value, numel, factor, provisional, code,
+                           level);
     }
 }
 

@@ -7,7 +7,8 @@
 
 #define VARIANT effadam_plain
 #define VARIANT_NAME "plain"
-#define FUSED_QUANTIZE 0
+#define FUSED 0
+#define STRIP 16
 
 #include "codes.h"
 

@@ -1,0 +1,196 @@
+"""Time and bytes of a training step, every method beside every other, on a lab's links.
+
+    sudo python benchmarks/end_to_end.py --rate 1gbit
+    sudo python benchmarks/end_to_end.py --rate 200mbit --methods "fp32,{lloyd4,lloyd2}/sharded"
+
+All methods run in one set of processes, in turn, in several rounds, each round starting with another
+one: what else the machine does meets all of them. A step's time is that of the whole machine, from the
+end of the last rank's step to the end of its next. Bytes are the links' own counters, and the floor is
+what the busiest direction of the busiest link takes to carry them: no program that sends these bytes
+over these links can be faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from environment import environment
+from methods import names
+from netlab import LabError, Link, NetLab, RankFailure, run_in_lab
+from stepping import Plan
+from workloads import Workload
+
+__all__ = ["Row", "measure", "table"]
+
+_HERE = Path(__file__).parent
+_ALL = (
+    "none,fp32,fp16,bf16,powersgd{1,2,4},{lloyd4,lloyd2,ternary,sign}/{sharded,rank0},"
+    "update:{lloyd2,ternary}/sharded"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one method.
+
+    Attributes:
+        method: Its name.
+        median_ms: Median time of a step over all rounds.
+        p20_ms: A fifth of the steps took no longer than this.
+        p80_ms: A fifth of the steps took no less than this.
+        ratio: Against ``fp32``: the median over the rounds of the ratio of the round's medians.
+        floor_ms: What the busiest link takes for its bytes.
+        busiest_mb: Megabytes a step on the busiest link in its busiest direction.
+        total_mb: Megabytes a step that all hosts sent.
+        cpu_ms: Processor time of a step, all ranks together; divided by the cores that they share, it
+            is another floor.
+        slowest_round_ms: The largest of the rounds' medians.
+    """
+
+    method: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    ratio: float
+    floor_ms: float
+    busiest_mb: float
+    total_mb: float
+    cpu_ms: float
+    slowest_round_ms: float
+
+
+def measure(plan: Plan, lab: NetLab, quiet: bool = False) -> list[dict[str, object]]:
+    """Run a plan in a lab.
+
+    Args:
+        plan: What to run.
+        lab: The lab, built.
+        quiet: Whether to print no progress.
+
+    Returns:
+        One dictionary a cell: ``round``, ``method``, ``step_s``, ``sent_bytes``, ``received_bytes``.
+    """
+    with tempfile.TemporaryDirectory(prefix="netlab-") as folder:
+        out = Path(folder) / "cells.jsonl"
+        command = [sys.executable, str(_HERE / "stepping.py"), plan.to_json(), str(out)]
+        run_in_lab(lab, command, quiet=quiet)
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def table(cells: Sequence[dict[str, object]], link: Link) -> list[Row]:
+    """Summarise cells, one row a method.
+
+    Args:
+        cells: What :func:`measure` returned.
+        link: The lab's link.
+
+    Returns:
+        The rows, in the methods' order.
+    """
+    by_method: dict[str, dict[int, dict[str, object]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["round"]):  # type: ignore[arg-type,return-value]
+        by_method.setdefault(str(cell["method"]), {})[cell["round"]] = cell  # type: ignore[index]
+    dense = by_method.get("fp32", {})
+    rows = []
+    for method, rounds in by_method.items():
+        steps = sorted(1e3 * s for cell in rounds.values() for s in cell["step_s"])  # type: ignore[attr-defined]
+        medians = {number: _median_s(cell) for number, cell in rounds.items()}
+        ratios = [medians[n] / _median_s(dense[n]) for n in medians if n in dense]
+        last = rounds[max(rounds)]
+        sent, received = last["sent_bytes"], last["received_bytes"]
+        busiest = max(*sent, *received)  # type: ignore[misc]
+        rows.append(
+            Row(
+                method,
+                statistics.median(steps),
+                steps[len(steps) // 5],
+                steps[len(steps) * 4 // 5],
+                statistics.median(ratios) if ratios else float("nan"),
+                1e3 * link.seconds(busiest),
+                busiest / 1e6,
+                sum(sent) / 1e6,  # type: ignore[arg-type]
+                1e3 * statistics.median(cell["cpu_s"] for cell in rounds.values()),  # type: ignore[type-var]
+                1e3 * max(medians.values()),
+            )
+        )
+    return rows
+
+
+def _median_s(cell: dict[str, object]) -> float:
+    return statistics.median(cell["step_s"])  # type: ignore[type-var]
+
+
+def show(rows: Sequence[Row], link: Link, hosts: int) -> str:
+    """The rows as text."""
+    lines = [
+        f"{hosts} hosts, {link.name}",
+        f"{'method':<26}{'step ms':>9}{'p20':>8}{'p80':>8}{'x fp32':>8}"
+        f"{'floor ms':>10}{'busiest MB':>12}{'all MB':>9}{'cpu ms':>8}",
+    ]
+    lines += [
+        f"{row.method:<26}{row.median_ms:9.1f}{row.p20_ms:8.1f}{row.p80_ms:8.1f}{row.ratio:8.3f}"
+        f"{row.floor_ms:10.1f}{row.busiest_mb:12.3f}{row.total_mb:9.2f}{row.cpu_ms:8.1f}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print the table, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hosts", type=int, default=4, metavar="N")
+    parser.add_argument("--rate", default="1gbit", help="of each link, as in 200mbit")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="one way, host to host")
+    parser.add_argument("--methods", default=_ALL, help="see methods.py; {a,b} stands for either")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="measured in each cell")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before those")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=32, help="of input, on each rank")
+    parser.add_argument("--sleep-ms", type=float, default=-1.0, help="see workloads.py")
+    parser.add_argument("--no-optimizer", action="store_true", help="leave out optimizer.step()")
+    parser.add_argument("--csv", type=Path, help="append the table to this file")
+    parser.add_argument("--json", type=Path, help="write every step's time to this file")
+    args = parser.parse_args()
+    workload = Workload(args.layers, args.width, args.rows, args.sleep_ms)
+    methods = tuple(names(args.methods))
+    plan = Plan(methods, args.rounds, args.warmup, args.steps, workload, not args.no_optimizer)
+    try:
+        link = Link.parse(args.rate, args.delay_ms)
+        with NetLab(args.hosts, link) as lab:
+            cells = measure(plan, lab)
+    except (LabError, RankFailure, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    rows = table(cells, link)
+    print(show(rows, link, args.hosts))
+    if args.json is not None:
+        about = {"environment": environment(), "link": link.name, "hosts": args.hosts}
+        args.json.write_text(
+            json.dumps({**about, "plan": json.loads(plan.to_json()), "cells": cells})
+        )
+    if args.csv is not None:
+        _append(args.csv, rows, link, args.hosts)
+    return 0
+
+
+def _append(path: Path, rows: Sequence[Row], link: Link, hosts: int) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["hosts", "link", *Row.__dataclass_fields__])
+        writer.writerows([hosts, link.name, *vars(row).values()] for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

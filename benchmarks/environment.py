@@ -1,0 +1,41 @@
+"""The machine and the versions that a figure was measured with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import effadam_hook
+from effadam_hook.kernels import select
+
+__all__ = ["environment"]
+
+
+def environment() -> dict[str, object]:
+    """What belongs beside every figure.
+
+    Returns:
+        Plain values by name.
+    """
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "effadam_hook": effadam_hook.__version__,
+        "kernels": select(torch.device("cpu")).name,
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,55 @@
+"""The lab on the command line: ``run`` a program in it, ``check`` its links, ``cleanup`` old ones."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .check import check_links
+from .lab import LabError, NetLab, cleanup
+from .link import Link
+from .ranks import RankFailure, run_in_lab
+
+_USAGE = "run: give the command after --, as in: run --hosts 4 --rate 1gbit -- python train.py"
+
+
+def main() -> int:
+    """Parse the arguments and do it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.netlab", description=__doc__)
+    commands = parser.add_subparsers(dest="action", required=True)
+    for name, text in (
+        ("run", "run a program once on every host"),
+        ("check", "measure what TCP gets through the links"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("--hosts", type=int, default=4, metavar="N")
+        sub.add_argument("--rate", default="1gbit", help="of each link, as in 200mbit")
+        sub.add_argument("--delay-ms", type=float, default=0.0, help="one way, host to host")
+        if name == "run":
+            sub.add_argument("command", nargs=argparse.REMAINDER, help="after --")
+    commands.add_parser("cleanup", help="remove labs whose owner is gone")
+    args = parser.parse_args()
+    try:
+        if args.action == "cleanup":
+            removed = cleanup()
+            print("\n".join(removed) if removed else "Nothing to clean up.")
+            return 0
+        link = Link.parse(args.rate, args.delay_ms)
+        with NetLab(args.hosts, link) as lab:
+            if args.action == "check":
+                print(check_links(lab))
+                return 0
+            command = args.command[1:] if args.command[:1] == ["--"] else args.command
+            if not command:
+                parser.error(_USAGE)
+            run_in_lab(lab, command)
+    except (LabError, RankFailure, ValueError) as error:
+        print(f"netlab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

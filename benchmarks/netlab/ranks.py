@@ -1,0 +1,139 @@
+"""Runs one program on all hosts of a lab, as a launcher would on a cluster."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from .lab import NetLab
+
+__all__ = ["RankFailure", "run_in_lab"]
+
+_FREE_PORT = "import socket as s; x = s.socket(); x.bind(('', 0)); print(x.getsockname()[1])"
+_GRACE_S = 10.0
+_SHOWN_LINES = 25
+
+
+class RankFailure(RuntimeError):
+    """A rank ended with an error, or the ranks did not end in time."""
+
+
+def run_in_lab(
+    lab: NetLab,
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    quiet: bool = False,
+) -> list[str]:
+    """Start a program once on every host and wait for the end of all.
+
+    The programs find what torchrun would give them: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
+    ``MASTER_ADDR`` and ``MASTER_PORT``; besides, ``GLOO_SOCKET_IFNAME`` and, to read the counters,
+    ``NETLAB_ID``. They die with this process.
+
+    Args:
+        lab: The lab, built.
+        command: Program and arguments.
+        env: Further environment variables.
+        timeout_s: Seconds until the ranks are killed; None waits for ever.
+        quiet: Whether to hold back what the ranks print, unless one fails.
+
+    Returns:
+        What each rank printed to its standard output.
+
+    Raises:
+        RankFailure: If a rank fails or time is up.
+    """
+    probe = ["ip", "netns", "exec", lab.namespace(0), sys.executable, "-c", _FREE_PORT]
+    port = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        **(env or {}),
+        "WORLD_SIZE": str(lab.hosts),
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": lab.address(0),
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "NETLAB_ID": lab.id,
+    }
+    ranks = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", lab.namespace(host), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**shared, "RANK": str(host)},
+            preexec_fn=_die_with_parent,
+        )
+        for host in range(lab.hosts)
+    ]
+    try:
+        return _watch(ranks, timeout_s, quiet)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+        for rank in ranks:
+            rank.wait()
+
+
+def _watch(
+    ranks: Sequence[subprocess.Popen[bytes]], timeout_s: float | None, quiet: bool
+) -> list[str]:
+    printed = [bytearray() for _ in ranks]
+    deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    with selectors.DefaultSelector() as selector:
+        for index, rank in enumerate(ranks):
+            assert rank.stdout is not None
+            selector.register(rank.stdout, selectors.EVENT_READ, index)
+        while selector.get_map():
+            for key, _ in selector.select(timeout=0.2):
+                data = os.read(key.fd, 1 << 16)
+                printed[key.data] += data
+                if not data:
+                    selector.unregister(key.fileobj)
+                elif not quiet and key.data == 0:
+                    sys.stdout.write(data.decode(errors="replace"))
+                    sys.stdout.flush()
+            if any(rank.poll() not in (None, 0) for rank in ranks):
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+            if time.monotonic() > deadline:
+                break
+    texts = [bytes(text).decode(errors="replace") for text in printed]
+    ending = deadline > time.monotonic()
+    codes = [_code(rank) if ending else rank.poll() for rank in ranks]
+    if any(code != 0 for code in codes):
+        raise RankFailure(_report(codes, texts, timeout_s))
+    return texts
+
+
+def _code(rank: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return rank.wait(timeout=2.0)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _report(codes: Sequence[int | None], texts: Sequence[str], timeout_s: float | None) -> str:
+    lines, shown = [], False
+    for index, (code, text) in enumerate(zip(codes, texts, strict=True)):
+        ending = f"ended with {code}" if code is not None else f"was killed after {timeout_s} s"
+        lines.append(f"rank {index} {ending}")
+        if code != 0 and not shown:
+            shown = True  # the others nearly always say the same, or that this one is gone
+            lines += [f"  | {line}" for line in text.splitlines()[-_SHOWN_LINES:]]
+    return "The ranks did not all succeed.\n" + "\n".join(lines)
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,0 +1,246 @@
+"""What does quantization cost in quality? The final validation loss of the text job, mode by mode.
+
+    python benchmarks/quality.py                # dense, lloyd4, lloyd3, lloyd2, uniform4; 3 seeds
+    python benchmarks/quality.py --modes dense lloyd2 --lrs 2e-3 4e-3 8e-3 --seeds 0
+    python benchmarks/quality.py --modes dense "late sign=--quantizer sign --warmup-steps 100"
+    python benchmarks/quality.py --workers 8 -- --steps 300 --topology sharded
+
+A mode is `dense`, a quantizer, a pair UP/DOWN, or LABEL=OPTIONS with any options of
+`examples/train_text.py`; options after `--` hold for all modes. Every combination of mode, learning
+rate and seed is one run. Runs are appended to a CSV file as they end, and those already in it are
+skipped: an interrupted benchmark continues where it was, and a larger one starts from a smaller
+one. Delete the file when the code has changed.
+
+The table shows each mode at its best learning rate (lowest mean loss) of those tried: modes differ
+in it, and comparing them at one value would measure the choice of that value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from common import checkpoint
+from common.launch import Worker, launch
+from common.options import Mode, Options, read
+from common.training import Run, Training
+from train_text import Text, TextOptions, build_parser, read_text_options
+
+COLUMNS = (
+    "run",
+    "mode",
+    "learning_rate",
+    "seed",
+    "loss",
+    "accuracy",
+    "uplink_bytes",
+    "downlink_bytes",
+    "ratio",
+    "seconds",
+    "options",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the benchmark.
+
+    Attributes:
+        mode: the label of its mode.
+        arguments: its command line.
+        options: the shared part of it, parsed.
+        text_options: the rest of it, parsed.
+    """
+
+    mode: str
+    arguments: tuple[str, ...]
+    options: Options
+    text_options: TextOptions
+
+    @property
+    def run(self) -> str:
+        """Short name of everything that decides the result."""
+        settings = checkpoint.fingerprint(self.options, **asdict(self.text_options))
+        return hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+
+def mode_arguments(mode: str) -> tuple[str, list[str]]:
+    """The label of a mode and its options for `train_text.py`."""
+    label, equals, arguments = mode.partition("=")
+    if equals:
+        return label, shlex.split(arguments)
+    if mode == "dense":
+        return mode, ["--no-effadam"]
+    parsed = Mode.parse(mode)
+    return mode, [f"--worker-quantizer={parsed.uplink}", f"--server-quantizer={parsed.downlink}"]
+
+
+def plan(namespace: argparse.Namespace) -> list[Cell]:
+    """All cells of the benchmark, seed by seed, so that early results cover all modes."""
+    parser = build_parser()
+    cells: dict[str, Cell] = {}
+    for seed in namespace.seeds:
+        for lr in namespace.lrs:
+            for mode in namespace.modes:
+                label, own = mode_arguments(mode)
+                arguments = [
+                    *("--no-plot", f"--workers={namespace.workers}", f"--lr={lr}"),
+                    *(f"--seed={seed}", *namespace.options, *own),
+                ]
+                parsed = parser.parse_args(arguments)
+                options = read(parser, parsed)
+                options = replace(options, validate_every=options.steps)
+                text_options = read_text_options(parser, parsed)
+                cell = Cell(label, tuple(arguments), options, text_options)
+                cells.setdefault(cell.run, cell)
+    return list(cells.values())
+
+
+def measure(worker: Worker, cells: list[Cell], path: Path) -> None:
+    """Run the cells, one after the other, in every worker; the main one records the results."""
+    for cell in cells:
+        mode = replace(cell.options.modes[0], name=f"{cell.mode}, seed {cell.options.seed}")
+        task = Text(cell.text_options)
+        result = Training(task, mode, cell.options, worker, settings="").run()
+        if worker.is_main:
+            append(path, cell, result)
+
+
+def append(path: Path, cell: Cell, result: Run) -> None:
+    """Add one result to the CSV file."""
+    final = result.final
+    values = (
+        cell.run,
+        cell.mode,
+        cell.options.lr,
+        cell.options.seed,
+        final.loss,
+        final.accuracy,
+        final.uplink_bytes,
+        final.downlink_bytes,
+        result.ratio,
+        final.seconds,
+        shlex.join(cell.arguments),
+    )
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(COLUMNS)
+        writer.writerow(values)
+
+
+def read_results(path: Path) -> dict[str, dict[str, str]]:
+    """The rows of the CSV file by run; none if there is no file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != COLUMNS:
+            sys.exit(f"{path} was not written by this benchmark; choose another with --csv")
+        return {row["run"]: row for row in rows}
+
+
+def tables(cells: list[Cell], results: dict[str, dict[str, str]]) -> str:
+    """Markdown: each mode at its best learning rate, then all learning rates if several."""
+    groups: dict[tuple[str, float], list[dict[str, str]]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.mode, cell.options.lr].append(results[cell.run])
+    best: dict[str, tuple[float, float]] = {}  # mode -> mean loss, learning rate
+    for (mode, lr), rows in groups.items():
+        best[mode] = min(best.get(mode, (math.inf, lr)), (mean_loss(rows), lr))
+    lines = table_lines(
+        {(mode, lr): groups[mode, lr] for mode, (_, lr) in best.items()},
+        dense=best.get("dense", (math.nan, 0.0))[0],
+    )
+    if len(groups) > len(best):
+        lines += ["", "All learning rates:", "", *table_lines(groups, dense=math.nan)]
+    return "\n".join(lines)
+
+
+def table_lines(groups: dict[tuple[str, float], list[dict[str, str]]], dense: float) -> list[str]:
+    """A markdown table with one row for each mode and learning rate."""
+    lines = [
+        "| mode | learning rate | runs | mean loss | min | max | vs dense | bytes | s/run |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (mode, lr), rows in groups.items():
+        losses = [float(row["loss"]) for row in rows]
+        mean = mean_loss(rows)
+        excess = "" if math.isnan(dense) else f"{mean - dense:+.4f}"
+        ratio = statistics.mean(float(row["ratio"]) for row in rows)
+        seconds = statistics.mean(float(row["seconds"]) for row in rows)
+        lines.append(
+            f"| {mode} | {lr:g} | {len(rows)} | {mean:.4f} | {min(losses):.4f} |"
+            f" {max(losses):.4f} | {excess} | fp32 / {ratio:.2f} | {seconds:.0f} |"
+        )
+    return lines
+
+
+def mean_loss(rows: list[dict[str, str]]) -> float:
+    """The mean final loss; infinite if a run diverged."""
+    mean = statistics.mean(float(row["loss"]) for row in rows)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def main() -> None:
+    """Read the command line, run what is missing, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=["dense", "lloyd4", "lloyd3", "lloyd2", "uniform4"],
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--lrs", nargs="+", type=float, default=[6e-3], help="learning rates (default %(default)s)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="%(default)s")
+    parser.add_argument("--workers", type=int, default=4, help="default %(default)s")
+    parser.add_argument(
+        "--csv", type=Path, default=Path("outputs/quality.csv"), help="default %(default)s"
+    )
+    parser.add_argument("--table", type=Path, metavar="PATH", help="write the table here as well")
+    parser.add_argument("options", nargs="*", help="options of examples/train_text.py, after --")
+    namespace = parser.parse_args()
+
+    cells = plan(namespace)
+    done = read_results(namespace.csv)
+    missing = [cell for cell in cells if cell.run not in done]
+    print(
+        f"{len(cells)} runs, {len(missing)} of them to do; results in {namespace.csv}", flush=True
+    )
+    if missing:
+        namespace.csv.parent.mkdir(parents=True, exist_ok=True)
+        launch(measure, namespace.workers, "auto", missing, namespace.csv)
+
+    text = (
+        f"{tables(cells, read_results(namespace.csv))}\n\n"
+        f"{namespace.workers} workers, {cells[0].options.steps} steps, torch {torch.__version__},"
+        f" {os.cpu_count()} cores, {platform.machine()} {platform.system()}.\n"
+        f"Command: python {shlex.join(sys.argv)}\n"
+    )
+    print(f"\n{text}", end="")
+    if namespace.table:
+        namespace.table.parent.mkdir(parents=True, exist_ok=True)
+        namespace.table.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,480 @@
+"""Notices when ranks wait for one another in vain, finds out why, and tells every rank.
+
+A rank that waits in a collective cannot know whether the others are slow, gone, or waiting in another
+one. So each rank keeps a list of the buckets that it has started, and a thread looks at it now and
+then. Nothing else happens while training goes on: no message, no lock shared with it. Only when a
+bucket has been under way for some seconds, or something broke, does this rank *raise the alarm*:
+every rank then writes its *position* into the process group's store and reads the others'::
+
+    training  ── enter ──► pending ── succeed ──►                 (all that a normal step sees)
+    thread            [1] late, or broken?      ──► alarm          [2] publish the own position
+                      [3] read the others'      ──► [4] verdict    ──► every pending bucket fails
+
+The verdicts, in this order: a rank has reported a failure; two ranks have done different things at
+the same place in the sequence of buckets; a rank has left. Anything else may be mere slowness: it is
+logged, and the process group's time-out decides.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import threading
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook.errors import DisagreementError, EffAdamError
+from effadam_hook.exchange.compat import DefaultStore, wait_while
+
+__all__ = ["Passage", "Watch"]
+
+PATIENCE_S = 3.0
+"""How long a bucket may be under way before the other ranks are asked."""
+ANSWER_S = 2.5
+"""How long a failing rank waits for what the others know, before it raises."""
+
+_BUSY_TICK_S = 0.5
+_IDLE_TICK_S = 2.0
+_RANKS_PER_TICK_S = 256
+_REMEMBERED = 256
+_MOST_ERRORS = 5
+
+_log = logging.getLogger(__name__)
+
+
+class Passage:
+    """One bucket on its way, from the hook to its future.
+
+    Attributes:
+        sequence: How many buckets this rank started before it.
+        label: How messages name the bucket.
+        phase: What is being done, or waited for.
+        future: Completes once, with the bucket or with what went wrong.
+        work: The collective under way, if any.
+    """
+
+    def __init__(
+        self, watch: Watch, sequence: int, label: str, phase: str, future: Future[Tensor]
+    ) -> None:
+        self.sequence = sequence
+        self.label = label
+        self.phase = phase
+        self.future = future
+        self.work: dist.Work | None = None
+        self.since = time.monotonic()
+        self._watch = watch
+        self._open = threading.Lock()
+
+    def wait(self) -> None:
+        """Wait for the collective under way, unless the exchange stops.
+
+        Raises:
+            EffAdamError: If the exchange has stopped meanwhile.
+            RuntimeError: If the collective has failed.
+        """
+        if self.work is not None and not wait_while(self.work, self._watch.is_going_on):
+            raise EffAdamError("the exchange has stopped.")
+
+    def succeed(self, bucket: Tensor) -> None:
+        """Complete the future, unless it has failed meanwhile."""
+        if self._settle():
+            self.future.set_result(bucket)
+            self._watch.settled(self)
+
+    def fail(self, error: EffAdamError) -> None:
+        """Complete the future with an error, unless it is complete."""
+        if self._settle():
+            self.future.set_exception(error)  # type: ignore[arg-type]
+            self._watch.settled(self)
+
+    def _settle(self) -> bool:
+        return self._open.acquire(blocking=False)
+
+
+@dataclass
+class _Peer:
+    """What is known of another rank."""
+
+    text: bytes = b""
+    position: dict[str, Any] = field(default_factory=dict)
+    heard: float = 0.0
+
+
+class Watch:
+    """One rank's list of buckets under way, and the thread that looks after it.
+
+    Args:
+        group: DDP's process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank = group.rank()
+        self.pending: dict[int, Passage] = {}
+        self.failure: EffAdamError | None = None
+        self._size = group.size()
+        self._sequence = 0
+        self._history: deque[tuple[int, str, str, str]] = deque(maxlen=_REMEMBERED)
+        self._on_failure: list[Callable[[], None]] = []
+        self._on_close: list[Callable[[], None]] = []
+        self._stopping = threading.Lock()
+        self._ended = threading.Event()
+        self._counting = threading.Lock()
+        self._drained = threading.Event()
+        self._drained.set()
+        self._own_failure: EffAdamError | None = None
+        self._peers = {rank: _Peer() for rank in range(self._size) if rank != self.rank}
+        self._alarm = b""
+        self._alarm_until = 0.0
+        self._published = 0
+        self._alarms = 0
+        self._round_done = threading.Condition()
+        self._wake = threading.Event()
+        self._closing = False
+        self._warned = -1
+        self._errors = 0
+        ranks = tuple(dist.get_process_group_ranks(group))
+        self._store = DefaultStore(f"effadam/{'-'.join(map(str, ranks))}/{_made[ranks]}")
+        _made[ranks] += 1
+        self._thread: threading.Thread | None = None
+        if self._size > 1:
+            # A daemon, so that a rank whose store is gone can still end.
+            self._thread = threading.Thread(target=self._run, name="effadam-watch", daemon=True)
+            self._thread.start()
+        _open_watches.add(self)
+
+    def enter(
+        self, label: str, mode: str, layout: str, phase: str, future: Future[Tensor] | None = None
+    ) -> Passage:
+        """Note that a bucket sets out.
+
+        Args:
+            label: How messages name it.
+            mode: What is done with it, the same on every rank.
+            layout: What it is made of, the same on every rank.
+            phase: Its first phase.
+            future: The future to complete; None makes one for CPU tensors.
+
+        Returns:
+            Its passage.
+
+        Raises:
+            EffAdamError: If the exchange has stopped.
+        """
+        if self.failure is not None or self._closing:
+            if self.failure is not None:
+                self._ended.wait(2 * ANSWER_S)
+            reason = self.failure or "it was closed."
+            kind = EffAdamError if self.failure is None else type(self.failure)
+            raise kind(
+                f"Rank {self.rank}, {label}: not started, the exchange has stopped: {reason} "
+                "Restart all ranks from a checkpoint."
+            )
+        passage = Passage(self, self._sequence, label, phase, future or Future())
+        self._history.append((self._sequence, label, mode, layout))
+        with self._counting:
+            self.pending[self._sequence] = passage
+            self._drained.clear()
+        self._sequence += 1
+        return passage
+
+    def settled(self, passage: Passage) -> None:
+        """Note that a bucket has arrived, or failed."""
+        with self._counting:
+            self.pending.pop(passage.sequence, None)
+            if not self.pending:
+                self._drained.set()
+
+    def is_going_on(self) -> bool:
+        """Whether there is any use in waiting."""
+        return self.failure is None and not self._closing
+
+    def on_failure(self, action: Callable[[], None]) -> None:
+        """Have something done when the exchange stops for good with buckets under way."""
+        self._on_failure.append(action)
+
+    def on_close(self, action: Callable[[], None]) -> None:
+        """Have something done when training is over."""
+        self._on_close.append(action)
+
+    def broke(self, passage: Passage, error: BaseException) -> None:
+        """Stop the exchange because of an error on this rank, and let the other ranks know.
+
+        Args:
+            passage: Where it happened.
+            error: What happened.
+        """
+        kind = DisagreementError if isinstance(error, DisagreementError) else EffAdamError
+        message = f"Rank {self.rank}, {passage.label}, {passage.phase}: {_sentence(error)}"
+        if self._first_to_stop(kind(message)):
+            self._own_failure = kind(message)
+            failure = self._consult(kind, message)
+            failure.__cause__ = error
+            self.failure = self._own_failure = failure
+            passage.fail(failure)
+            self._end_all()
+        else:
+            # Whoever stopped it may still be asking the others; its message says more.
+            self._ended.wait(2 * ANSWER_S)
+            passage.fail(self.failure or kind(message))
+
+    def join(self) -> None:
+        """Wait for all buckets under way, in the training thread, where Ctrl-C is heard.
+
+        Raises:
+            EffAdamError: If the exchange has stopped. DDP would raise it too, but as a RuntimeError
+                that complains of a type.
+        """
+        self._drained.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        """End the threads. The other ranks learn that this one has left if they wait for it."""
+        if self._closing:
+            return
+        self._closing = True
+        self._wake.set()
+        if self.pending:
+            self._run_actions(self._on_failure)
+        self._run_actions(self._on_close)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=1.0)
+        _open_watches.discard(self)
+
+    # Stopping
+
+    def _first_to_stop(self, failure: EffAdamError) -> bool:
+        with self._stopping:
+            if self.failure is not None:
+                return False
+            self.failure = failure
+            return True
+
+    def _end_all(self) -> None:
+        assert self.failure is not None
+        self._run_actions(self._on_failure)
+        for passage in list(self.pending.values()):
+            passage.fail(self.failure)
+        self._ended.set()
+
+    def _run_actions(self, actions: list[Callable[[], None]]) -> None:
+        while actions:
+            actions.pop()()
+
+    def _consult(self, kind: type[EffAdamError], message: str) -> EffAdamError:
+        """An error with what the others know, who are asked for once."""
+        if self._thread is None or self._thread is threading.current_thread():
+            return kind(message)
+        asked = time.monotonic()
+        with self._round_done:
+            self._wake.set()
+            self._round_done.wait_for(lambda: self._all_heard_since(asked), ANSWER_S)
+        positions = self._positions()
+        # Who finds a disagreement ends, and to the others that looks like a lost connection.
+        disagreement = self._disagreement(positions)
+        if disagreement is not None and kind is EffAdamError:
+            return DisagreementError(f"{message} {disagreement}")
+        late = self._who_is_late(asked)
+        reports = [
+            f" Rank {rank} reported: {position['failure']}"
+            for rank, position in positions.items()
+            if position["failure"]
+        ]
+        return kind(message + (late or "".join(reports[:1])))
+
+    def _all_heard_since(self, moment: float) -> bool:
+        return all(peer.heard > moment for peer in self._peers.values())
+
+    def _who_is_late(self, since: float) -> str:
+        """Sentences about the ranks that others may be waiting for."""
+        silent = [str(r) for r, peer in self._peers.items() if peer.heard <= since]
+        gone = [
+            str(rank)
+            for rank, position in self._positions().items()
+            if position["left"] and position["sequence"] < self._sequence
+        ]
+        behind = [
+            f" Rank {rank} has started {position['sequence']} buckets, this rank {self._sequence}; "
+            f"it {position['doing']}."
+            for rank, position in self._positions().items()
+            if position["sequence"] < self._sequence and not position["left"]
+        ]
+        text = ""
+        if silent:
+            text += f" No answer from rank {', '.join(silent)}: killed, stopped, or unreachable."
+        if gone:
+            text += f" Rank {', '.join(gone)} has ended."
+        return text + "".join(behind[:3])
+
+    def _positions(self) -> dict[int, dict[str, Any]]:
+        return {rank: peer.position for rank, peer in self._peers.items() if peer.position}
+
+    # The thread
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait(self._tick_s())
+            self._wake.clear()
+            try:
+                if not self._store.is_reachable():
+                    break
+                self._round()
+                self._errors = 0
+            except Exception as error:
+                self._errors += 1
+                if self._errors == _MOST_ERRORS:
+                    _log.warning("Rank %d cannot reach the store: %s", self.rank, error)
+                    return
+            with self._round_done:
+                self._round_done.notify_all()
+        if self._closing:
+            with contextlib.suppress(Exception):
+                self._publish()
+        else:
+            self.close()
+
+    def _tick_s(self) -> float:
+        scale = max(1.0, self._size / _RANKS_PER_TICK_S)
+        busy = self.pending or time.monotonic() < self._alarm_until
+        return (_BUSY_TICK_S if busy else _IDLE_TICK_S) * scale
+
+    def _round(self) -> None:
+        now = time.monotonic()
+        oldest = next(iter(list(self.pending.values())), None)
+        late = oldest is not None and now - oldest.since > PATIENCE_S
+        if late or self._own_failure is not None:  # [1]
+            self._alarms += 1
+            self._store.set("alarm", f"{self.rank} {self._alarms}".encode())
+            self._alarm_until = now + 3 * _IDLE_TICK_S
+        alarm = self._store.get("alarm")
+        if alarm is not None and alarm != self._alarm:
+            self._alarm = alarm
+            self._alarm_until = now + 3 * _IDLE_TICK_S
+        if now > self._alarm_until:
+            return
+        self._publish()  # [2]
+        self._read()  # [3]
+        if self.failure is None:
+            self._judge(oldest)  # [4]
+
+    def _publish(self) -> None:
+        oldest = next(iter(list(self.pending.values())), None)
+        doing = "is not in a backward pass"
+        if oldest is not None:
+            doing = f"is in {oldest.label}, {oldest.phase}"
+        self._published += 1
+        position = {
+            "published": self._published,
+            "sequence": self._sequence,
+            "doing": doing,
+            "left": self._closing,
+            "failure": None if self._own_failure is None else str(self._own_failure),
+            "kind": type(self._own_failure).__name__,
+            "history": list(self._history),
+        }
+        self._store.set(str(self.rank), json.dumps(position).encode())
+
+    def _read(self) -> None:
+        for rank, peer in self._peers.items():
+            text = self._store.get(str(rank))
+            if text is not None and text != peer.text:
+                peer.text = text
+                peer.position = json.loads(text)
+                peer.heard = time.monotonic()
+
+    def _judge(self, oldest: Passage | None) -> None:
+        positions = self._positions()
+        verdict = _failure_of(positions) or self._disagreement(positions)
+        if verdict is None and oldest is not None:
+            left = [
+                rank
+                for rank, position in positions.items()
+                if position["left"] and position["sequence"] <= oldest.sequence
+            ]
+            if left:
+                verdict = EffAdamError(f"Rank {left[0]} has ended its training, this rank has not.")
+        if verdict is not None:
+            where = f"Rank {self.rank}"
+            if oldest is not None:
+                where += f", {oldest.label}, {oldest.phase}"
+            if self._first_to_stop(type(verdict)(f"{where}: {verdict}")):
+                self._end_all()
+        elif oldest is not None and self._warned != oldest.sequence:
+            waited_s = time.monotonic() - oldest.since
+            if waited_s > PATIENCE_S + ANSWER_S:
+                self._warned = oldest.sequence
+                since = time.monotonic() - ANSWER_S
+                _log.warning(
+                    "Rank %d has waited %.0f s in %s, %s.%s",
+                    *(self.rank, waited_s, oldest.label, oldest.phase, self._who_is_late(since)),
+                )
+
+    def _disagreement(self, positions: Mapping[int, Mapping[str, Any]]) -> EffAdamError | None:
+        """The first place in the sequence at which two ranks did different things."""
+        histories = {rank: _by_sequence(p["history"]) for rank, p in positions.items()}
+        histories[self.rank] = _by_sequence(self._history)
+        first, *others = sorted(histories)
+        differences = [
+            (sequence, rank, entry, histories[first][sequence])
+            for rank in others
+            for sequence, entry in histories[rank].items()
+            if histories[first].get(sequence, entry) != entry
+        ]
+        if not differences:
+            return None
+        sequence = min(d[0] for d in differences)
+        said = "; ".join(
+            f"rank {rank} does {there[1]} in {there[0]}{_made_of(there, here)} and rank {first} does "
+            f"{here[1]} in {here[0]}"
+            for number, rank, there, here in differences
+            if number == sequence
+        )
+        return DisagreementError(
+            f"The ranks disagree about exchange {sequence}: {said}. Switch and configure all ranks "
+            "alike, and run the same backward passes on all of them."
+        )
+
+
+def _failure_of(positions: Mapping[int, Mapping[str, Any]]) -> EffAdamError | None:
+    for rank, position in positions.items():
+        if position["failure"]:
+            kind = EffAdamError
+            if position["kind"] == DisagreementError.__name__:
+                kind = DisagreementError
+            return kind(f"Rank {rank} reported: {position['failure']}")
+    return None
+
+
+def _by_sequence(history: Any) -> dict[int, tuple[str, str, str]]:
+    return {sequence: (label, mode, layout) for sequence, label, mode, layout in list(history)}
+
+
+def _made_of(there: tuple[str, str, str], here: tuple[str, str, str]) -> str:
+    if there[:2] == here[:2]:
+        return f" (layout {there[2]}, not {here[2]})"
+    return ""
+
+
+def _sentence(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text if text.endswith(".") else f"{text}."
+
+
+_made: Counter[tuple[int, ...]] = Counter()
+_open_watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for watch in list(_open_watches):
+        watch.close()

@@ -1,0 +1,75 @@
+"""What a run prints as it trains: a bar in a terminal, and one line for each evaluation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from .training import Point, Run, Task, Wire
+
+REFRESH_EVERY_STEPS = 10
+
+
+class Progress:
+    """Shows a run's progress on the main worker, and nothing on the others."""
+
+    def __init__(self, run: Run, task: Task, steps: int, enabled: bool) -> None:
+        self._run = run
+        self._task = task
+        self._steps = steps
+        self._enabled = enabled
+        self._width = len(str(steps))
+        first = run.points[-1].step if run.points else 0
+        self._refreshed = (time.perf_counter(), first)
+        self._bar = tqdm(
+            total=steps,
+            initial=first,
+            desc=run.mode,
+            unit="step",
+            disable=not (enabled and sys.stderr.isatty()),
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def step(self, step: int, loss: Tensor, wire: Wire) -> None:
+        """Advance the bar; every few steps, show this worker's loss, throughput and bytes."""
+        if self._bar.disable:
+            return
+        self._bar.update()
+        if step % REFRESH_EVERY_STEPS:
+            return
+        now = time.perf_counter()
+        then, step_then = self._refreshed
+        self._refreshed = (now, step)
+        throughput = (step - step_then) * self._run.units_per_step / (now - then)
+        self._bar.set_postfix_str(
+            f"loss {loss.item():.3f}, {throughput:,.0f} {self._task.unit}/s,"
+            f" {sum(wire.read(step)) / 1e6:.1f} MB"
+        )
+
+    def point(self, point: Point) -> None:
+        """Print one line about an evaluation."""
+        throughput = point.step * self._run.units_per_step / point.seconds
+        self.message(
+            f"{self._run.mode:<12} step {point.step:>{self._width}}/{self._steps}"
+            f"  train loss {point.train_loss:.4f}"
+            f"  {self._task.held_out_name} loss {point.loss:.4f}"
+            f"  accuracy {point.accuracy:.1%}"
+            f"  {throughput:,.0f} {self._task.unit}/s"
+            f"  {(point.uplink_bytes + point.downlink_bytes) / 1e6:,.1f} MB"
+        )
+
+    def message(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._enabled:
+            self._bar.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()

@@ -1,0 +1,304 @@
+"""One training loop for every example: DistributedDataParallel, and one line that may be added.
+
+Everything a step depends on is a function of (seed, step, rank): a run that was interrupted and
+resumed repeats the uninterrupted one to the bit, and runs in different modes see the same data.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from . import checkpoint
+from .launch import Worker
+from .options import Mode, Options, exchange_arguments
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from effadam_hook import EfficientAdamState
+
+EVALUATION_CHUNK = 64  # held-out samples per forward
+
+
+class Task(Protocol):
+    """A classification problem: next byte, digit, ..."""
+
+    name: str
+    headline: str  # the metric to plot: "loss" or "accuracy"
+    held_out_name: str  # "validation" or "test"
+    unit: str  # what throughput counts, in the plural
+    units_per_sample: int
+
+    @property
+    def description(self) -> str:
+        """One line about the data."""
+
+    def build_model(self) -> nn.Module:
+        """A new model; its output is logits, classes last."""
+
+    def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """`count` random training samples and their classes."""
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """The fixed evaluation samples and their classes."""
+
+
+@dataclass
+class Point:
+    """The state of a run after `step` steps. Bytes and seconds count from the start of the run.
+
+    Attributes:
+        step: optimizer steps done.
+        train_loss: mean over all workers and the steps since the previous point, nats.
+        loss: mean over the held-out samples, nats.
+        accuracy: share of held-out samples classified correctly.
+        uplink_bytes: what one worker has sent to the server.
+        downlink_bytes: what one worker has received from it.
+        seconds: training time, evaluation not included.
+    """
+
+    step: int
+    train_loss: float
+    loss: float
+    accuracy: float
+    uplink_bytes: int
+    downlink_bytes: int
+    seconds: float
+
+
+@dataclass
+class Run:
+    """One mode's training curve.
+
+    Attributes:
+        mode: the mode's label.
+        dense_bytes_per_step: an fp32 exchange of the gradients, one worker, one direction.
+        units_per_step: tokens, images, ... processed by all workers together.
+        points: the curve.
+    """
+
+    mode: str
+    dense_bytes_per_step: int
+    units_per_step: int
+    points: list[Point] = field(default_factory=list)
+
+    @property
+    def final(self) -> Point:
+        """The last point."""
+        return self.points[-1]
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes than an fp32 exchange in both directions."""
+        sent = self.final.uplink_bytes + self.final.downlink_bytes
+        return 2 * self.dense_bytes_per_step * self.final.step / sent if sent else math.nan
+
+    @property
+    def units_per_second(self) -> float:
+        """Training throughput of all workers together."""
+        return self.units_per_step * self.final.step / self.final.seconds
+
+
+class Wire:
+    """Counts the bytes one worker sends to the server (up) and receives from it (down).
+
+    A dense step counts as 4 bytes a parameter each way. What moves between N machines in a ring
+    all-reduce, or in the sharded topology, is (N-1)/N of either count: ratios stay the same.
+    """
+
+    def __init__(self, dense_bytes_per_step: int, state: EfficientAdamState | None) -> None:
+        self._dense_bytes_per_step = dense_bytes_per_step
+        self._state = state
+
+    def read(self, step: int) -> tuple[int, int]:
+        """Bytes up and down in the first `step` steps of the run."""
+        if self._state is None:
+            return self._dense_bytes_per_step * step, self._dense_bytes_per_step * step
+        stats = self._state.stats()
+        return int(stats["uplink_bytes"]), int(stats["downlink_bytes"])
+
+
+class Training:
+    """One run: a model, its optimizer, the exchange of its gradients, and the loop.
+
+    Args:
+        task: data and model.
+        mode: dense, or the quantizers.
+        options: the command line.
+        worker: who we are; all workers train together.
+        settings: what a checkpoint must agree with to be resumed (`checkpoint.fingerprint`).
+    """
+
+    def __init__(
+        self, task: Task, mode: Mode, options: Options, worker: Worker, settings: str
+    ) -> None:
+        torch.manual_seed(options.seed)
+        self.task = task
+        self.options = options
+        self.worker = worker
+        self.settings = settings
+        self.model = task.build_model().to(worker.device)
+        self.optimizer = build_optimizer(self.model.parameters(), mode, options)
+        self.ddp_model = DistributedDataParallel(
+            self.model, device_ids=None if worker.device.type == "cpu" else [worker.device]
+        )
+        self.state = attach_state(self.ddp_model, self.optimizer, mode, options)
+        self.held_out = tuple(part[worker.rank :: worker.world_size] for part in task.held_out())
+        self.result = Run(
+            mode.label,
+            dense_bytes_per_step=4 * sum(each.numel() for each in self.model.parameters()),
+            units_per_step=options.batch_size * worker.world_size * task.units_per_sample,
+        )
+        if options.resume:
+            points = checkpoint.load(options.resume, worker, self.model, self.optimizer, self.state)
+            self.result.points = [Point(**point) for point in points]
+        self.wire = Wire(self.result.dense_bytes_per_step, self.state)
+        self.progress = Progress(self.result, task, options.steps, enabled=worker.is_main)
+
+    def run(self) -> Run:
+        """Train to the end.
+
+        Returns:
+            The curve; the same on all workers, except for the seconds.
+        """
+        points = self.result.points
+        first = points[-1].step if points else 0
+        seconds = points[-1].seconds if points else 0.0
+        last = min(self.options.steps, self.options.stop_after or self.options.steps)
+        losses: list[Tensor] = []
+        clock = time.perf_counter()
+        for step in range(first, last):
+            losses.append(self._step(step))
+            self.progress.step(step + 1, losses[-1], self.wire)
+            if (step + 1) % self.options.validate_every and step + 1 != last:
+                continue
+            train_loss = mean_over_workers(torch.stack(losses).double().mean())
+            seconds += time.perf_counter() - clock
+            self._validate(step + 1, train_loss, seconds)
+            if not math.isfinite(train_loss):
+                self.progress.message("The loss is not finite any more: try a smaller --lr.")
+                break
+            losses.clear()
+            clock = time.perf_counter()
+        self.progress.close()
+        if self.state is not None:
+            self.state.close()
+        return self.result
+
+    def _step(self, step: int) -> Tensor:
+        rng = np.random.default_rng([self.options.seed, step, self.worker.rank])
+        inputs, targets = self.task.sample(rng, self.options.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * lr_factor(step, self.options)
+        logits = self.ddp_model(inputs.to(self.worker.device))
+        loss = cross_entropy(logits, targets.to(self.worker.device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _validate(self, step: int, train_loss: float, seconds: float) -> None:
+        loss, accuracy = evaluate(self.model, self.held_out, self.worker)
+        up, down = self.wire.read(step)
+        point = Point(step, train_loss, loss, accuracy, up, down, seconds)
+        self.result.points.append(point)
+        self.progress.point(point)
+        if self.options.checkpoint:
+            checkpoint.save(
+                self.options.checkpoint,
+                self.worker,
+                self.settings,
+                [asdict(each) for each in self.result.points],
+                self.model,
+                self.optimizer,
+                self.state,
+            )
+
+
+def attach_state(
+    ddp_model: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    mode: Mode,
+    options: Options,
+) -> EfficientAdamState | None:
+    """Have gradients or updates exchanged as `mode` says; None if that is as DDP does anyway."""
+    if mode.is_dense:
+        return None
+    from effadam_hook import attach
+
+    return attach(
+        ddp_model,
+        optimizer=None if options.exchange == "gradient" else optimizer,
+        precondition=options.exchange == "preconditioned",
+        quantize_weights=options.exchange == "weights",
+        **exchange_arguments(options, mode),
+    )
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], mode: Mode, options: Options
+) -> torch.optim.Optimizer:
+    """EfficientAdam where updates travel, else the optimizer that `--optimizer` names."""
+    if options.exchange in ("update", "weights") and not mode.is_dense:
+        from effadam_hook import EfficientAdam
+
+        return EfficientAdam(
+            parameters,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            second_moment=options.second_moment,
+            refresh_every=options.refresh_every,
+        )
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=options.lr, momentum=0.9, weight_decay=options.weight_decay
+        )
+    adam = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+    return adam(parameters, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def lr_factor(step: int, options: Options) -> float:
+    """Linear warm-up, then a half cosine down to 0 at `options.steps`."""
+    if step < options.lr_warmup:
+        return (step + 1) / options.lr_warmup
+    progress = (step - options.lr_warmup) / max(1, options.steps - options.lr_warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats; any number of leading dimensions."""
+    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, samples: tuple[Tensor, ...], worker: Worker) -> tuple[float, float]:
+    """Mean loss and accuracy over the held-out samples, of which each worker has a share."""
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=worker.device)  # loss, correct, count
+    chunks = zip(*(part.split(EVALUATION_CHUNK) for part in samples), strict=True)
+    for inputs, targets in chunks:
+        logits = model(inputs.to(worker.device))
+        classes = targets.to(worker.device)
+        totals[0] += cross_entropy(logits, classes, reduction="sum")
+        totals[1] += (logits.argmax(-1) == classes).sum()
+        totals[2] += targets.numel()
+    dist.all_reduce(totals)
+    model.train()
+    loss, correct, count = totals.tolist()
+    return loss / count, correct / count
+
+
+def mean_over_workers(value: Tensor) -> float:
+    """The mean of one number per worker."""
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()

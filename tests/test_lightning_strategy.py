@@ -1,0 +1,155 @@
+"""The strategy before training: which Trainer it belongs to, its names, and its options."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from effadam_hook import EfficientAdamState, attach
+from lightning_training import FAMILIES, load_family
+
+pytest.importorskip("lightning")
+pytest.importorskip("pytorch_lightning")
+
+import lightning_plugin
+from lightning_plugin import (
+    CompressionMonitor,
+    EfficientAdamFabricStrategy,
+    EfficientAdamStrategy,
+    for_lightning,
+    for_pytorch_lightning,
+)
+
+CLASSES = {"lightning.pytorch": for_lightning, "pytorch_lightning": for_pytorch_lightning}
+FABRICS = {"lightning.fabric": for_lightning, "lightning_fabric": for_pytorch_lightning}
+
+
+def make_trainer(name: str, strategy: Any, **options: Any) -> Any:
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return load_family(name).Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, **silent, **options
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_strategy_is_of_the_family_of_its_trainer(name: str) -> None:
+    strategy = EfficientAdamStrategy(
+        quantizer="lloyd2", find_unused_parameters=True, start_method="spawn"
+    )
+    assert isinstance(strategy, load_family(name).strategies.DDPStrategy)
+    trainer = make_trainer(name, strategy)
+    assert trainer.strategy is strategy
+    assert type(strategy) is CLASSES[name].EfficientAdamStrategy
+    assert strategy._hook_options["quantizer"] == "lloyd2"
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
+    assert strategy._start_method == "spawn"
+    assert strategy.hook_state is None
+
+
+@pytest.mark.parametrize("name", FABRICS)
+def test_a_fabric_strategy_is_of_the_family_of_its_fabric(name: str) -> None:
+    for strategy in (EfficientAdamFabricStrategy(), "effadam_find_unused_parameters_true"):
+        fabric = load_family(name).Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        assert type(fabric.strategy) is FABRICS[name].EfficientAdamFabricStrategy
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_names_in_the_registry(name: str) -> None:
+    methods = {"effadam": "popen", "effadam_spawn": "spawn", "effadam_notebook": "fork"}
+    for strategy, method in methods.items():
+        for suffix, options in (
+            ("", {}),
+            ("_find_unused_parameters_true", {"find_unused_parameters": True}),
+        ):
+            made = make_trainer(name, strategy + suffix).strategy
+            assert type(made) is CLASSES[name].EfficientAdamStrategy
+            assert (made._start_method, made._ddp_kwargs) == (method, options)
+
+
+def test_mixing_families_is_an_error_that_says_so() -> None:
+    class Mine(for_lightning.EfficientAdamStrategy):
+        pass
+
+    make_trainer("lightning.pytorch", Mine())
+    with pytest.raises(TypeError, match=r"Derive it from lightning_plugin\.for_pytorch_lightning"):
+        make_trainer("pytorch_lightning", Mine())
+    with pytest.raises(TypeError, match="handed to the Trainer or Fabric of another package"):
+        EfficientAdamStrategy().accelerator = torch.device("cpu")
+    with pytest.raises((TypeError, ValueError), match="strategy"):
+        make_trainer("lightning.pytorch", EfficientAdamFabricStrategy())
+
+
+@pytest.mark.parametrize("kind", [EfficientAdamStrategy, EfficientAdamFabricStrategy])
+def test_wrong_options_are_errors_at_once(kind: Any) -> None:
+    for options, error, message in (
+        ({"quantizer": "lloyd5"}, ValueError, "Invalid quantizer: 'lloyd5'"),
+        ({"topology": "ring"}, ValueError, "Must be one of rank0, sharded"),
+        ({"exact": 3}, TypeError, "Invalid exact: 3"),
+        ({"enabled": "yes"}, TypeError, "Invalid enabled"),
+        ({"precondition": 1}, TypeError, "Invalid precondition: 1"),
+        ({"precondition": True, "quantize_weights": True}, ValueError, "At most one"),
+        ({"quantiser": "lloyd4"}, TypeError, "Did you mean quantizer?"),
+        ({"bucket_cap": 3}, TypeError, "Did you mean bucket_cap_mb?"),
+    ):
+        with pytest.raises(error) as raised:
+            kind(**options)
+        assert message in str(raised.value)
+    for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
+        with pytest.raises(ValueError, match=f"Invalid {name}: .*Must be left out"):
+            EfficientAdamStrategy(**{name: 1})
+    EfficientAdamStrategy(ddp_comm_hook=None, exact=["1d", "<64"], bucket_cap_mb=1)
+
+
+def test_no_option_of_the_hook_is_missing() -> None:
+    ours = inspect.signature(EfficientAdamStrategy).parameters
+    assert list(inspect.signature(EfficientAdamFabricStrategy).parameters) == list(ours)
+    for source in (EfficientAdamState, attach):
+        for name, theirs in inspect.signature(source).parameters.items():
+            if name not in ("ddp_model", "optimizer", "process_group", "options"):
+                assert ours[name].default == theirs.default
+                assert f"{name}: " in (lightning_plugin.strategy.StrategyMixin.__doc__ or "")
+
+
+@pytest.mark.parametrize("kind", [EfficientAdamStrategy, EfficientAdamFabricStrategy])
+def test_an_unused_strategy_can_be_pickled(kind: Any) -> None:
+    again = pickle.loads(pickle.dumps(kind(quantizer="sign", static_graph=True)))
+    assert type(again) is kind
+    assert again._hook_options["quantizer"] == "sign"
+    assert again._ddp_kwargs == {"static_graph": True}
+
+
+def test_the_monitor_is_a_callback_of_both_families() -> None:
+    for name in FAMILIES:
+        assert issubclass(CompressionMonitor, load_family(name).Callback)
+
+
+ALONE = """
+import sys
+for name in {hidden}:
+    sys.modules[name] = None
+try:
+    import lightning_plugin
+    strategy = lightning_plugin.EfficientAdamStrategy
+    print(strategy.__module__, strategy.sibling)
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "printed"),
+    [
+        (("pytorch_lightning",), "lightning_plugin.for_lightning None"),
+        (("lightning", "pytorch_lightning"), "pip install 'effadam-hook[lightning]'"),
+    ],
+)
+def test_one_family_is_enough_and_none_is_too_few(hidden: tuple[str, ...], printed: str) -> None:
+    command = [sys.executable, "-c", ALONE.format(hidden=hidden)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert printed in done.stdout
