@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt effadam_hook/_version.py $(KER
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PY) examples/train_text.py --compare --workers 2 $(ARGS)
+	$(PY) examples/train_text.py --compare --workers 2 --quantizers lloyd4,lloyd2 --steps 400 $(ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)
