@@ -11,13 +11,17 @@ KERNEL_SOURCES := $(wildcard effadam_hook/kernels/csrc/*.[ch])
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench fmt clean
+.PHONY: help venv demo test check fuzz soak bench bench-gpu sanitize fmt clean
 
 help:
 	@echo "make demo    train a small GPT on 2 local workers, dense and compressed, and compare"
 	@echo "make test    run the test suite"
 	@echo "make check   ruff and mypy"
+	@echo "make fuzz    draw random runs and faults for MINUTES=30, renew the table in docs/reliability.md"
+	@echo "make soak    10,000 steps of a tiny model on three ranks"
 	@echo "make bench   time the kernels"
+	@echo "make bench-gpu  check the kernels on this machine's GPU, then time them"
+	@echo "make sanitize   run the C kernels' tests under the address and undefined sanitizers"
 	@echo "make fmt     format the code"
 	@echo "make venv    only set up $(VENV)"
 	@echo "make clean   remove $(VENV), build products and caches"
@@ -40,8 +44,32 @@ check: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict $(PACKAGES)
 
+MINUTES ?= 30
+
+fuzz: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 $(abspath $(PY)) -m fuzz.campaign --minutes $(MINUTES) \
+		--table ../docs/reliability.md $(ARGS)
+
+soak: $(STAMP)
+	cd tests && OMP_NUM_THREADS=1 $(abspath $(PY)) -m fuzz.soak $(ARGS)
+
 bench: $(STAMP)
 	$(PY) benchmarks/kernels.py $(ARGS)
+
+bench-gpu: $(STAMP)
+	$(PY) benchmarks/kernels.py --device cuda $(ARGS)
+
+SANITIZED := build/sanitize/_cpu.so
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+sanitize: $(STAMP)
+	mkdir -p $(dir $(SANITIZED))
+	gcc -g -O1 -std=c11 -ffp-contract=off -fPIC -shared -pthread $(SANITIZE) \
+		effadam_hook/kernels/csrc/*.c -o $(SANITIZED) -lm
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 EFFADAM_CPU_LIBRARY=$(SANITIZED) \
+		$(PY) -m pytest -p no:cacheprovider tests/test_kernels_cpu.py tests/test_kernels_law.py \
+		tests/test_kernels_sources.py -k "not allocates" $(ARGS)
 
 fmt: $(STAMP)
 	$(PY) -m ruff check --fix .

@@ -12,12 +12,14 @@ from setuptools import Extension, setup
 SOURCE_FOLDER = Path("effadam_hook/kernels/csrc")
 
 # No -march: the kernels choose their instructions at run time. No -ffast-math: NaN and Inf must
-# survive, and no contraction, so that every build decodes a payload to the same bits.
+# survive, and no contraction, so that every build encodes and decodes to the same bits. Without
+# trapping and errno, which change no result, comparisons and roots become vector instructions.
 COMPILE_FLAGS = [
     "-O3",
     "-std=c11",
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-fno-trapping-math",
     "-pthread",
 ]
 

@@ -8,6 +8,9 @@ one: what else the machine does meets all of them. A step's time is that of the 
 end of the last rank's step to the end of its next. Bytes are the links' own counters, and the floor is
 what the busiest direction of the busiest link takes to carry them: no program that sends these bytes
 over these links can be faster.
+
+There is no report if a method of ours ran on the reference kernels, or if the compiled ones were
+built anew while it ran: see ``check_kernels`` in ``stepping.py``.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from pathlib import Path
 
 from environment import environment
 from methods import names
-from netlab import LabError, Link, NetLab, RankFailure, run_in_lab
-from stepping import Plan
+from netlab import LabError, Link, NetLab, RankError, run_in_lab
+from stepping import Cell, Plan
 from workloads import Workload
 
 __all__ = ["Row", "measure", "table"]
@@ -67,7 +70,7 @@ class Row:
     slowest_round_ms: float
 
 
-def measure(plan: Plan, lab: NetLab, quiet: bool = False) -> list[dict[str, object]]:
+def measure(plan: Plan, lab: NetLab, quiet: bool = False) -> list[Cell]:
     """Run a plan in a lab.
 
     Args:
@@ -76,7 +79,10 @@ def measure(plan: Plan, lab: NetLab, quiet: bool = False) -> list[dict[str, obje
         quiet: Whether to print no progress.
 
     Returns:
-        One dictionary a cell: ``round``, ``method``, ``step_s``, ``sent_bytes``, ``received_bytes``.
+        The cells, in the order in which they ran.
+
+    Raises:
+        RankError: If a rank fails, also for the kernels that it ran on.
     """
     with tempfile.TemporaryDirectory(prefix="netlab-") as folder:
         out = Path(folder) / "cells.jsonl"
@@ -85,7 +91,7 @@ def measure(plan: Plan, lab: NetLab, quiet: bool = False) -> list[dict[str, obje
         return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def table(cells: Sequence[dict[str, object]], link: Link) -> list[Row]:
+def table(cells: Sequence[Cell], link: Link) -> list[Row]:
     """Summarise cells, one row a method.
 
     Args:
@@ -95,18 +101,18 @@ def table(cells: Sequence[dict[str, object]], link: Link) -> list[Row]:
     Returns:
         The rows, in the methods' order.
     """
-    by_method: dict[str, dict[int, dict[str, object]]] = {}
-    for cell in sorted(cells, key=lambda cell: cell["round"]):  # type: ignore[arg-type,return-value]
-        by_method.setdefault(str(cell["method"]), {})[cell["round"]] = cell  # type: ignore[index]
+    by_method: dict[str, dict[int, Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["round"]):
+        by_method.setdefault(cell["method"], {})[cell["round"]] = cell
     dense = by_method.get("fp32", {})
     rows = []
     for method, rounds in by_method.items():
-        steps = sorted(1e3 * s for cell in rounds.values() for s in cell["step_s"])  # type: ignore[attr-defined]
+        steps = sorted(1e3 * s for cell in rounds.values() for s in cell["step_s"])
         medians = {number: _median_s(cell) for number, cell in rounds.items()}
         ratios = [medians[n] / _median_s(dense[n]) for n in medians if n in dense]
         last = rounds[max(rounds)]
         sent, received = last["sent_bytes"], last["received_bytes"]
-        busiest = max(*sent, *received)  # type: ignore[misc]
+        busiest = max(*sent, *received)
         rows.append(
             Row(
                 method,
@@ -116,16 +122,16 @@ def table(cells: Sequence[dict[str, object]], link: Link) -> list[Row]:
                 statistics.median(ratios) if ratios else float("nan"),
                 1e3 * link.seconds(busiest),
                 busiest / 1e6,
-                sum(sent) / 1e6,  # type: ignore[arg-type]
-                1e3 * statistics.median(cell["cpu_s"] for cell in rounds.values()),  # type: ignore[type-var]
+                sum(sent) / 1e6,
+                1e3 * statistics.median(cell["cpu_s"] for cell in rounds.values()),
                 1e3 * max(medians.values()),
             )
         )
     return rows
 
 
-def _median_s(cell: dict[str, object]) -> float:
-    return statistics.median(cell["step_s"])  # type: ignore[type-var]
+def _median_s(cell: Cell) -> float:
+    return statistics.median(cell["step_s"])
 
 
 def show(rows: Sequence[Row], link: Link, hosts: int) -> str:
@@ -168,7 +174,7 @@ def main() -> int:
         link = Link.parse(args.rate, args.delay_ms)
         with NetLab(args.hosts, link) as lab:
             cells = measure(plan, lab)
-    except (LabError, RankFailure, ValueError) as error:
+    except (LabError, RankError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     rows = table(cells, link)

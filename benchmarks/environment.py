@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import effadam_hook
 from effadam_hook.kernels import select
 
-__all__ = ["environment"]
+__all__ = ["environment", "kernel_build"]
 
 
 def environment() -> dict[str, object]:
@@ -29,7 +30,20 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "effadam_hook": effadam_hook.__version__,
         "kernels": select(torch.device("cpu")).name,
+        "kernel_build": kernel_build(),
     }
+
+
+def kernel_build() -> str:
+    """Which build of the compiled kernels lies beside the package at this moment.
+
+    Returns:
+        The first 12 hexadecimal digits of the library's SHA-256; "none" if there is no library.
+    """
+    folder = Path(effadam_hook.__file__).parent / "kernels"
+    built = sorted(folder.glob("_cpu*.so")) + sorted(folder.glob("_cpu*.dylib"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in built))
+    return digest.hexdigest()[:12] if built else "none"
 
 
 def _processor() -> str:

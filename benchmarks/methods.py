@@ -22,10 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from effadam_hook import EfficientAdam, attach
+from effadam_hook import EfficientAdam, EfficientAdamState, attach
 
 __all__ = ["Method", "Prepared"]
 
@@ -41,12 +42,14 @@ class Prepared:
         optimizer: Its optimizer.
         scope: What every step runs in.
         close: Ends what the method has started.
+        state: Ours: the hook's state; None for the others.
     """
 
     model: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     scope: Callable[[], Any]
     close: Callable[[], None]
+    state: EfficientAdamState | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Method:
         else:
             optimizer = torch.optim.Adam(ddp.parameters(), lr=lr, fused=True)
         close: Callable[[], None] = _nothing
+        ours: EfficientAdamState | None = None
         if self.kind == "cast":
             ddp.register_comm_hook(None, _CASTS[self.quantizer])
         elif self.kind == "powersgd":
@@ -116,18 +120,18 @@ class Method:
             )
             ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         elif self.kind in ("gradient", "update"):
-            given = {"optimizer": optimizer} if self.kind == "update" else {}
+            given: dict[str, Any] = {"optimizer": optimizer} if self.kind == "update" else {}
             ours = attach(ddp, quantizer=self.quantizer, topology=self.topology, **given)
             close = ours.close
         scope = ddp.no_sync if self.kind == "none" else contextlib.nullcontext
-        return Prepared(ddp, optimizer, scope, close)
+        return Prepared(ddp, optimizer, scope, close, ours)
 
 
 def _nothing() -> None:
     pass
 
 
-def _bf16_on_gloo(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _bf16_on_gloo(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """What ``bf16_compress_hook`` does; DDP refuses that one by its name unless NCCL runs it."""
     group = dist.group.WORLD
     assert group is not None
@@ -136,9 +140,11 @@ def _bf16_on_gloo(state: object, bucket: dist.GradBucket) -> torch.futures.Futur
     assert work is not None
 
     def back(_: torch.futures.Future[Any]) -> torch.Tensor:
-        return bucket.buffer().copy_(cast)
+        out: torch.Tensor = bucket.buffer().copy_(cast)
+        return out
 
-    return work.get_future().then(back)
+    done: torch.futures.Future[torch.Tensor] = work.get_future().then(back)
+    return done
 
 
 _CASTS = {"fp16": default_hooks.fp16_compress_hook, "bf16": _bf16_on_gloo}

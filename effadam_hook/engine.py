@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook._version import PAYLOAD_VERSION, __version__
+from effadam_hook.accumulation import AccumulationCheck
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError, UnsupportedBackendError
 from effadam_hook.exchange import (
@@ -46,6 +48,8 @@ class Engine:
         enabled: Whether to compress; looked at when a backward's first bucket comes.
         check_replicas: Whether to compare weights with the other ranks', where that costs nothing.
         is_joining: Whether ranks may have stopped making optimizer steps, as in DDP's ``join()``.
+        grad_scaler: Tells by what the loss is multiplied.
+        loss_scale: In which units the residuals are: multiplied by this.
         mode: What is exchanged.
         parameters: Names and positions.
         worker: The worker's residuals.
@@ -61,6 +65,8 @@ class Engine:
         self.enabled = True
         self.check_replicas = True
         self.is_joining: Callable[[], bool] = lambda: True
+        self.grad_scaler: torch.amp.GradScaler | None = None
+        self.loss_scale = 1.0
         self.mode: Mode = GradientMode()
         self.parameters = ParameterTable()
         self.worker = Residuals()
@@ -70,12 +76,14 @@ class Engine:
         self.bypassed: dict[str, str] = {}
         self.kernels: Kernels | None = None
         self._group = group
-        self._agreed = False
+        # The same on all ranks and new in every run; empty before the ranks have compared themselves.
+        self._word = ""
         self._compressing = False
         self._topology: Topology | None = None
         self._exchange: Exchange | None = None
         self._dense: DenseExchange | None = None
         self._watch: Watch | None = None
+        self._accumulation = AccumulationCheck()
         self._plans: dict[int, tuple[object, BucketPlan]] = {}
         # Buckets that wait for the last one, where the gradient's norm must be known first.
         self._waiting: list[tuple[BucketPlan, Passage]] = []
@@ -131,8 +139,7 @@ class Engine:
             **self.config.to_dict(),
             "parameters": self.parameters.describe(),
         }
-        check_agreement(description, self.group, device)
-        self._agreed = True
+        self._word = check_agreement(description, self.group, device)
 
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
@@ -157,6 +164,8 @@ class Engine:
             self._compressing = self.enabled and warm
             self._waiting.clear()
             self.clock.start(buffer.device)
+            self._follow_loss_scale()
+            self._accumulation.begin(parameters)
             if self._exchange is None and not self._compressing:
                 self._start_beside_dense(buffer.device)
         if not self._compressing or buffer.is_sparse:
@@ -165,12 +174,39 @@ class Engine:
             future = self._run_compressed(index, buffer, parameters)
         if is_last:
             self._release_waiting()
-            with contextlib.suppress(RuntimeError):  # join() calls hooks without a backward
-                torch.autograd.Variable._execution_engine.queue_callback(self.watch.join)
+            self._when_backward_ends()
             self.mode.notice_end_of_backward()
             self.clock.stop_after(future)
             self.counters.steps += 1
         return future
+
+    def _when_backward_ends(self) -> None:
+        """Wait for the buckets where errors and Ctrl-C are heard, then see what DDP has written.
+
+        DDP waits and writes in a callback that it queues after the last bucket's hook. What is queued
+        here runs before it, and what that queues, after it.
+        """
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        join, note = self.watch.join, self._accumulation.end
+
+        def join_and_note() -> None:
+            join()
+            queue(note)
+
+        with contextlib.suppress(RuntimeError):  # join() calls hooks without a backward
+            queue(join_and_note)
+
+    def _follow_loss_scale(self) -> None:
+        """Take the residuals along when the loss is multiplied by something else than before."""
+        if self.grad_scaler is None or not self.mode.scales_with_loss:
+            return
+        scale = float(self.grad_scaler.get_scale())
+        if scale == self.loss_scale or not 0 < scale < math.inf:
+            return
+        for residuals in (self.worker, self.server):
+            for _, view in residuals:
+                view.mul_(scale / self.loss_scale)
+        self.loss_scale = scale
 
     def close(self) -> None:
         """End the exchange's threads."""
@@ -181,7 +217,7 @@ class Engine:
     def watch(self) -> Watch:
         """What knows the buckets under way, made when the first one comes."""
         if self._watch is None:
-            self._watch = Watch(self.group)
+            self._watch = Watch(self.group, self._word)
             # Threads hold on to the watch and not to the engine, so that both can end.
             weakref.finalize(self, self._watch.close)
         return self._watch
@@ -306,7 +342,7 @@ class Engine:
 
     def _start(self, device: torch.device) -> Kernels:
         """At the first bucket: agree, if that is still to do, and open the exchange."""
-        if not self._agreed:
+        if not self._word:
             self.agree(device)
         if self._exchange is None:
             self._exchange = make_exchange(self.topology, self.group, device, self.watch)

@@ -64,6 +64,7 @@ def attach(
     enabled: bool = True,
     optimizer: Optimizer | None = None,
     precondition: bool = False,
+    grad_scaler: torch.amp.GradScaler | None = None,
     quantize_weights: bool = False,
     **options: Any,
 ) -> EfficientAdamState:
@@ -82,6 +83,8 @@ def attach(
             moment, which is worth about one bit and costs none.
         quantize_weights: With an :class:`EfficientAdam`: whether the servers keep the weights and send
             them down quantized by ``server_quantizer``, as Quantized Adam does (arXiv 2004.14180).
+        grad_scaler: The scaler that multiplies the loss, where training uses one. Residuals then
+            follow its scale.
         **options: Those of :class:`EfficientAdamState`.
 
     Returns:
@@ -109,6 +112,7 @@ def attach(
             "takes only one. Attach before any other, or wrap the model anew."
         )
     state = EfficientAdamState(enabled=enabled, **options)
+    state.grad_scaler = grad_scaler
     mode = _mode_for(optimizer, precondition, quantize_weights, state.config.warmup_steps)
     if isinstance(mode, UpdateMode):
         mode.optimizer.attach_to(ddp_model.module.named_parameters())

@@ -81,6 +81,8 @@ class GradientMode:
     """Drop-in: the gradient of any optimizer."""
 
     name = "gradient"
+    units = "gradients"  # of the residuals
+    scales_with_loss = True
     max_grad_norm: float | None = None
     generation = 0
 
@@ -188,6 +190,8 @@ class UpdateMode(GradientMode):
     """
 
     name = "update"
+    units = "updates"
+    scales_with_loss = False
 
     def __init__(self, optimizer: EfficientAdam) -> None:
         self.optimizer = optimizer
@@ -209,7 +213,7 @@ class UpdateMode(GradientMode):
     ) -> GradientContent:
         """A content with this bucket's moments, laid out like the bucket."""
         self._differing.update(parameters)
-        return _UpdateContent(self.optimizer, parameters, slots, self.wire_dtype(dtype))
+        return _UpdateContent(self.optimizer, parameters, slots, dtype, self.wire_dtype(dtype))
 
     def averaged(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The first dense step after compressed ones averages the workers' moments too."""
@@ -250,13 +254,14 @@ class WeightMode(UpdateMode):
     """
 
     name = "update up, weights down"
+    units = "updates and weights"
 
     def content(
         self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
     ) -> GradientContent:
         """A content whose servers apply the update."""
         self._differing.update(parameters)
-        return _WeightContent(self.optimizer, parameters, slots, self.wire_dtype(dtype))
+        return _WeightContent(self.optimizer, parameters, slots, dtype, self.wire_dtype(dtype))
 
 
 class _UpdateContent(GradientContent):
@@ -267,6 +272,7 @@ class _UpdateContent(GradientContent):
         optimizer: EfficientAdam,
         parameters: Sequence[Tensor],
         slots: Sequence[Slot],
+        bucket_dtype: torch.dtype,
         dtype: torch.dtype,
     ) -> None:
         self._optimizer = optimizer
@@ -274,7 +280,10 @@ class _UpdateContent(GradientContent):
         self._slots = list(slots)
         numel = sum(slot.numel for slot in slots)
         device = parameters[0].device
-        self._update = torch.zeros(numel, dtype=dtype, device=device)
+        # A bucket of the moments' dtype can hold the update itself, and becomes the gradients.
+        self._update: Tensor | None = None
+        if self.sends_weights or bucket_dtype != dtype:
+            self._update = torch.zeros(numel, dtype=dtype, device=device)
         flats = {key: torch.zeros(numel, dtype=dtype, device=device) for key in MOMENTS}
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
             state = optimizer.init_state(parameter, slot.name)
@@ -302,12 +311,15 @@ class _UpdateContent(GradientContent):
         self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64))
 
     def target(self, bucket: Tensor) -> Tensor:
-        return self._update
+        return bucket if self._update is None else self._update
 
     def finish(self, bucket: Tensor) -> None:
-        bucket.copy_(self._update)
+        if self._update is not None:
+            bucket.copy_(self._update)
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
-            update = self._update[slot.start : slot.start + slot.numel]
+            update = None
+            if self._update is not None:
+                update = self._update[slot.start : slot.start + slot.numel]
             self._optimizer.deliver(parameter, update)
 
 
@@ -327,6 +339,7 @@ class _WeightContent(_UpdateContent):
                 residual[here].mul_(keep)
 
     def finish(self, bucket: Tensor) -> None:
+        assert self._update is not None
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
             weights = self._update[slot.start : slot.start + slot.numel]
             held = parameter.detach().reshape(-1)

@@ -105,7 +105,7 @@ class EfficientAdam(Optimizer):
         self.schedule = schedule
         self._attached: dict[Tensor, str] | None = None
         self._groups: dict[Tensor, dict[str, Any]] = {}
-        self._updates: dict[Tensor, Tensor] = {}
+        self._updates: dict[Tensor, Tensor | None] = {}
         self._averaged: set[Tensor] = set()
         self._replaces = False
         self._versions: dict[Tensor, int] = {}
@@ -266,12 +266,13 @@ class EfficientAdam(Optimizer):
         group = self.group_of(parameter, name)
         return 1 - self._alpha(group, self.state[parameter]) * float(group["weight_decay"])
 
-    def deliver(self, parameter: Tensor, update: Tensor, replaces: bool = False) -> None:
+    def deliver(self, parameter: Tensor, update: Tensor | None, replaces: bool = False) -> None:
         """Take the common result for a parameter, for the next :meth:`step`.
 
         Args:
             parameter: The parameter.
-            update: ``[numel]``, δ̃ in the arithmetic's dtype, or the new weights.
+            update: ``[numel]``, δ̃ in the arithmetic's dtype, or the new weights; None if δ̃ will be in
+                ``parameter.grad``.
             replaces: Whether it is the new weights.
         """
         self._updates[parameter] = update
@@ -354,7 +355,10 @@ class EfficientAdam(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in self._updates and parameter.grad is not None:
-                    self._apply(parameter, self._updates[parameter], dense=False)
+                    update = self._updates[parameter]
+                    self._apply(
+                        parameter, parameter.grad if update is None else update, dense=False
+                    )
         self._updates.clear()
         self._averaged.clear()
         self._versions.clear()

@@ -6,14 +6,17 @@ shows it with other parameters than before; a step allocates nothing.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from effadam_hook.exchange import Topology
 from effadam_hook.exchange.seal import Seal
+from effadam_hook.idle import IdleInput, IdleMean
 from effadam_hook.kernels import Kernels
 from effadam_hook.layout import BucketLayout
 from effadam_hook.modes import GradientContent
@@ -79,6 +82,11 @@ class BucketPlan:
                 digest, names, parameters, self.uplink, self.received, label == "bucket 0"
             )
 
+        # To look at a gradient on another device, the host would have to wait for it.
+        self._looks_at: tuple[IdleInput, IdleMean] | None = None
+        if device.type == "cpu":
+            self._looks_at = IdleInput(up), IdleMean(up, self._server or 0)
+
         self._raw = up.as_raw()
         rows = int(content.sends_weights and self._server is not None)
         self._weights = payload(rows, self._raw.stride_bytes)
@@ -111,15 +119,16 @@ class BucketPlan:
 
     def encode(self) -> None:
         """What is exchanged, and the worker residual, into the uplink's payload."""
-        self._kernels.encode_(
-            self.layout.uplink,
-            self.bucket,
-            self._worker_residual,
-            self.uplink,
-            self._dtype,
-            preconditioner=self._content.preconditioner,
-            adam=self._content.adam,
-        )
+        with self._idle_input():
+            self._kernels.encode_(
+                self.layout.uplink,
+                self.bucket,
+                self._worker_residual,
+                self.uplink,
+                self._dtype,
+                preconditioner=self._content.preconditioner,
+                adam=self._content.adam,
+            )
 
     def reduce(self) -> None:
         """What the workers sent and the server residual into the downlink's chunk."""
@@ -129,16 +138,28 @@ class BucketPlan:
         if self._content.sends_weights:
             self._reduce_to_weights(self._server)
             return
-        self._kernels.reduce_encode_(
-            self.layout.uplink,
-            self.layout.downlink,
-            self._server,
-            self.received,
-            self._server_residual,
-            self._dtype,
-            self.outgoing,
-            preconditioner=self._content.preconditioner,
-        )
+        with self._idle_mean():
+            self._kernels.reduce_encode_(
+                self.layout.uplink,
+                self.layout.downlink,
+                self._server,
+                self.received,
+                self._server_residual,
+                self._dtype,
+                self.outgoing,
+                preconditioner=self._content.preconditioner,
+            )
+
+    def _idle_input(self) -> AbstractContextManager[None]:
+        # An Adam update goes on by momentum where there is no gradient: nothing is idle there.
+        if self._looks_at is None or self._worker_residual is None or self._content.adam:
+            return contextlib.nullcontext()
+        return self._looks_at[0].put_aside(self.bucket, self._worker_residual)
+
+    def _idle_mean(self) -> AbstractContextManager[None]:
+        if self._looks_at is None or self._server_residual is None:
+            return contextlib.nullcontext()
+        return self._looks_at[1].put_aside(self.received, self._server_residual)
 
     def _reduce_to_weights(self, server: int) -> None:
         """The mean uncompressed, then the server's new weights in its place, then those encoded."""

@@ -17,8 +17,8 @@ From a block to its codes, in order:
 
 The codes of a block are packed in planes: code ``i`` of ``n`` belongs to plane ``i // P`` and
 column ``i % P`` with ``P = ceil(n / planes)``. A column of eight ``b``-bit codes makes ``b`` bytes,
-stored ``P`` apart; a column of five ternary codes makes one byte in base 3. Planes let one vector instruction pack
-many codes on any device without shuffling.
+stored ``P`` apart; a column of five ternary codes makes one byte in base 3. Planes let one vector
+instruction pack many codes on any device without shuffling.
 
 This module is integers and floats only; the arithmetic on tensors is in :mod:`effadam_hook.kernels`.
 """

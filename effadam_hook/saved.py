@@ -7,6 +7,7 @@ invariants of the algorithm are about, and the servers' shares are put together 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from effadam_hook._version import STATE_VERSION
 from effadam_hook.errors import StateMismatchError
 from effadam_hook.layout import share_of
+from effadam_hook.residuals import Residuals
+from effadam_hook.stats import Counters
 
-__all__ = ["check_saved", "merge_saved", "share_saved"]
+__all__ = ["check_fits", "check_saved", "merge_saved", "share_saved"]
 
 _KEYS = frozenset(
     "version rank world_size servers block_size counters order worker server server_start "
@@ -46,12 +49,71 @@ def check_saved(saved: Any, numels: Mapping[str, int]) -> None:
             f"The saved state has version {saved['version']!r}. Must be {STATE_VERSION}: load it "
             "with the package version that wrote it."
         )
+    _check_plain_values(saved)
     for side in ("worker", "server"):
         for name, value in saved[side].items():
             _check_vector(f"{side} residual", name, value, numels, whole=side == "worker")
     for name, state in saved["moments"].items():
         for key in _MOMENTS:
             _check_vector(key, name, state.get(key), numels, whole=True)
+
+
+def _check_plain_values(saved: Mapping[str, Any]) -> None:
+    """Everything but the tensors: what is looked up later must be there, and mean something."""
+    numbers = {key: saved[key] for key in ("rank", "world_size", "servers", "block_size")}
+    tables = {key: saved[key] for key in ("counters", "order", "server_start")}
+    for key, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise _altered(key, table)
+        numbers |= {f"{key}.{name}": value for name, value in table.items()}
+    for key, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise _altered(key, value)
+    for key in ("worker", "server", "moments"):
+        if not isinstance(saved[key], Mapping):
+            raise _altered(key, saved[key])
+    for name, moments in saved["moments"].items():
+        if not isinstance(moments, Mapping):
+            raise _altered(f"moments.{name}", moments)
+    if saved["counters"].keys() != Counters().to_dict().keys():
+        raise _altered("counters", sorted(saved["counters"]))
+    if not saved["order"].keys() >= saved["worker"].keys() | saved["server"].keys():
+        raise _altered("order", sorted(saved["order"]))
+    if saved["server_start"].keys() != saved["server"].keys():
+        raise _altered("server_start", sorted(saved["server_start"]))
+    ranks, servers = saved["world_size"], saved["servers"]
+    if saved["rank"] >= ranks or not 1 <= servers <= ranks or saved["block_size"] < 1:
+        raise _altered("(rank, world_size, servers, block_size)", tuple(numbers.values())[:4])
+
+
+def _altered(key: str, value: Any) -> StateMismatchError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    return StateMismatchError(
+        f"The saved state has {key} = {shown}, which state_dict() never writes: it is damaged. Use "
+        "another checkpoint."
+    )
+
+
+def check_fits(saved: Mapping[str, Any], worker: Residuals, server: Residuals) -> None:
+    """Check a rank's saved state against the residuals that it is to replace.
+
+    Args:
+        saved: A state that :func:`check_saved` has passed.
+        worker: The worker's residuals.
+        server: The residuals of this rank as a server.
+
+    Raises:
+        StateMismatchError: If one has another size.
+    """
+    for side, residuals in (("worker", worker), ("server", server)):
+        for name, value in saved[side].items():
+            held = residuals.get(name)
+            if held is not None and held.numel() != value.numel():
+                raise StateMismatchError(
+                    f"The saved {side} residual of {name!r} has {value.numel()} elements, the running "
+                    f"one has {held.numel()}. Load a state of the same model."
+                )
 
 
 def _check_vector(what: str, name: str, value: Any, numels: Mapping[str, int], whole: bool) -> None:
@@ -91,6 +153,8 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         StateMismatchError: If the states are not those of all ranks of one run.
     """
+    if not isinstance(states, Sequence) or not states:
+        raise _altered("ranks", states)
     for rank, state in enumerate(states):
         check_saved(state, {})
         if state["rank"] != rank or state["world_size"] != len(states):
@@ -115,7 +179,12 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for state in states
             if name in state["server"]
         ]
-        server[name] = torch.cat([share for _, share in sorted(shares, key=lambda s: s[0])])
+        shares.sort(key=lambda share: share[0])
+        ends = itertools.accumulate(share.numel() for _, share in shares)
+        whole = torch.cat([share for _, share in shares])
+        if [start for start, _ in shares[1:]] != list(ends)[:-1] or len(whole) != len(worker[name]):
+            raise _altered(f"server_start.{name}", [start for start, _ in shares])
+        server[name] = whole
     return {
         **states[0],
         "rank": 0,

@@ -18,7 +18,7 @@ from effadam_hook.errors import StateMismatchError
 from effadam_hook.exchange.compat import gather_bytes
 from effadam_hook.layout import share_of
 from effadam_hook.modes import Mode
-from effadam_hook.saved import check_saved, merge_saved, share_saved
+from effadam_hook.saved import check_fits, check_saved, merge_saved, share_saved
 from effadam_hook.stats import Counters
 
 __all__ = ["EfficientAdamState"]
@@ -104,6 +104,22 @@ class EfficientAdamState:
     @check_replicas.setter
     def check_replicas(self, value: bool) -> None:
         self._engine.check_replicas = value
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The scaler that multiplies the loss, if any: residuals follow its scale.
+
+        Its scale is read once per backward, which waits for the device if it lives on one.
+        """
+        return self._engine.grad_scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(
+                f"Invalid grad_scaler: {type(scaler).__name__}. Must be a torch.amp.GradScaler."
+            )
+        self._engine.grad_scaler = scaler
 
     @property
     def steps(self) -> int:
@@ -241,7 +257,8 @@ class EfficientAdamState:
             )[0]
             for name, view in self._engine.worker
         }
-        server = {name: view.clone() for name, view in self._engine.server}
+        scale = self._engine.loss_scale
+        server = {name: view / scale for name, view in self._engine.server}
         return {
             "version": STATE_VERSION,
             "package": __version__,
@@ -251,8 +268,9 @@ class EfficientAdamState:
             "servers": topology.servers,
             "block_size": self.config.block_size,
             "counters": self._engine.counters.to_dict(),
+            "units": self._engine.mode.units,
             "order": order,
-            "worker": {name: view.clone() for name, view in self._engine.worker},
+            "worker": {name: view / scale for name, view in self._engine.worker},
             "server": server,
             "server_start": {name: start[name] for name in server},
             "moments": self._engine.mode.save(),
@@ -290,12 +308,32 @@ class EfficientAdamState:
         Raises:
             StateMismatchError: If it does not fit; nothing has changed then.
         """
+        try:
+            own = self._own_share(saved)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, StateMismatchError):
+                raise
+            raise StateMismatchError(
+                f"The saved state is damaged: {type(error).__name__}: {error}. Use another checkpoint."
+            ) from error
+        self._engine.mode.load(own["moments"])
+        self._engine.loss_scale = 1.0
+        self._engine.worker.load(own["worker"])
+        self._engine.server.load(own["server"])
+        self._engine.counters = Counters(**own["counters"])
+
+    def _own_share(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """This rank's part of a saved state, checked."""
         group, topology = self._engine.group, self._engine.topology
         here = (group.size(), topology.servers, self.config.block_size)
         numels = self._engine.parameters.numels() if self._engine.parameters.bound else {}
-        if "ranks" in saved:
+        if isinstance(saved, Mapping) and "ranks" in saved:
+            if saved["version"] != STATE_VERSION:
+                raise StateMismatchError(
+                    f"The saved state has version {saved['version']!r}. Must be {STATE_VERSION}."
+                )
             merged = merge_saved(saved["ranks"])
-            own = saved["ranks"][group.rank() % len(saved["ranks"])]
+            own: Mapping[str, Any] = saved["ranks"][group.rank() % len(saved["ranks"])]
             if (own["world_size"], own["servers"], own["block_size"]) != here:
                 own = share_saved(
                     merged,
@@ -307,6 +345,7 @@ class EfficientAdamState:
         else:
             own = saved
         check_saved(own, numels)
+        check_fits(own, self._engine.worker, self._engine.server)
         there = (own["world_size"], own["servers"], own["block_size"])
         if there != here or own["rank"] != group.rank():
             raise StateMismatchError(
@@ -314,7 +353,10 @@ class EfficientAdamState:
                 f"= {there}; this is rank {group.rank()} with {here}. Load each rank's own state, "
                 "or one of all ranks from full_state_dict()."
             )
-        self._engine.worker.load(own["worker"])
-        self._engine.server.load(own["server"])
-        self._engine.mode.load(own["moments"])
-        self._engine.counters = Counters(**own["counters"])
+        units = self._engine.mode.units
+        if own.get("units", units) != units:
+            raise StateMismatchError(
+                f"The saved residuals are those of {own['units']}, and this state exchanges {units}. "
+                "Load a state of the same mode, or none: residuals then start at zero."
+            )
+        return own

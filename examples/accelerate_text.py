@@ -35,9 +35,11 @@ class AllRanks:
         self.state = state
 
     def state_dict(self) -> dict[str, Any]:
+        """Called on every rank."""
         return self.state.full_state_dict()
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Called on every rank."""
         self.state.load_state_dict(saved)
 
 
@@ -51,6 +53,7 @@ def main(options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = attach(model, enabled=options.effadam, quantizer=options.quantizer)  # <- the change
+    state.grad_scaler = accelerator.scaler  # <- for fp16
     accelerator.register_for_checkpointing(AllRanks(state))  # <- and its part of checkpoints
     first = 0
     if options.resume:

@@ -76,21 +76,25 @@ def train(worker: Worker, path: Path, first: int, last: int) -> None:
     state = attach(model, quantizer="lloyd2", topology="sharded")
     if first:
         load(path, model, optimizer, state)
+        report(worker, state, "loaded")
     for step in range(first, last):
         inputs, targets = task.sample(np.random.default_rng([step, worker.rank]), 16)
         loss = cross_entropy(model(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    report(worker, state, "trained")
+    save(path, model, optimizer, state, worker.rank)
+
+
+def report(worker: Worker, state: EfficientAdamState, what: str) -> None:
+    """Print the norm of the workers' mean residual of one parameter; called by all ranks."""
     whole = state.full_state_dict()
     if worker.is_main:
         residuals = [saved["worker"]["2.weight"] for saved in whole["ranks"]]
-        mean = torch.stack(residuals).mean(0).norm().item()
-        print(
-            f"{worker.world_size} workers, steps {first} to {state.steps}: loss {loss.item():.4f}, "
-            f"mean residual {mean:.6f}"
-        )
-    save(path, model, optimizer, state, worker.rank)
+        norm = torch.stack(residuals).mean(0).norm().item()
+        workers = f"{worker.world_size} workers"
+        print(f"{workers}, {what}, step {state.steps}: mean residual {norm:.6f}")
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning_plugin  # noqa: F401  makes "effadam" known to the Trainer
 from common.lightning import TaskData, TaskModule, start
 from train_digits import Digits, DigitsOptions
+
+import lightning_plugin  # noqa: F401  makes "effadam" known to the Trainer
 
 
 class DigitsModule(TaskModule):

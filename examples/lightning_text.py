@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning_plugin  # noqa: F401  makes "effadam" known to the Trainer
 from common.lightning import TaskData, TaskModule, start
 from pytorch_lightning.cli import LightningArgumentParser
 from train_text import GPT, Text, TextOptions
+
+import lightning_plugin  # noqa: F401  makes "effadam" known to the Trainer
 
 
 class TextModule(TaskModule):

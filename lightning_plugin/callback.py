@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from effadam_hook import EfficientAdamState
 from lightning_plugin.families import installed
@@ -53,16 +54,15 @@ class CompressionMonitor(Base):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there is nothing to monitor."""
         if _state(trainer) is None:
-            raise TypeError(
+            rank_zero_warn(
                 f"CompressionMonitor has nothing to monitor: the strategy is a "
-                f"{type(trainer.strategy).__name__}. Use EfficientAdamStrategy, with enabled=False "
-                "for a dense run, or leave the callback out."
+                f"{type(trainer.strategy).__name__}. It needs an EfficientAdamStrategy."
             )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the result of the exchange before anyone changes it."""
         # Not after the step: gradients may be clipped, unscaled or gone by then.
-        if self._logs(trainer):
+        if _state(trainer) is not None and self._logs(trainer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norms = [gradient.float().norm() for gradient in gradients]
             self._result_norm = float(torch.stack(norms).norm()) if norms else 0.0

@@ -67,7 +67,10 @@ class FabricStrategyMixin(Adaptable, Base):
             "enabled": enabled,
             "scale_rule": scale_rule,
         }
-        mode_options = {"precondition": precondition, "quantize_weights": quantize_weights}
+        mode_options: dict[str, Any] = {
+            "precondition": precondition,
+            "quantize_weights": quantize_weights,
+        }
         check_hook_options(hook_options, mode_options)
         check_ddp_options(ddp_options, self.lightning_base, {*hook_options, *mode_options})
         self._arguments = {**hook_options, **mode_options, **ddp_options}
@@ -107,7 +110,11 @@ class FabricStrategyMixin(Adaptable, Base):
     def _wrap(self, module: Module, optimizer: Optimizer | None) -> DistributedDataParallel:
         wrapped: DistributedDataParallel = super().setup_module(module)
         self._states[wrapped] = attach(
-            wrapped, optimizer=optimizer, **self._mode_options, **self._hook_options
+            wrapped,
+            optimizer=optimizer,
+            grad_scaler=getattr(self.precision, "scaler", None),
+            **self._mode_options,
+            **self._hook_options,
         )
         return wrapped
 

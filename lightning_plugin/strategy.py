@@ -106,7 +106,10 @@ class StrategyMixin(Adaptable, Base):
             "enabled": enabled,
             "scale_rule": scale_rule,
         }
-        mode_options = {"precondition": precondition, "quantize_weights": quantize_weights}
+        mode_options: dict[str, Any] = {
+            "precondition": precondition,
+            "quantize_weights": quantize_weights,
+        }
         check_hook_options(hook_options, mode_options)  # [1]
         check_ddp_options(ddp_options, self.lightning_base, {*hook_options, *mode_options})
         self._arguments = {**hook_options, **mode_options, **ddp_options}
@@ -166,7 +169,11 @@ class StrategyMixin(Adaptable, Base):
     def _start_exchange(self, optimizer: Optimizer | None) -> None:
         before, model_before = self._hook_state, self._trained and self._trained()
         self._hook_state = state = attach(  # [3]
-            self.model, optimizer=optimizer, **self._mode_options, **self._hook_options
+            self.model,
+            optimizer=optimizer,
+            grad_scaler=getattr(self.precision_plugin, "scaler", None),
+            **self._mode_options,
+            **self._hook_options,
         )
         if before is not None and model_before is self.lightning_module:
             state.enabled = before.enabled

@@ -85,8 +85,9 @@ def loader() -> DataLoader[Any]:
 
 
 def make_trainer(family: Any, strategy: Any, folder: str, **options: Any) -> Any:
-    """A Trainer on the CPU that prints nothing and writes only what it is asked to."""
+    """A Trainer that prints nothing and writes only what it is asked to."""
     silent = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -96,7 +97,6 @@ def make_trainer(family: Any, strategy: Any, folder: str, **options: Any) -> Any
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return family.Trainer(
-            accelerator="cpu",
             devices=int(os.environ["LOCAL_WORLD_SIZE"]),
             strategy=strategy,
             default_root_dir=folder,

@@ -21,6 +21,8 @@ LADDER = (
     ("effadam_hook.errors", "effadam_hook._version"),
     ("effadam_hook.config", "effadam_hook.quantizers", "effadam_hook.layout"),
     (
+        "effadam_hook.accumulation",
+        "effadam_hook.idle",
         "effadam_hook.kernels",
         "effadam_hook.parameters",
         "effadam_hook.residuals",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +287,27 @@ def test_every_precision_trains(precision: str) -> None:
         assert 0 < norm < float("inf")
 
 
+def on_cuda(rank: int, world_size: int) -> tuple[str, int, bool]:
+    pose_as_torchrun(rank, world_size)
+    family = load_family(FAMILIES[0])
+    module = make_module(family, body=lambda: nn.Sequential(*network(), nn.BatchNorm1d(5)))
+    options = {"accelerator": "cuda", "precision": "16-mixed", "sync_batchnorm": True}
+    trainer = make_trainer(family, strategy(), ".", **options)
+    hooks = []
+    module.on_train_end = lambda: hooks.append(
+        trainer.strategy.model._get_ddp_logging_data()["comm_hook"]
+    )
+    trainer.fit(module, loader())
+    finite = all(bool(w.isfinite().all()) for w in weights(module))
+    return hooks[0], trainer.strategy.hook_state.steps, finite
+
+
+@pytest.mark.gpu
+def test_a_trainer_on_a_gpu() -> None:
+    ((hook, steps, finite),) = run_ranks(on_cuda, 1, backend="nccl")
+    assert (hook, steps, finite) == ("efficient_adam_hook", SAMPLES // BATCH, True)
+
+
 def manual(rank: int, world_size: int, static_graph: bool) -> tuple[list[Tensor], int]:
     """Manual optimization: two backwards for every step, the first of them kept local."""
     pose_as_torchrun(rank, world_size)
@@ -470,22 +493,54 @@ def test_cases_of_lightnings_own_suite(tmp_path: Path) -> None:
         assert done == ["setup True", "ignored", "backend", "unused", "optimizers"]
 
 
+def under_slurm(rank: int, world_size: int) -> tuple[int, int]:
+    os.environ.update(
+        SLURM_NTASKS=str(world_size),
+        SLURM_NTASKS_PER_NODE=str(world_size),
+        SLURM_PROCID=str(rank),
+        SLURM_LOCALID=str(rank),
+        SLURM_NODEID="0",
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NAME="train",
+        LOCAL_WORLD_SIZE=str(world_size),
+    )
+    family = load_family(FAMILIES[0])
+    trainer = make_trainer(family, "effadam", ".")
+    trainer.fit(make_module(family), loader())
+    assert type(trainer.strategy.cluster_environment).__name__ == "SLURMEnvironment"
+    return trainer.global_rank, trainer.strategy.hook_state.steps
+
+
+def test_slurm_environments_are_understood() -> None:
+    assert run_ranks(under_slurm, 2) == [(0, STEPS), (1, STEPS)]
+
+
 def launch(rank: int, world_size: int, name: str) -> float:
     """A single process that leaves the starting of the others to Lightning."""
-    import os
-
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     family = load_family(FAMILIES[0])
     module = make_module(family)
     before = weights(module)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = make_trainer(family, name, ".")
-        trainer.fit(module, loader())
+    trainer = make_trainer(family, name, ".")
+    trainer.fit(module, loader())
     assert not same(before, weights(module))  # brought back from the child processes
     return float(trainer.callback_metrics["loss"])
 
 
-def test_the_fork_launcher_starts_the_ranks() -> None:
+def test_the_notebook_launcher_forks_the_ranks() -> None:
     (loss,) = run_ranks(launch, 1, "effadam_notebook", backend=None)
     assert loss < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["popen", "spawn", "torchrun"])
+def test_launchers_of_scripts(launcher: str) -> None:
+    script = str(Path(__file__).parent / "lightning_script.py")
+    command = [sys.executable, script, "effadam_spawn" if launcher == "spawn" else "effadam"]
+    if launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [sys.executable, *torchrun, script, "effadam"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
+    assert done.returncode == 0, done.stderr
+    printed = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert printed == [f"rank {rank} efficient_adam_hook {STEPS}" for rank in range(2)]

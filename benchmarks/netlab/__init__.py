@@ -3,13 +3,13 @@
 from .counters import WireBytes, read_wire_bytes
 from .lab import LabError, NetLab, cleanup, leftovers
 from .link import Link
-from .ranks import RankFailure, run_in_lab
+from .ranks import RankError, run_in_lab
 
 __all__ = [
     "LabError",
     "Link",
     "NetLab",
-    "RankFailure",
+    "RankError",
     "WireBytes",
     "cleanup",
     "leftovers",

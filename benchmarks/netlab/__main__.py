@@ -8,7 +8,7 @@ import sys
 from .check import check_links
 from .lab import LabError, NetLab, cleanup
 from .link import Link
-from .ranks import RankFailure, run_in_lab
+from .ranks import RankError, run_in_lab
 
 _USAGE = "run: give the command after --, as in: run --hosts 4 --rate 1gbit -- python train.py"
 
@@ -43,7 +43,7 @@ def main() -> int:
             if not command:
                 parser.error(_USAGE)
             run_in_lab(lab, command)
-    except (LabError, RankFailure, ValueError) as error:
+    except (LabError, RankError, ValueError) as error:
         print(f"netlab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ that and taken down: by ``python -m benchmarks.netlab cleanup``, or by the next 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -172,11 +173,11 @@ def check_possible() -> None:
     Raises:
         LabError: If not, saying what is missing.
     """
-    for tool in ("ip", "tc", "sysctl"):
+    for tool in ("ip", "tc", "sysctl", "setpriv"):
         if shutil.which(tool) is None:
             raise LabError(
                 f"The network lab needs the command {tool!r}, which is not on the PATH. It is part "
-                "of the packages iproute2 and procps; the lab runs on Linux only."
+                "of the packages iproute2, procps and util-linux; the lab runs on Linux only."
             )
     if os.geteuid() != 0:
         raise LabError(
@@ -246,10 +247,8 @@ def _kill_inside(name: str) -> None:
         if not pids:
             return
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.02)
 
 

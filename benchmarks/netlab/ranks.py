@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
@@ -13,14 +11,15 @@ from collections.abc import Mapping, Sequence
 
 from .lab import NetLab
 
-__all__ = ["RankFailure", "run_in_lab"]
+__all__ = ["RankError", "run_in_lab"]
 
 _FREE_PORT = "import socket as s; x = s.socket(); x.bind(('', 0)); print(x.getsockname()[1])"
+_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 _GRACE_S = 10.0
 _SHOWN_LINES = 25
 
 
-class RankFailure(RuntimeError):
+class RankError(RuntimeError):
     """A rank ended with an error, or the ranks did not end in time."""
 
 
@@ -49,7 +48,7 @@ def run_in_lab(
         What each rank printed to its standard output.
 
     Raises:
-        RankFailure: If a rank fails or time is up.
+        RankError: If a rank fails or time is up.
     """
     probe = ["ip", "netns", "exec", lab.namespace(0), sys.executable, "-c", _FREE_PORT]
     port = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()
@@ -67,12 +66,11 @@ def run_in_lab(
     }
     ranks = [
         subprocess.Popen(
-            ["ip", "netns", "exec", lab.namespace(host), *command],
+            [*_DIE_WITH_PARENT, "ip", "netns", "exec", lab.namespace(host), *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**shared, "RANK": str(host)},
-            preexec_fn=_die_with_parent,
         )
         for host in range(lab.hosts)
     ]
@@ -112,7 +110,7 @@ def _watch(
     ending = deadline > time.monotonic()
     codes = [_code(rank) if ending else rank.poll() for rank in ranks]
     if any(code != 0 for code in codes):
-        raise RankFailure(_report(codes, texts, timeout_s))
+        raise RankError(_report(codes, texts, timeout_s))
     return texts
 
 
@@ -132,8 +130,3 @@ def _report(codes: Sequence[int | None], texts: Sequence[str], timeout_s: float 
             shown = True  # the others nearly always say the same, or that this one is gone
             lines += [f"  | {line}" for line in text.splitlines()[-_SHOWN_LINES:]]
     return "The ranks did not all succeed.\n" + "\n".join(lines)
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -8,6 +8,7 @@ are gathered, and every rank compares them all and raises the same error if they
 from __future__ import annotations
 
 import json
+import uuid
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ _MOST_SHOWN = 5
 
 def check_agreement(
     description: dict[str, Any], group: dist.ProcessGroup, device: torch.device
-) -> None:
+) -> str:
     """Compare every rank's description; a collective operation.
 
     Args:
@@ -31,15 +32,20 @@ def check_agreement(
         group: The process group.
         device: Where the group's backend wants tensors.
 
+    Returns:
+        A word that is the same on all ranks and new each time.
+
     Raises:
         DisagreementError: On every rank, naming which rank differs from rank 0 in what.
     """
+    word = uuid.uuid4().hex
     if group.size() == 1:
-        return
+        return word
     own = json.dumps(description, sort_keys=True).encode()
-    texts = gather_bytes(own, group, device, everywhere=True)
+    gathered = gather_bytes(word.encode() + own, group, device, everywhere=True)
+    texts = [text[len(word) :] for text in gathered]
     if all(text == texts[0] for text in texts):
-        return
+        return gathered[0][: len(word)].decode()
     first = _flatten(json.loads(texts[0]))
     lines = []
     for rank, text in enumerate(texts):

@@ -24,7 +24,7 @@ import logging
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,9 +115,10 @@ class Watch:
 
     Args:
         group: DDP's process group.
+        word: The same on all ranks, and no other watch's: keys in the store begin with it.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, word: str) -> None:
         self.rank = group.rank()
         self.pending: dict[int, Passage] = {}
         self.failure: EffAdamError | None = None
@@ -142,9 +143,7 @@ class Watch:
         self._closing = False
         self._warned = -1
         self._errors = 0
-        ranks = tuple(dist.get_process_group_ranks(group))
-        self._store = DefaultStore(f"effadam/{'-'.join(map(str, ranks))}/{_made[ranks]}")
-        _made[ranks] += 1
+        self._store = DefaultStore(f"effadam/{word}")
         self._thread: threading.Thread | None = None
         if self._size > 1:
             # A daemon, so that a rank whose store is gone can still end.
@@ -279,10 +278,12 @@ class Watch:
         with self._round_done:
             self._wake.set()
             self._round_done.wait_for(lambda: self._all_heard_since(asked), ANSWER_S)
+        if kind is DisagreementError:
+            return kind(message)
         positions = self._positions()
         # Who finds a disagreement ends, and to the others that looks like a lost connection.
         disagreement = self._disagreement(positions)
-        if disagreement is not None and kind is EffAdamError:
+        if disagreement is not None:
             return DisagreementError(f"{message} {disagreement}")
         late = self._who_is_late(asked)
         reports = [
@@ -470,7 +471,6 @@ def _sentence(error: BaseException) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-_made: Counter[tuple[int, ...]] = Counter()
 _open_watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 

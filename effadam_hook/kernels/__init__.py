@@ -28,7 +28,7 @@ _NAMES = ("reference", "cpu", "triton")
 
 
 class Kernels(Protocol):
-    """What an implementation provides; :mod:`effadam_hook.kernels.reference` documents and defines it."""
+    """An implementation; :mod:`effadam_hook.kernels.reference` defines what it does."""
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ instruction set it chooses at run time.
 from __future__ import annotations
 
 import ctypes
+import os
 from array import array
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from effadam_hook.quantizers import Quantizer
 __all__ = ["CpuKernels", "load"]
 
 _ABI_VERSION = 1
+_LIBRARY_VARIABLE = "EFFADAM_CPU_LIBRARY"
 _MAX_BLOCK = 4096
 _TABLE_CODES = 16
 _TABLE_THRESHOLDS = 8
@@ -230,20 +232,24 @@ class CpuKernels:
 def load() -> ctypes.CDLL:
     """The shared library that was built with the package.
 
+    The environment variable ``EFFADAM_CPU_LIBRARY`` names another build, such as one with sanitizers.
+
     Returns:
         The library.
 
     Raises:
         ImportError: If there is none, or it does not fit this version or this system.
     """
-    folder = Path(__file__).parent
-    built = sorted(folder.glob("_cpu*.so")) + sorted(folder.glob("_cpu*.dylib"))
+    folder, other = Path(__file__).parent, os.environ.get(_LIBRARY_VARIABLE)
+    built = (
+        [Path(other)] if other else sorted([*folder.glob("_cpu*.so"), *folder.glob("_cpu*.dylib")])
+    )
     if not built:
         raise ImportError(f"no compiled library _cpu*.so in {folder}")
     reasons = []
     for path in built:
         try:
-            library = ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path.absolute()))
             library.effadam_abi_version.restype = ctypes.c_int32
             version = library.effadam_abi_version()
         except (OSError, AttributeError) as error:

@@ -17,6 +17,8 @@ The outcomes that are easy to get wrong:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ from effadam_hook.kernels.sources import (
 from effadam_hook.layout import Piece, Wire
 from effadam_hook.quantizers import SCALE_BYTES, Quantizer
 
-__all__ = ["decode", "encode_", "reduce_encode_"]
+__all__ = ["decode", "encode_", "name", "reduce_encode_"]
 
 name = "reference"
 
@@ -182,7 +184,7 @@ class _Moments:
         m = self.exp_avg * beta1 + g * rest1
         self.next_exp_avg, self.next_exp_avg_sq = m, v
         numerator = m * step_size
-        denominator = v.sqrt() * correction + eps
+        denominator = _sqrt(v) * correction + eps
         nothing = (numerator == 0) & (denominator == 0)
         return torch.where(nothing, 0.0, numerator / denominator)
 
@@ -204,7 +206,7 @@ def _divisor(wire: Wire, piece: Piece, preconditioner: Preconditioner | None) ->
         block = v[first:last].view(count, -1)
         floor = _lane_sum(block) / block.shape[1] * 1e-3
         usable = (floor >= torch.finfo(v.dtype).tiny) & torch.isfinite(floor)
-        parts.append(torch.where(usable, (block + floor).sqrt(), 1.0).flatten())
+        parts.append(torch.where(usable, _sqrt(block + floor), 1.0).flatten())
     return torch.cat(parts)
 
 
@@ -317,7 +319,7 @@ def _quantize(
     if quantizer.spread is None or scale_rule == "absmax":
         provisional = (largest * (1 / power)) / top
     else:
-        provisional = (_lane_sum(y * y) / x.shape[1]).sqrt() * quantizer.spread
+        provisional = _sqrt(_lane_sum(y * y) / x.shape[1]) * quantizer.spread
 
     # [3]
     ratio = y.abs() * (1 / provisional)
@@ -339,6 +341,15 @@ def _quantize(
     codes = torch.where(finite & ~idle, codes, torch.zeros_like(codes))
     rounded = torch.where(finite, rounded, torch.full_like(rounded, float("nan")))
     return rounded[:, 0], codes, decoded, finite
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root, rounded correctly: with MKL, torch's own is off by one place now and then."""
+    if x.dtype == torch.float32:
+        return x.to(torch.float64).sqrt().to(torch.float32)
+    if x.device.type != "cpu":
+        return x.sqrt()
+    return x.clone().apply_(lambda value: math.sqrt(value) if value >= 0 else math.nan)
 
 
 def _lane_sum(x: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ class Preconditioner:
 
 @dataclass(frozen=True, eq=False)
 class AdamSource:
-    """Moments that turn a gradient ``g`` into an update ``u`` before it is quantized::
+    """Moments that turn a gradient ``g`` into the update ``u`` that is quantized.
+
+    With the terms of the slot::
 
         v = v * beta2 + (g * g) * (1 - beta2)
         m = m * beta1 + g * (1 - beta1)
@@ -108,7 +110,8 @@ def check_arguments(
             "bytes, for which the layout was made."
         )
     compute, device = compute_dtype(dtype), payload.device
-    numel, rows = wire.numel, (len(wire.chunks), wire.stride_bytes)
+    numel = wire.numel
+    rows: tuple[int, ...] = (len(wire.chunks), wire.stride_bytes)
     if server is not None:
         if not 0 <= server < len(wire.chunks):
             raise ValueError(
@@ -183,6 +186,6 @@ def _check_moments(
             f"Invalid second_moments: {len(moments)} of them. Must be {len(numels)}: one per slot of "
             "the bucket, None where there is none."
         )
-    for slot, (moment, numel) in enumerate(zip(moments, numels)):
+    for slot, (moment, numel) in enumerate(zip(moments, numels, strict=False)):
         if moment is not None:
             _check(f"second_moments[{slot}]", moment, (compute,), (numel,), device)

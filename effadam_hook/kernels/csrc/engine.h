@@ -46,7 +46,7 @@ typedef struct {
     REAL total[MAX_BLOCK];   /* the same before preconditioning */
     REAL divisor[MAX_BLOCK]; /* of the preconditioner */
     REAL exp_avg[MAX_BLOCK], exp_avg_sq[MAX_BLOCK];
-    REAL mean[MAX_BLOCK];
+    REAL mean[MAX_BLOCK + 2 * LANES]; /* sums may spill beyond a block */
     float level[MAX_BLOCK + LANES];
     uint8_t code[CODE_ROOM];
 } SCRATCH;
@@ -436,27 +436,29 @@ static void FN(decode_block)(const Quantizer *quantizer, const uint8_t *codes, R
 #endif
 }
 
-/* out += scale * level */
-static void FN(add_block)(const Quantizer *quantizer, const uint8_t *codes, REAL scale, int64_t numel,
-                          REAL *restrict out, SCRATCH *scratch) {
+/* The sum of a few workers' blocks, from 0 or onto what is there. */
+static void FN(sum_blocks)(const Quantizer *quantizer, int count, int onto, const uint8_t *const *codes,
+                           const REAL *scales, int64_t numel, REAL *restrict out, SCRATCH *scratch) {
 #if FUSED && !REAL_IS_DOUBLE
     (void)scratch;
-    fused_add_one(quantizer, codes, scale, numel, out);
+    fused_sum(quantizer, count, onto, codes, scales, numel, out);
 #else
-    float *level = scratch->level;
-    unpack_codes(quantizer, codes, numel, scratch->code);
-    expand_codes(quantizer, scratch->code, numel, level);
-    for (int64_t i = 0; i < numel; i++) out[i] += scale * (REAL)level[i];
+    const float *level = scratch->level;
+    if (!onto) memset(out, 0, (size_t)numel * sizeof(REAL));
+    for (int w = 0; w < count; w++) {
+        REAL scale = scales[w];
+        unpack_codes(quantizer, codes[w], numel, scratch->code);
+        expand_codes(quantizer, scratch->code, numel, scratch->level);
+        for (int64_t i = 0; i < numel; i++) out[i] += scale * (REAL)level[i];
+    }
 #endif
 }
 
 /* The workers' mean of one quantized block. */
 static void FN(average)(const Job *job, const Piece *piece, int64_t index, int64_t numel,
                         REAL *restrict mean, SCRATCH *scratch) {
-    const Quantizer *quantizer = &job->uplink->quantizer;
     const uint8_t *codes[FUSED_WORKERS];
     REAL scales[FUSED_WORKERS];
-    memset(mean, 0, (size_t)numel * sizeof(REAL));
     for (int64_t worker = 0; worker < job->workers; worker += FUSED_WORKERS) {
         int64_t left = job->workers - worker;
         int count = left < FUSED_WORKERS ? (int)left : FUSED_WORKERS;
@@ -465,31 +467,24 @@ static void FN(average)(const Job *job, const Piece *piece, int64_t index, int64
             codes[w] = FN(find_block)(job->uplink, payload, piece, index, &scales[w]);
             scales[w] /= (REAL)job->workers;
         }
-#if FUSED && !REAL_IS_DOUBLE
-        if (count == FUSED_WORKERS) {
-            fused_add(quantizer, codes, scales, numel, mean);
-            continue;
-        }
-#endif
-        for (int w = 0; w < count; w++)
-            FN(add_block)(quantizer, codes[w], scales[w], numel, mean, scratch);
+        FN(sum_blocks)(&job->uplink->quantizer, count, worker > 0, codes, scales, numel, mean, scratch);
     }
 }
 
-/* Adds `count` workers' raw elements, each divided by the number of workers. */
+/* The sum over `count` workers of their raw elements, each divided by the number of workers, onto
+ * what is there or from 0. */
 static inline __attribute__((always_inline)) void
-FN(add_raw)(const REAL_ANY *const *in, int count, int exact, REAL workers, int64_t numel,
-            REAL *restrict mean) {
-    const int64_t strip = 256, ahead = 2048;
+FN(add_raw)(const REAL_ANY *const *in, int count, int exact, int onto, REAL workers, int64_t numel,
+            REAL_ANY *restrict mean) {
+    const int64_t strip = 256, line = 64 / (int64_t)sizeof(REAL);
     REAL share = 1 / workers;
     for (int64_t first = 0; first < numel; first += strip) {
         int64_t last = first + strip < numel ? first + strip : numel;
         for (int w = 0; w < count; w++)
-            for (int64_t i = 0; i < strip; i += 64 / (int64_t)sizeof(REAL))
-                __builtin_prefetch((const void *)((uintptr_t)(in[w] + first) +
-                                                  (uintptr_t)((i + ahead) * (int64_t)sizeof(REAL))));
+            for (int64_t i = first; i < last; i += line)
+                __builtin_prefetch((const void *)((uintptr_t)(in[w] + i) + READ_AHEAD));
         for (int64_t i = first; i < last; i++) {
-            REAL sum = mean[i];
+            REAL sum = onto ? mean[i] : 0;
             for (int w = 0; w < count; w++) sum += exact ? in[w][i] * share : in[w][i] / workers;
             mean[i] = sum;
         }
@@ -498,15 +493,15 @@ FN(add_raw)(const REAL_ANY *const *in, int count, int exact, REAL workers, int64
 
 /* The workers' mean of raw elements. */
 static void FN(average_raw)(const Job *job, const Piece *piece, int64_t from, int64_t numel,
-                            REAL *restrict mean, REAL *value) {
+                            REAL_ANY *mean, REAL *value) {
     REAL workers = (REAL)job->workers;
     /* Where the quotient is a product, to the bit, a product is much faster. */
     int exact = (job->workers & (job->workers - 1)) == 0;
-    int together = job->raw_store == STORE_REAL ? FUSED_WORKERS : 1;
+    int together = job->raw_store == STORE_REAL && exact ? FUSED_WORKERS : 1;
     const REAL_ANY *in[FUSED_WORKERS];
-    memset(mean, 0, (size_t)numel * sizeof(REAL));
     for (int64_t worker = 0; worker < job->workers;) {
         int count = together <= job->workers - worker ? together : 1;
+        int onto = worker > 0;
         for (int w = 0; w < count; w++, worker++) {
             const uint8_t *payload = job->payloads + worker * job->stride + piece->data_at;
             in[w] = FN(at)(payload, job->raw_store, from);
@@ -515,18 +510,18 @@ static void FN(average_raw)(const Job *job, const Piece *piece, int64_t from, in
             FN(fetch)(in[0], job->raw_store, numel, value);
             in[0] = value;
         }
-        if (count == FUSED_WORKERS && exact)
-            FN(add_raw)(in, FUSED_WORKERS, 1, workers, numel, mean);
-        else if (exact)
-            FN(add_raw)(in, 1, 1, workers, numel, mean);
+        if (count == FUSED_WORKERS && onto)
+            FN(add_raw)(in, FUSED_WORKERS, 1, 1, workers, numel, mean);
+        else if (count == FUSED_WORKERS)
+            FN(add_raw)(in, FUSED_WORKERS, 1, 0, workers, numel, mean);
         else
-            for (int w = 0; w < count; w++) FN(add_raw)(in + w, 1, 0, workers, numel, mean);
+            FN(add_raw)(in, 1, exact, onto, workers, numel, mean);
     }
 }
 
 /* The workers' mean of at most a block, in gradient units. */
 static void FN(mean_of)(const Job *job, const Piece *piece, int64_t from, int64_t numel,
-                        REAL *restrict mean, SCRATCH *scratch) {
+                        REAL *mean, SCRATCH *scratch) {
     if (piece->raw) {
         FN(average_raw)(job, piece, from, numel, mean, scratch->value);
         return;
@@ -566,6 +561,10 @@ static void FN(encode_raw)(const Job *job, const Piece *piece, const Piece *sour
     for (int64_t numel; from < to; from += numel) {
         numel = to - from < most ? to - from : most;
         void *out = FN(at)(job->payload + piece->data_at, job->raw_store, from);
+        if (job->task == TASK_REDUCE_ENCODE && source->raw && job->raw_store == STORE_REAL) {
+            FN(average_raw)(job, source, from, numel, out, scratch->value);
+            continue;
+        }
         if (job->task == TASK_REDUCE_ENCODE) {
             FN(mean_of)(job, source, from, numel, scratch->mean, scratch);
             FN(stash)(scratch->mean, numel, out, job->raw_store);

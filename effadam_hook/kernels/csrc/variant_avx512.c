@@ -66,11 +66,17 @@ static Sent sent_by(const Quantizer *quantizer, const uint8_t *codes, float scal
     return (Sent){codes, _mm512_set1_ps(scale), _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(table))};
 }
 
-/* out (+)= the sum over senders, in their order; in columns of `rows` bytes. */
+/* Where sums go: to the caller's memory, to the last byte; to a scratch that may be written beyond the
+ * block's end; or there, onto what is there. */
+typedef enum { TO_CALLER, TO_SCRATCH, ONTO_SCRATCH } Target;
+
+/* The sum over senders, in their order, of a block in columns of `rows` bytes. Strips of columns are
+ * taken from the last to the first, so that one overwrites what spilled into its plane. */
 static inline __attribute__((always_inline)) void
-sum_planes(int planes, int rows, int senders, int whole, int onto, const Sent *sent, int64_t P,
+sum_planes(int planes, int rows, int senders, int whole, Target target, const Sent *sent, int64_t P,
            int64_t numel, float *out) {
-    for (int64_t column = 0; column < P; column += 16) {
+    const __m512i three = _mm512_set1_epi32(3);
+    for (int64_t column = (P - 1) / 16 * 16; column >= 0; column -= 16) {
         __mmask16 live = whole ? 0xFFFF : live_of(P - column);
         __m512i word[FUSED_WORKERS];
         for (int w = 0; w < senders; w++) {
@@ -86,22 +92,25 @@ sum_planes(int planes, int rows, int senders, int whole, int onto, const Sent *s
         }
         for (int step = 0; step < planes; step++) {
             int64_t i = (planes == 5 ? 4 - step : step) * P + column;
-            __mmask16 kept = whole || numel - i >= 16 ? live : live & live_of(numel > i ? numel - i : 0);
-            __m512 sum = onto ? whole ? _mm512_loadu_ps(out + i) : _mm512_maskz_loadu_ps(kept, out + i)
-                              : _mm512_setzero_ps();
+            __mmask16 kept = 0xFFFF;
+            if (!whole && target != TO_SCRATCH)
+                kept = live & live_of(numel > i ? numel - i : 0);
+            __m512 sum = target != ONTO_SCRATCH ? _mm512_setzero_ps()
+                         : whole                ? _mm512_loadu_ps(out + i)
+                                                : _mm512_maskz_loadu_ps(kept, out + i);
             for (int w = 0; w < senders; w++) {
                 __m512i code = word[w];
                 if (planes == 5) {
                     /* See unpack_codes: the fraction's product with 3 carries a digit out. */
-                    word[w] = _mm512_mullo_epi16(code, _mm512_set1_epi32(3));
-                    code = _mm512_mulhi_epu16(code, _mm512_set1_epi32(3));
+                    word[w] = _mm512_mullo_epi16(code, three);
+                    code = _mm512_mulhi_epu16(code, three);
                 } else {
                     word[w] = _mm512_srli_epi32(code, (unsigned)rows);
                 }
                 __m512 value = _mm512_permutexvar_ps(code, sent[w].table);
-                sum = senders == 1 && !onto ? value : _mm512_add_ps(sum, value);
+                sum = target == TO_CALLER ? value : _mm512_add_ps(sum, value);
             }
-            if (whole)
+            if (whole || target == TO_SCRATCH)
                 _mm512_storeu_ps(out + i, sum);
             else
                 _mm512_mask_storeu_ps(out + i, kept, sum);
@@ -111,35 +120,35 @@ sum_planes(int planes, int rows, int senders, int whole, int onto, const Sent *s
 
 /* The same for codes that are whole bytes, of integer levels from -zero. */
 static inline __attribute__((always_inline)) void
-sum_bytes(int senders, int whole, int onto, const Sent *sent, int zero, int64_t numel, float *out) {
+sum_bytes(int senders, int whole, Target target, const Sent *sent, int zero, int64_t numel, float *out) {
     const __m512i zeros = _mm512_set1_epi32(zero);
     for (int64_t i = 0; i < numel; i += 16) {
         __mmask16 live = whole ? 0xFFFF : live_of(numel - i);
-        __m512 sum = onto ? _mm512_maskz_loadu_ps(live, out + i) : _mm512_setzero_ps();
+        __m512 sum = target == ONTO_SCRATCH ? _mm512_maskz_loadu_ps(live, out + i) : _mm512_setzero_ps();
         for (int w = 0; w < senders; w++) {
             __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(live, sent[w].codes + i));
             __m512 level = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, zeros));
             __m512 value = _mm512_mul_ps(sent[w].scale, level);
-            sum = senders == 1 && !onto ? value : _mm512_add_ps(sum, value);
+            sum = target == TO_CALLER ? value : _mm512_add_ps(sum, value);
         }
         _mm512_mask_storeu_ps(out + i, live, sum);
     }
 }
 
 static inline __attribute__((always_inline)) void
-sum_sent(int senders, int onto, const Quantizer *quantizer, const uint8_t *const *codes,
+sum_sent(int senders, Target target, const Quantizer *quantizer, const uint8_t *const *codes,
          const float *scale, int64_t numel, float *out) {
     Sent sent[FUSED_WORKERS];
     for (int w = 0; w < senders; w++) sent[w] = sent_by(quantizer, codes[w], scale[w]);
     int64_t P = columns_of(quantizer, numel);
     int whole = P % 16 == 0 && P * quantizer->planes == numel;
     switch (quantizer->planes * 16 + quantizer->plane_bytes + 8 * whole) {
-#define CASE(planes, rows)                                                                      \
-    case planes * 16 + rows:                                                                    \
-        sum_planes(planes, rows, senders, 0, onto, sent, P, numel, out);                        \
-        break;                                                                                  \
-    case planes * 16 + rows + 8:                                                                \
-        sum_planes(planes, rows, senders, 1, onto, sent, P, numel, out);                        \
+#define CASE(planes, rows)                                                 \
+    case planes * 16 + rows:                                               \
+        sum_planes(planes, rows, senders, 0, target, sent, P, numel, out); \
+        break;                                                             \
+    case planes * 16 + rows + 8:                                           \
+        sum_planes(planes, rows, senders, 1, target, sent, P, numel, out); \
         break;
         CASE(8, 1)
         CASE(8, 2)
@@ -149,25 +158,29 @@ sum_sent(int senders, int onto, const Quantizer *quantizer, const uint8_t *const
 #undef CASE
     default:
         if (numel % 16 == 0)
-            sum_bytes(senders, 1, onto, sent, quantizer->magnitudes - 1, numel, out);
+            sum_bytes(senders, 1, target, sent, quantizer->magnitudes - 1, numel, out);
         else
-            sum_bytes(senders, 0, onto, sent, quantizer->magnitudes - 1, numel, out);
+            sum_bytes(senders, 0, target, sent, quantizer->magnitudes - 1, numel, out);
     }
 }
 
 static void fused_decode(const Quantizer *quantizer, const uint8_t *codes, float scale, int64_t numel,
                          float *out) {
-    sum_sent(1, 0, quantizer, &codes, &scale, numel, out);
+    sum_sent(1, TO_CALLER, quantizer, &codes, &scale, numel, out);
 }
 
-static void fused_add_one(const Quantizer *quantizer, const uint8_t *codes, float scale, int64_t numel,
-                          float *out) {
-    sum_sent(1, 1, quantizer, &codes, &scale, numel, out);
-}
-
-static void fused_add(const Quantizer *quantizer, const uint8_t *const *codes, const float *scale,
-                      int64_t numel, float *out) {
-    sum_sent(FUSED_WORKERS, 1, quantizer, codes, scale, numel, out);
+/* The first or the next few workers, from 0 or onto what is there. */
+static void fused_sum(const Quantizer *quantizer, int count, int onto, const uint8_t *const *codes,
+                      const float *scales, int64_t numel, float *out) {
+    if (count == FUSED_WORKERS && !onto) {
+        sum_sent(FUSED_WORKERS, TO_SCRATCH, quantizer, codes, scales, numel, out);
+    } else if (count == FUSED_WORKERS) {
+        sum_sent(FUSED_WORKERS, ONTO_SCRATCH, quantizer, codes, scales, numel, out);
+    } else {
+        if (!onto) memset(out, 0, (size_t)numel * sizeof(float));
+        for (int w = 0; w < count; w++)
+            sum_sent(1, ONTO_SCRATCH, quantizer, codes + w, scales + w, numel, out);
+    }
 }
 
 enum { CELLS = 16, LOWEST_OCTAVE = 127 - 8 };

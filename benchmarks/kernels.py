@@ -1,0 +1,281 @@
+"""How fast the three kernels are, against the reference, an addition and a copy, in one run.
+
+    python benchmarks/kernels.py                       # CPU, 26 MB, one thread and all cores
+    python benchmarks/kernels.py --device cuda         # GPU, 256 MB
+    python benchmarks/kernels.py --csv kernels.csv --quantizers lloyd4 lloyd2
+
+``torch.add(g, e, out=e)`` is what error feedback costs without any compression: it reads two tensors
+and writes one. It is timed again beside every quantizer, so that a ratio compares neighbours; "x add"
+is the ratio of the medians, and "fastest" that of the fastest repeats, which tells more on a machine
+that others use too. The kernels are checked against the reference first; on a red check there are no
+figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from environment import environment
+from torch import Tensor
+
+from effadam_hook.kernels import Kernels, choose, reference
+from effadam_hook.layout import BucketLayout, Slot, plan_bucket
+from effadam_hook.quantizers import QUANTIZERS, get_quantizer
+
+WORKERS = 4
+PARAMETERS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, times in milliseconds."""
+
+    threads: int
+    quantizer: str
+    kernel: str
+    backend: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    fastest_ms: float
+    gigabytes_per_s: float
+    times_add: float
+    fastest_times_add: float
+    times_faster: float | None
+
+
+class Bucket:
+    """A bucket of equal parameters, its payloads, and the kernels as calls without arguments."""
+
+    def __init__(self, quantizer: str, numel: int, device: torch.device) -> None:
+        self.layout = layout_of(quantizer, [numel // PARAMETERS] * PARAMETERS)
+        numel = self.layout.numel
+        self.g = torch.randn(numel, device=device)
+        self.e = torch.zeros(numel, device=device)
+        self.server_e = torch.zeros(numel, device=device)
+        self.out = torch.empty(numel, device=device)
+        self.sum = torch.randn(numel, device=device)
+        stride = self.layout.uplink.stride_bytes
+        self.sent = torch.zeros(1, stride, dtype=torch.uint8, device=device)
+        self.reduced = torch.zeros(1, stride, dtype=torch.uint8, device=device)
+        self.received = torch.zeros(WORKERS, stride, dtype=torch.uint8, device=device)
+        for worker in range(WORKERS):
+            x = torch.randn(numel, device=device)
+            reference.encode_(self.layout.uplink, x, None, self.sent, torch.float32)
+            self.received[worker] = self.sent[0]
+
+    def add(self) -> None:
+        """The floor of error feedback."""
+        torch.add(self.g, self.sum, out=self.sum)
+
+    def copy(self) -> None:
+        """The floor of memory."""
+        self.out.copy_(self.g)
+
+    def calls(self, kernels: Kernels) -> dict[str, Callable[[], None]]:
+        """The three kernels by name."""
+        up, down = self.layout.uplink, self.layout.downlink
+
+        def encode() -> None:
+            kernels.encode_(up, self.g, self.e, self.sent, torch.float32)
+
+        def reduce_encode() -> None:
+            kernels.reduce_encode_(
+                up, down, 0, self.received, self.server_e, torch.float32, self.reduced[0]
+            )
+
+        def decode() -> None:
+            kernels.decode(down, self.received[:1], self.out, torch.float32)
+
+        return {"encode_": encode, f"reduce_encode_ of {WORKERS}": reduce_encode, "decode": decode}
+
+    def bytes_moved(self, kernel: str) -> int:
+        """What a kernel must read and write, each byte once."""
+        dense, payload = 4 * self.layout.numel, self.layout.uplink.payload_bytes
+        fixed = {"encode_": 3 * dense + payload, "decode": dense + payload}
+        return fixed.get(kernel, 2 * dense + (WORKERS + 1) * payload)
+
+
+def layout_of(quantizer: str, sizes: list[int], exact: tuple[int, ...] = ()) -> BucketLayout:
+    slots, start = [], 0
+    for index, numel in enumerate(sizes):
+        slots.append(Slot(f"p{index}", index, start, numel, index in exact))
+        start += numel
+    return plan_bucket(
+        slots,
+        uplink=get_quantizer(quantizer),
+        downlink=get_quantizer(quantizer),
+        scale_rule="least_squares",
+        block_size=256,
+        servers=1,
+        itemsize=4,
+    )
+
+
+def check(kernels: Kernels, quantizers: list[str], device: torch.device) -> Iterator[str]:
+    """Complaints about kernels that do not do what the reference does."""
+    for quantizer in quantizers:
+        layout = layout_of(quantizer, [5000, 1, 777, 256], exact=(2,))
+        x = torch.randn(layout.numel, device=device) * torch.rand(layout.numel, device=device) ** 4
+        residuals = [torch.zeros_like(x), torch.zeros_like(x)]
+        shape = (1, layout.uplink.stride_bytes)
+        payloads = [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in residuals]
+        for which, e, payload in zip((reference, kernels), residuals, payloads, strict=True):
+            which.encode_(layout.uplink, x, e, payload, torch.float32)
+        decoded: list[Tensor] = []
+        for which, payload in ((reference, 0), (kernels, 0), (kernels, 1)):
+            out = torch.full_like(x, float("nan"))
+            which.decode(layout.uplink, payloads[payload], out, torch.float32)
+            decoded.append(out)
+        if not torch.equal(decoded[0], decoded[1]):
+            yield f"{quantizer}: the reference's payload decodes to something else"
+        far = (decoded[2] - decoded[0]).abs() > 2.0**-7 * decoded[0].abs()
+        if far.double().mean() > 0.01:
+            yield f"{quantizer}: encodes {int(far.sum())} of {len(x)} elements differently"
+        quantized = torch.ones_like(x, dtype=torch.bool)
+        quantized[5001:5778] = False
+        if quantizer != "none" and (decoded[2] + residuals[1] - x)[quantized].abs().max() > 1e-5:
+            yield f"{quantizer}: what is sent and what is kept do not make the whole"
+
+
+def measure(call: Callable[[], None], repeats: int, device: torch.device) -> list[float]:
+    """Seconds of each repeat, after a warm-up."""
+    times = []
+    for repeat in range(repeats + 2):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1e3
+        else:
+            begin = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - begin
+        if repeat >= 2:
+            times.append(seconds)
+    return times
+
+
+def percentile(times: list[float], share: float) -> float:
+    return sorted(times)[min(len(times) - 1, int(share * len(times)))]
+
+
+def rows_of(
+    bucket: Bucket, quantizer: str, kernels: Kernels, threads: int, options: argparse.Namespace
+) -> Iterator[Row]:
+    device, repeats = bucket.g.device, options.repeats
+    floor = measure(bucket.add, repeats, device)
+    law: dict[str, float] = {}
+
+    def row(name: str, backend: str, times: list[float], moved: int) -> Row:
+        median = statistics.median(times)
+        faster = law[name] / median if name in law and backend != reference.name else None
+        return Row(
+            threads,
+            quantizer,
+            name,
+            backend,
+            1e3 * median,
+            1e3 * percentile(times, 0.2),
+            1e3 * percentile(times, 0.8),
+            1e3 * min(times),
+            moved / median / 1e9,
+            median / statistics.median(floor),
+            min(times) / min(floor),
+            faster,
+        )
+
+    dense = 4 * bucket.layout.numel
+    yield row("add", "torch", floor, 3 * dense)
+    yield row("copy", "torch", measure(bucket.copy, repeats, device), 2 * dense)
+    if not options.no_reference:
+        for name, call in bucket.calls(reference).items():
+            times = measure(call, 3, device)
+            law[name] = statistics.median(times)
+            yield row(name, reference.name, times, bucket.bytes_moved(name))
+    bucket.e.zero_()
+    bucket.server_e.zero_()
+    for name, call in bucket.calls(kernels).items():
+        yield row(name, kernels.name, measure(call, repeats, device), bucket.bytes_moved(name))
+
+
+HEADER = (
+    f"{'threads':>7} {'quantizer':9} {'kernel':19} {'backend':9} {'median ms':>9} {'p20':>8} "
+    f"{'p80':>8} {'fastest':>8} {'GB/s':>7} {'x add':>6} {'fastest':>7} {'faster':>7}"
+)
+
+
+def shown(row: Row) -> str:
+    faster = "" if row.times_faster is None else f"{row.times_faster:.1f}x"
+    return (
+        f"{row.threads:7} {row.quantizer:9} {row.kernel:19} {row.backend:9} {row.median_ms:9.3f} "
+        f"{row.p20_ms:8.3f} {row.p80_ms:8.3f} {row.fastest_ms:8.3f} {row.gigabytes_per_s:7.1f} "
+        f"{row.times_add:6.2f} {row.fastest_times_add:7.2f} {faster:>7}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--megabytes", type=int, help="of the bucket (CPU 26, GPU 256)")
+    parser.add_argument("--threads", type=int, nargs="+", help="CPU only (1 and all cores)")
+    parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--no-reference", action="store_true", help="leave the slow rows out")
+    parser.add_argument("--csv", type=Path, help="write the rows to this file as well")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA device here, so there is nothing to measure.", file=sys.stderr)
+        return 2
+    device = torch.device(options.device)
+    choice = choose(device)
+    for key, value in environment().items():
+        print(f"# {key}: {value}")
+    if device.type == "cuda":
+        print(f"# device: {torch.cuda.get_device_name()}")
+    print(f"# kernels here: {choice.reason}")
+
+    complaints = list(check(choice.kernels, options.quantizers, device))
+    if complaints:
+        print("\n".join(f"FAILED {complaint}" for complaint in complaints), file=sys.stderr)
+        print("No figures on a red check.", file=sys.stderr)
+        return 1
+    print(f"# checked against the reference: {len(options.quantizers)} quantizers")
+
+    default = 26 if device.type == "cpu" else 256
+    numel = (options.megabytes or default) * 1_000_000 // 4
+    counts = options.threads or sorted({1, os.cpu_count() or 1})
+    rows: list[Row] = []
+    print(HEADER)
+    for threads in counts if device.type == "cpu" else [1]:
+        torch.set_num_threads(threads)
+        for quantizer in options.quantizers:
+            bucket = Bucket(quantizer, numel, device)
+            for row in rows_of(bucket, quantizer, choice.kernels, threads, options):
+                rows.append(row)
+                print(shown(row), flush=True)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__))
+            writer.writeheader()
+            writer.writerows(vars(row) for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

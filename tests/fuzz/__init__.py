@@ -1,0 +1,1 @@
+"""Randomised tests: cases drawn from seeds, run on real ranks, checked against the invariants."""

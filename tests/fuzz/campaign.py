@@ -1,0 +1,241 @@
+"""Draws seeds, runs their cases, judges what the ranks saw, and keeps the tally.
+
+python -m fuzz.campaign --minutes 5 --seed 1 --table ../docs/reliability.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fuzz.cases import ENDINGS, Case, draw
+from fuzz.ranks import Report, lose_a_rank, run_batch
+from harness import Died, run_ranks
+
+__all__ = ["Tally", "run"]
+
+_BATCH = 25
+_MARKS = ("<!-- fuzz:begin -->", "<!-- fuzz:end -->")
+_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4}
+_SOON_S = 15.0
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+
+
+@dataclass
+class Tally:
+    """What was injected, and what became of it.
+
+    Attributes:
+        runs: Fuzzed runs.
+        injected: By kind of fault, how often.
+        wrong: What should not have happened, with seeds.
+        seconds: How long the campaign took.
+    """
+
+    runs: int = 0
+    injected: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def note(self, kind: str, case: str, text: str) -> None:
+        """Record a failure of one of the ``kind`` hang, divergence, poison, loss or silence."""
+        self.kinds[kind] += 1
+        self.wrong.append(f"{kind}: {case}: {text}")
+        print(self.wrong[-1], flush=True)
+
+
+def run(seed: int, *, minutes: float = 0.0, batches: int = 0, batch: int = _BATCH) -> Tally:
+    """Run a campaign.
+
+    Args:
+        seed: The first seed; cases get this one and the following.
+        minutes: How long; used if ``batches`` is 0.
+        batches: How many sets of processes.
+        batch: Cases in each.
+
+    Returns:
+        The tally.
+    """
+    tally = Tally()
+    began = time.monotonic()
+    chance = random.Random(seed)
+    number = 0
+    print(f"fuzz: first seed {seed}", flush=True)
+    while number < batches if batches else time.monotonic() - began < 60 * minutes:
+        world_size = chance.choice([1, 2, 2, 3, 3, 4])
+        plan = [(seed + number * _BATCH + i, "") for i in range(batch)]
+        plan = [
+            (s, chance.choice(ENDINGS[:4]) if s % 8 == 7 and world_size > 1 else "")
+            for s, _ in plan
+        ]
+        if world_size > 1 and number % 3 == 1:
+            plan[-1] = (plan[-1][0], ENDINGS[4])  # leaves the process group unusable: the last
+        _run_batch(tally, plan, world_size)
+        if number % 4 == 2:
+            _lose_a_rank(tally, seed + number, chance.choice([signal.SIGKILL, signal.SIGSTOP]))
+        number += 1
+        if number % 10 == 0:
+            print(f"fuzz: {tally.runs} runs, {len(tally.wrong)} wrong", flush=True)
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def _run_batch(tally: Tally, plan: list[tuple[int, str]], world_size: int) -> None:
+    name = f"{world_size} ranks, seeds {plan[0][0]} to {plan[-1][0]}"
+    try:
+        by_rank = run_ranks(run_batch, world_size, plan, timeout=240, env=_QUIET)
+    except TimeoutError as error:
+        tally.note("hang", name, str(error)[-6000:])
+        return
+    except RuntimeError as error:
+        tally.note("crash", name, str(error)[:6000])
+        return
+    for (seed, ending), reports in zip(plan, zip(*by_rank, strict=False), strict=False):
+        case = draw(seed, world_size, ending)
+        tally.runs += 1
+        _count(tally, case, world_size)
+        _judge(tally, case, f"seed {seed} on {world_size} ranks", list(reports))
+    done = min(len(reports) for reports in by_rank)
+    if done < len(plan) and not by_rank[0][-1].error:
+        tally.note("silence", name, f"only {done} of {len(plan)} cases were run")
+
+
+def _count(tally: Tally, case: Case, world_size: int) -> None:
+    tally.injected["non-finite gradients"] += len(case.poisoned)
+    tally.injected["parameters unused by some rank"] += sum(map(bool, case.unused.values()))
+    tally.injected["compression switched on all ranks"] += len(case.switched)
+    tally.injected["resumed from a saved state"] += case.resumed >= 0
+    tally.injected["phases delayed at random"] += case.jitter
+    if case.ending:
+        tally.injected[case.ending] += 1
+
+
+def _judge(tally: Tally, case: Case, name: str, reports: list[Report]) -> None:
+    if any(not report.is_finite for report in reports):
+        tally.note("poison", name, "a residual is not finite")
+    if case.ending:
+        if case.options["worker_quantizer"] == "none" and case.ending.startswith("weights"):
+            return
+        for rank, report in enumerate(reports):
+            if not report.error:
+                tally.note("silence", name, f"{case.ending}: rank {rank} was not told")
+            elif "Rank " not in report.error or report.seconds > _SOON_S:
+                tally.note("silence", name, f"rank {rank}: {report.seconds:.0f} s: {report.error}")
+        return
+    for rank, report in enumerate(reports):
+        if report.error:
+            tally.note("crash", name, f"rank {rank}: {report.error}")
+            return
+        if report.digests != reports[0].digests:
+            tally.note("divergence", name, f"rank {rank} is not the same as rank 0")
+    _check_books(tally, case, name, reports)
+
+
+def _check_books(tally: Tally, case: Case, name: str, reports: list[Report]) -> None:
+    """Nothing may be lost: what arrived and what the residuals hold is what was given."""
+    tolerance = _TOLERANCE.get(case.dtype)
+    if case.mode == "update" or tolerance is None or not case.options["error_feedback"]:
+        return
+    poisoned = {p for _, p, _ in case.poisoned.values()}
+    for p in range(len(case.shapes)):
+        if p in poisoned:
+            continue
+        total = sum(report.arrived[p] for report in reports[:1]).flatten()
+        given = sum(report.given[p] for report in reports).flatten() / len(reports)
+        key = f"weights.{p}"
+        for report in reports:
+            if key in report.saved["worker"]:
+                total = total + report.saved["worker"][key].double() / len(reports)
+            if key in report.saved["server"]:
+                start, share = report.saved["server_start"][key], report.saved["server"][key]
+                total[start : start + share.numel()] += share.double()
+        size = max(float(report.given[p].abs().max()) for report in reports)
+        largest = max(size, float(given.abs().max()), 1e-30) * case.steps
+        if float((total - given).abs().max()) > tolerance * largest:
+            error = float((total - given).abs().max()) / largest
+            tally.note(
+                "loss", name, f"parameter {p}, {case.shapes[p]}: {error:.2g} of it is missing"
+            )
+
+
+def _lose_a_rank(tally: Tally, seed: int, number: signal.Signals) -> None:
+    kind = {signal.SIGKILL: "rank killed", signal.SIGSTOP: "rank stopped"}[number]
+    tally.injected[kind] += 1
+    tally.runs += 1
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            results = run_ranks(
+                lose_a_rank,
+                3,
+                *(folder, seed, number),
+                backend=None,
+                may_die=(0, 1, 2),
+                timeout=60,
+                grace=30,
+                env=_QUIET,
+            )
+        except (TimeoutError, RuntimeError) as error:
+            tally.note("hang", f"{kind}, seed {seed}", str(error)[:3000])
+            return
+    survivors = [result for result in results if not isinstance(result, Died)]
+    if len(survivors) != 2:
+        tally.note("crash", f"{kind}, seed {seed}", f"{len(survivors)} survivors")
+    for report in survivors:
+        if not report.error or report.seconds > _SOON_S or not report.is_finite:
+            text = f"{report.seconds:.0f} s, finite {report.is_finite}: {report.error}"
+            tally.note("silence", f"{kind}, seed {seed}", text)
+
+
+def table(tally: Tally, seed: int) -> str:
+    """The tally for people, in Markdown.
+
+    Args:
+        tally: Of a campaign.
+        seed: Its first seed.
+    """
+    kinds = ("hang", "divergence", "poison", "loss", "silence", "crash")
+    lines = [
+        f"{tally.runs} fuzzed runs on 1 to 4 ranks in {tally.seconds / 60:.0f} minutes, first seed "
+        f"{seed}, torch {torch.__version__}, Python {sys.version.split()[0]}.",
+        "",
+        "| injected | times |",
+        "|---|---:|",
+        *(f"| {kind} | {count} |" for kind, count in sorted(tally.injected.items())),
+        "",
+        "| outcome that must not be | times |",
+        "|---|---:|",
+        *(f"| {kind} | {tally.kinds[kind]} |" for kind in kinds),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6)
+    parser.add_argument("--table", type=Path, help="a document in which to renew the table")
+    arguments = parser.parse_args()
+    tally = run(arguments.seed, minutes=arguments.minutes)
+    text = table(tally, arguments.seed)
+    print(text)
+    if arguments.table is not None:
+        document = arguments.table.read_text()
+        before, _, rest = document.partition(_MARKS[0])
+        _, _, after = rest.partition(_MARKS[1])
+        arguments.table.write_text(f"{before}{_MARKS[0]}\n{text}\n{_MARKS[1]}{after}")
+    return 1 if tally.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""A training script for the launcher tests: ``lightning_script.py STRATEGY``, two processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import lightning.pytorch
+from torch import Tensor, nn, optim
+
+import lightning_plugin  # noqa: F401  registers the names
+from lightning_training import loader, make_trainer, network
+
+
+class Module(lightning.pytorch.LightningModule):
+    """At the top level, as a launcher that pickles needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.mse_loss(self.body(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.Adam(self.parameters(), lr=3e-3)
+
+    def on_train_end(self) -> None:
+        strategy: Any = self.trainer.strategy
+        hook = strategy.model._get_ddp_logging_data()["comm_hook"]
+        # At once and in one piece: the processes share the terminal.
+        line = f"rank {self.global_rank} {hook} {strategy.hook_state.steps}\n"
+        os.write(1, line.encode())
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "2")
+    make_trainer(lightning.pytorch, sys.argv[1], ".").fit(Module(), loader())

@@ -1,0 +1,88 @@
+"""Which kernels run, and that nothing is replaced silently."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from effadam_hook import kernels
+from effadam_hook.kernels import KERNELS_VARIABLE, choose, cpu, select
+from kernel_cases import needs_library
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_forced_and_nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
+    monkeypatch.setattr(kernels, "_warned", set())
+
+
+@needs_library
+def test_the_compiled_kernels_run_where_they_can() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select(CPU).name == "cpu"
+    choice = choose(CPU)
+    assert choice.reason.startswith("cpu: compiled C, ")
+    assert choice.remedy is None
+
+
+def test_without_a_library_the_reference_runs_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing() -> None:
+        raise ImportError("no compiled library _cpu*.so in /somewhere")
+
+    monkeypatch.setattr(cpu, "load", missing)
+    with pytest.warns(RuntimeWarning, match=r"runs its reference kernels.*Install a C compiler"):
+        assert select(CPU).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select(CPU).name == "reference"
+    assert choose(CPU).reason == "reference: no compiled library _cpu*.so in /somewhere"
+    monkeypatch.setenv(KERNELS_VARIABLE, "cpu")
+    with pytest.raises(ImportError, match=r"EFFADAM_KERNELS=cpu was given, but no compiled"):
+        select(CPU)
+
+
+def test_without_triton_the_reference_runs_on_cuda_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match=r"Triton is not installed\. Install it"):
+        assert select(CUDA).name == "reference"
+
+
+@needs_library
+def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNELS_VARIABLE, "reference")
+    assert choose(CPU).reason == "reference: as EFFADAM_KERNELS demands"
+    monkeypatch.setenv(KERNELS_VARIABLE, "cpu")
+    assert select(CPU).name == "cpu"
+    with pytest.raises(ImportError, match="EFFADAM_KERNELS=cpu was given, but the bucket is on"):
+        select(CUDA)
+    monkeypatch.setenv(KERNELS_VARIABLE, "fast")
+    with pytest.raises(ValueError, match=r"Invalid EFFADAM_KERNELS: 'fast'\. Must be one of"):
+        select(CPU)
+
+
+def test_a_device_without_kernels_of_its_own_runs_the_reference() -> None:
+    assert choose(torch.device("meta")).reason.startswith("reference: there are no fused kernels")
+
+
+def test_a_library_of_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "_cpu.broken.so").write_bytes(b"not a library")
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    cpu.load.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"_cpu\.broken\.so: "):
+            cpu.load()
+    finally:
+        cpu.load.cache_clear()

@@ -1,0 +1,258 @@
+"""The Triton kernels against the reference: under Triton's interpreter, and natively on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from effadam_hook.kernels import Kernels, reference
+from effadam_hook.kernels.sources import AdamSource, Preconditioner
+from effadam_hook.layout import BucketLayout
+from kernel_cases import (
+    COMBINATIONS,
+    DTYPES,
+    compute,
+    decode,
+    encode,
+    layout_of,
+    reduce_encode,
+    same,
+    values_like_gradients,
+)
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+SIZES = (130, 1, 33, 5)
+
+
+@pytest.fixture(name="kernels", scope="module")
+def _kernels() -> Iterator[Kernels]:
+    """The module, its functions interpreted where there is no GPU to compile them for."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU:
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield importlib.import_module("effadam_hook.kernels.triton_kernels")
+
+
+def there(tensor: Tensor) -> Tensor:
+    return tensor.to(DEVICE, copy=True)
+
+
+def assert_near(ours: Tensor, law: Tensor, levels: int = 1) -> None:
+    """Equal but for scales one place apart, and codes where the scale decides a tie."""
+    assert torch.equal(ours.isfinite(), law.isfinite())
+    ours, law = ours.nan_to_num().double(), law.nan_to_num().double()
+    far = (ours - law).abs() > 2.0**-7 * law.abs()
+    assert far.double().mean() <= 0.02 * levels
+
+
+def inputs(layout: BucketLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = values_like_gradients(layout.numel, dtype)
+    return x, torch.randn(layout.numel, dtype=compute(dtype)) * 0.1
+
+
+@pytest.mark.parametrize(("name", "rule"), COMBINATIONS)
+def test_encodes_and_decodes_like_the_reference(kernels: Kernels, name: str, rule: str) -> None:
+    layout = layout_of(SIZES, name, rule=rule, block_size=64, servers=2, exact=(2,))
+    x, e = inputs(layout, torch.float32)
+    kept, e_there = e.clone(), there(e)
+    payload = encode(reference, layout.uplink, x, kept)
+    ours = encode(kernels, layout.uplink, there(x), e_there)
+    law = decode(reference, layout.uplink, payload, torch.float32)
+    assert torch.equal(decode(kernels, layout.uplink, there(payload), torch.float32).cpu(), law)
+    out = decode(reference, layout.uplink, ours.cpu(), torch.float32)
+    assert_near(out, law)
+    quantized = torch.ones(layout.numel, dtype=torch.bool)
+    quantized[131:164] = name == "none"
+    quantized &= name != "none"
+    lost = (out + e_there.cpu() - x - e)[quantized]
+    assert lost.numel() == 0 or lost.abs().max() < 1e-6
+    for server, chunk in enumerate(layout.uplink.chunks):
+        assert (ours[server, chunk.used_bytes :] == 255).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("up", "down"), [("lloyd4", "lloyd2"), ("ternary", "uniform8"), ("none", "sign")]
+)
+def test_reduces_like_the_reference(
+    kernels: Kernels, up: str, down: str, dtype: torch.dtype
+) -> None:
+    layout = layout_of(SIZES, up, down, block_size=64, servers=2, dtype=dtype, exact=(2,))
+    sent = [encode(reference, layout.uplink, inputs(layout, dtype)[0]) for _ in range(3)]
+    for server, chunk in enumerate(layout.downlink.chunks):
+        e = torch.randn(chunk.numel, dtype=compute(dtype)) * 0.1
+        kept, kept_there = e.clone(), there(e)
+        payloads = torch.stack([payload[server] for payload in sent])
+        law = reduce_encode(reference, layout, server, payloads, kept, dtype)
+        ours = reduce_encode(kernels, layout, server, there(payloads), kept_there, dtype)
+        both = torch.zeros(2, 2, layout.downlink.stride_bytes, dtype=torch.uint8)
+        both[0, server], both[1, server] = law, ours.cpu()
+        first, second = (decode(reference, layout.downlink, p, dtype) for p in both)
+        assert_near(second, first)
+
+
+@pytest.mark.parametrize("block_size", [16, 4096])
+def test_every_block_size(kernels: Kernels, block_size: int) -> None:
+    layout = layout_of((70, 20), "lloyd3", block_size=block_size)
+    x, e = inputs(layout, torch.float32)
+    payload = encode(reference, layout.uplink, x, e.clone())
+    law = decode(reference, layout.uplink, payload, torch.float32)
+    assert torch.equal(decode(kernels, layout.uplink, there(payload), torch.float32).cpu(), law)
+    ours = encode(kernels, layout.uplink, there(x), there(e)).cpu()
+    assert_near(decode(reference, layout.uplink, ours, torch.float32), law)
+
+
+@pytest.mark.parametrize("name", ["lloyd4", "uniform8", "ternary"])
+def test_awkward_blocks(kernels: Kernels, name: str) -> None:
+    layout = layout_of((64,) * 6, name, block_size=64)
+    x = values_like_gradients(384)
+    x[:64] = 0
+    x[64:128] *= 1e-42
+    x[128:192] = x[128:192].sign() * 3e38
+    x[200], x[300] = float("nan"), float("-inf")
+    kept, kept_there = torch.zeros(384), there(torch.zeros(384))
+    payload = encode(reference, layout.uplink, x, kept)
+    ours = encode(kernels, layout.uplink, there(x), kept_there)
+    law = decode(reference, layout.uplink, payload, torch.float32)
+    assert same(decode(kernels, layout.uplink, there(payload), torch.float32).cpu(), law)
+    assert_near(decode(reference, layout.uplink, ours.cpu(), torch.float32), law)
+    assert kept_there.isfinite().all()
+    assert torch.equal(kept_there.cpu()[:128], kept[:128])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_preconditions_like_the_reference(kernels: Kernels, dtype: torch.dtype) -> None:
+    layout = layout_of(SIZES, "lloyd3", "lloyd4", block_size=64, dtype=dtype, exact=(1,))
+    moments = [torch.rand(n, dtype=dtype) ** 6 for n in SIZES]
+    law_source = Preconditioner((moments[0], moments[1], None, moments[3]))
+    source = Preconditioner(
+        tuple(None if v is None else there(v) for v in law_source.second_moments)
+    )
+    x, e = inputs(layout, dtype)
+    kept, kept_there = e.clone(), there(e)
+    payload = encode(reference, layout.uplink, x, kept, preconditioner=law_source)
+    ours = encode(kernels, layout.uplink, there(x), kept_there, preconditioner=source)
+    law = decode(reference, layout.uplink, payload, dtype, preconditioner=law_source)
+    out = decode(kernels, layout.uplink, there(payload), dtype, preconditioner=source)
+    torch.testing.assert_close(out.cpu(), law, rtol=1e-6, atol=0)
+    out = decode(kernels, layout.uplink, ours, dtype, preconditioner=source)
+    assert_near(out.cpu(), law)
+    assert (out.cpu() + kept_there.cpu() - x - e)[:130].abs().max() < 1e-6
+    law_chunk = reduce_encode(
+        reference, layout, 0, payload, e.clone(), dtype, preconditioner=law_source
+    )
+    chunk = reduce_encode(
+        kernels, layout, 0, there(payload), there(e), dtype, preconditioner=source
+    )
+    assert_near(
+        decode(reference, layout.downlink, chunk.cpu()[None], dtype, preconditioner=law_source),
+        decode(reference, layout.downlink, law_chunk[None], dtype, preconditioner=law_source),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_updates_like_the_reference(kernels: Kernels, dtype: torch.dtype) -> None:
+    layout = layout_of(SIZES, "lloyd4", block_size=64, dtype=dtype, exact=(2,))
+    g, e = inputs(layout, dtype)
+    g[70], g[140] = float("inf"), float("nan")
+    m = torch.randn(layout.numel, dtype=dtype)
+    v = torch.rand(layout.numel, dtype=dtype)
+    m[:4], v[:4], g[:4] = 0, 0, 0
+    terms = torch.tensor([[0.9, 0.1, 0.99, 0.01, 1e-3, 1.5, 0.0]] * 4, dtype=torch.float64)
+    law, ours = AdamSource(m.clone(), v.clone(), terms), AdamSource(there(m), there(v), terms)
+    kept, kept_there = e.clone(), there(e)
+    payload = encode(reference, layout.uplink, g, kept, adam=law)
+    made = encode(kernels, layout.uplink, there(g), kept_there, adam=ours)
+    torch.testing.assert_close(ours.exp_avg.cpu(), law.exp_avg, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours.exp_avg_sq.cpu(), law.exp_avg_sq, rtol=1e-6, atol=1e-7)
+    first = decode(reference, layout.uplink, payload, dtype)
+    assert_near(decode(reference, layout.uplink, made.cpu(), dtype), first)
+    torch.testing.assert_close(kept_there.cpu().isfinite(), kept.isfinite())
+
+
+COMPILES = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton.language as tl
+from effadam_hook.kernels import triton_kernels as kernels
+from kernel_cases import layout_of
+
+types = dict.fromkeys(("x", "residual", "exp_avg", "exp_avg_sq", "table", "up_table", "out"), "*fp32")
+types |= dict.fromkeys(("payload", "payloads"), "*u8")
+types |= dict.fromkeys(("pieces", "sources", "moments"), "*i64")
+types |= {"owner": "*i32", "terms": "*fp64", "workers": "i32", "stride": "i64"}
+wire = layout_of((300,), "lloyd4").uplink
+known = kernels._constants(wire) | {"RAW": tl.float32, "RAW_BYTES": 4}
+known |= {"UP_PLANES": 5, "UP_PLANE_BYTES": 1, "UP_MAGNITUDES": 2, "UP_LINEAR": 1}
+for function in (kernels._encode_kernel, kernels._reduce_encode_kernel, kernels._decode_kernel):
+    names = function.arg_names
+    constants = {name: known[name] for name in names if name in known}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernels._launch(wire))
+    print(function.__name__, len(made.asm["ptx"]))
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="the other tests compile them")
+def test_the_kernels_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    )
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    if "No module named 'triton" in done.stderr or "ImportError" in done.stderr:
+        pytest.skip("this Triton has another compiler interface")
+    assert done.returncode == 0, done.stderr
+    assert "_decode_kernel" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_runs_in_a_cuda_graph(kernels: Kernels) -> None:
+    layout = layout_of((5000, 300), "lloyd4", exact=(1,))
+    x = there(values_like_gradients(layout.numel))
+    residual = torch.zeros(layout.numel, device=DEVICE)
+    out = torch.empty(layout.numel, device=DEVICE)
+    shape = (1, layout.uplink.stride_bytes)
+    payload = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
+
+    def step() -> None:
+        kernels.encode_(layout.uplink, x, residual, payload, torch.float32)
+        kernels.decode(layout.uplink, payload, out, torch.float32)
+
+    step()
+    residual.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    residual.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(out + residual, x)
