@@ -66,7 +66,7 @@ class Config:
                 'Must be a tuple of rules such as ("1d", "<1024", "*.norm*").'
             )
         for rule in self.exact:
-            if not rule or (rule.startswith("<") and not rule[1:].isdigit()):
+            if not rule or (rule.startswith("<") and not rule[1:].isdecimal()):
                 raise ValueError(
                     f'Invalid rule in exact: {rule!r}. Must be "1d", "<N" with a whole number N, '
                     "or a shell pattern for parameter names."

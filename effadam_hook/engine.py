@@ -166,8 +166,14 @@ class Engine:
             self.clock.start(buffer.device)
             self._follow_loss_scale()
             self._accumulation.begin(parameters)
+            in_backward = _at_end_of_backward(lambda: None)
             if self._exchange is None and not self._compressing:
                 self._start_beside_dense(buffer.device)
+            self._check_names()
+            self.watch.is_in_backward = in_backward
+        # Numbered in every step, so that their order does not depend on when compression starts.
+        for tensor in parameters:
+            self.parameters.find(tensor)
         if not self._compressing or buffer.is_sparse:
             future = self._run_dense(index, buffer, parameters)
         else:
@@ -186,15 +192,17 @@ class Engine:
         DDP waits and writes in a callback that it queues after the last bucket's hook. What is queued
         here runs before it, and what that queues, after it.
         """
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        join, note = self.watch.join, self._accumulation.end
+        watch, accumulation = self.watch, self._accumulation
 
-        def join_and_note() -> None:
-            join()
-            queue(note)
+        def after_ddp() -> None:
+            accumulation.end()
+            watch.check()
 
-        with contextlib.suppress(RuntimeError):  # join() calls hooks without a backward
-            queue(join_and_note)
+        def before_ddp() -> None:
+            watch.join()
+            _at_end_of_backward(after_ddp)
+
+        _at_end_of_backward(before_ddp)
 
     def _follow_loss_scale(self) -> None:
         """Take the residuals along when the loss is multiplied by something else than before."""
@@ -254,8 +262,11 @@ class Engine:
             "a compressed exchange",
             plan.fingerprint,
             "encode",
+            buffer,
             self._exchange.new_future(),
         )
+        if passage.is_over:
+            return passage.future
         if self.mode.max_grad_norm is not None:
             self._waiting.append((plan, passage))
         else:
@@ -315,13 +326,15 @@ class Engine:
         self._plans[index] = (key, plan)
         return plan
 
-    def _slots(self, parameters: Sequence[Tensor]) -> list[Slot]:
+    def _check_names(self) -> None:
         if self.config.needs_names() and not self.parameters.bound:
             raise EffAdamError(
                 f"exact={self.config.exact} asks for parameter names, which this state does not "
                 "have. Use attach(ddp_model, ...), or call "
                 "state.bind(ddp_model.module.named_parameters()) after register_comm_hook."
             )
+
+    def _slots(self, parameters: Sequence[Tensor]) -> list[Slot]:
         slots: list[Slot] = []
         start = 0
         for tensor in parameters:
@@ -349,3 +362,12 @@ class Engine:
         if self.kernels is None:
             self.kernels = select(device)
         return self.kernels
+
+
+def _at_end_of_backward(action: Callable[[], None]) -> bool:
+    """Have something done when backward ends; whether there is a backward, as not under join()."""
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(action)
+    except RuntimeError:
+        return False
+    return True

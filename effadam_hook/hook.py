@@ -113,8 +113,14 @@ def attach(
         )
     state = EfficientAdamState(enabled=enabled, **options)
     state.grad_scaler = grad_scaler
-    mode = _mode_for(optimizer, precondition, quantize_weights, state.config.warmup_steps)
+    warmup = state.config.warmup_steps
+    mode = _mode_for(ddp_model, optimizer, precondition, quantize_weights, warmup)
     if isinstance(mode, UpdateMode):
+        if grad_scaler is not None:
+            raise TypeError(
+                "Invalid grad_scaler with an EfficientAdam: update mode sends finished updates, which "
+                "cannot be unscaled. Train in bfloat16, which needs no scaler, or in gradient mode."
+            )
         mode.optimizer.attach_to(ddp_model.module.named_parameters())
     state.use(mode)
     group = options.get("process_group") or ddp_model.process_group
@@ -127,7 +133,11 @@ def attach(
 
 
 def _mode_for(
-    optimizer: Optimizer | None, precondition: bool, quantize_weights: bool, warmup_steps: int
+    ddp_model: DistributedDataParallel,
+    optimizer: Optimizer | None,
+    precondition: bool,
+    quantize_weights: bool,
+    warmup_steps: int,
 ) -> Mode:
     if quantize_weights and (precondition or not isinstance(optimizer, EfficientAdam)):
         raise TypeError(
@@ -140,6 +150,13 @@ def _mode_for(
                 f"Invalid optimizer for precondition=True: {type(optimizer).__name__}. Must be a "
                 "torch.optim.Adam or AdamW, whose second moment is the same on all ranks."
             )
+        own = {p for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in ddp_model.module.named_parameters():
+            if parameter.requires_grad and parameter not in own:
+                raise ValueError(
+                    f"Invalid optimizer for precondition=True: it lacks the parameter {name!r}. Must "
+                    "be the optimizer of the DDP model's parameters."
+                )
         return PreconditionedMode(optimizer)
     if optimizer is None:
         return GradientMode()

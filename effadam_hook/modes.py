@@ -18,6 +18,7 @@ from effadam_hook.errors import EffAdamError
 from effadam_hook.kernels.sources import ADAM_TERMS, AdamSource, Preconditioner
 from effadam_hook.layout import Piece, Slot
 from effadam_hook.optim import MOMENTS, EfficientAdam
+from effadam_hook.parameters import flat_view, shaped_view
 
 __all__ = [
     "GradientContent",
@@ -179,7 +180,7 @@ class _PreconditionedContent(GradientContent):
     def _moment(self, parameter: Tensor) -> Tensor | None:
         state = self._optimizer.state.get(parameter)
         moment: Tensor | None = state.get("exp_avg_sq") if state else None
-        return None if moment is None else moment.to(self._dtype).reshape(-1)
+        return None if moment is None else flat_view(moment.to(self._dtype))
 
 
 class UpdateMode(GradientMode):
@@ -288,7 +289,7 @@ class _UpdateContent(GradientContent):
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
             state = optimizer.init_state(parameter, slot.name)
             for key, flat in flats.items():
-                view = flat[slot.start : slot.start + slot.numel].view_as(parameter)
+                view = shaped_view(flat[slot.start : slot.start + slot.numel], parameter)
                 state[key] = view.copy_(state[key])
         terms = torch.zeros(len(slots), len(ADAM_TERMS), dtype=torch.float64)
         self.adam = AdamSource(flats["exp_avg"], flats["exp_avg_sq"], terms)
@@ -319,7 +320,8 @@ class _UpdateContent(GradientContent):
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
             update = None
             if self._update is not None:
-                update = self._update[slot.start : slot.start + slot.numel]
+                flat = self._update[slot.start : slot.start + slot.numel]
+                update = shaped_view(flat, parameter)
             self._optimizer.deliver(parameter, update)
 
 
@@ -333,7 +335,7 @@ class _WeightContent(_UpdateContent):
             here = slice(piece.local, piece.local + piece.numel)
             parameter, slot = self._parameters[piece.slot], self._slots[piece.slot]
             keep = self._optimizer.keeps(parameter, slot.name)
-            held = parameter.detach().reshape(-1)[piece.offset : piece.offset + piece.numel]
+            held = flat_view(parameter)[piece.offset : piece.offset + piece.numel]
             torch.sub(held.to(mean.dtype) * keep, mean[here], out=mean[here])
             if residual is not None:
                 residual[here].mul_(keep)
@@ -342,9 +344,9 @@ class _WeightContent(_UpdateContent):
         assert self._update is not None
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
             weights = self._update[slot.start : slot.start + slot.numel]
-            held = parameter.detach().reshape(-1)
-            bucket[slot.start : slot.start + slot.numel] = held.to(weights.dtype) - weights
-            self._optimizer.deliver(parameter, weights, replaces=True)
+            held = flat_view(parameter).to(weights.dtype)
+            bucket[slot.start : slot.start + slot.numel] = held - weights
+            self._optimizer.deliver(parameter, shaped_view(weights, parameter), replaces=True)
 
 
 Mode = GradientMode

@@ -71,6 +71,9 @@ class EfficientAdam(Optimizer):
         Efficient-Adam, arXiv 2205.14473.
     """
 
+    # Makes a GradScaler call step() itself, which then says why that cannot work.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -271,8 +274,8 @@ class EfficientAdam(Optimizer):
 
         Args:
             parameter: The parameter.
-            update: ``[numel]``, δ̃ in the arithmetic's dtype, or the new weights; None if δ̃ will be in
-                ``parameter.grad``.
+            update: δ̃ or the new weights, in the parameter's shape and the arithmetic's dtype; None if
+                δ̃ will be in ``parameter.grad``.
             replaces: Whether it is the new weights.
         """
         self._updates[parameter] = update
@@ -336,6 +339,11 @@ class EfficientAdam(Optimizer):
             EffAdamError: If the optimizer is not attached, a gradient did not come through the
                 exchange, or one was changed after it, as gradient clipping does.
         """
+        if getattr(self, "found_inf", None) is not None:
+            raise EffAdamError(
+                "EfficientAdam was stepped by a GradScaler. Update mode sends finished updates, which "
+                "cannot be unscaled: train in bfloat16, which needs no scaler, or in gradient mode."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -409,11 +417,11 @@ class EfficientAdam(Optimizer):
         group, state = self.group_of(parameter, name), self.state[parameter]
         refreshed = dense or self.refreshes(state["step"] + 1)
         if self._replaces and not dense:
-            parameter.copy_(update.view_as(parameter))
+            parameter.copy_(update)
         else:
             if group["weight_decay"] != 0:
                 parameter.mul_(self.keeps(parameter, name))
-            parameter.sub_(update.view_as(parameter))
+            parameter.sub_(update)
         state["decay"] *= self._beta2(group, state, refreshed)
         state["step"] += 1
         if refreshed:

@@ -10,7 +10,53 @@ from torch import Tensor
 
 from effadam_hook.errors import EffAdamError
 
-__all__ = ["Parameter", "ParameterTable"]
+__all__ = ["Parameter", "ParameterTable", "flat_view", "shaped_view"]
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """A tensor's elements in the order in which DDP lays them out in a bucket.
+
+    That is the order in memory where there are neither gaps nor overlaps, ``channels_last``
+    included, and the logical order otherwise.
+
+    Args:
+        tensor: Of any shape.
+
+    Returns:
+        ``[numel]``, a view where DDP's order is that in memory.
+    """
+    tensor = tensor.detach()
+    if _is_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.reshape(-1)
+
+
+def shaped_view(flat: Tensor, like: Tensor) -> Tensor:
+    """A stretch of a bucket in the shape of its parameter; the inverse of :func:`flat_view`.
+
+    Args:
+        flat: ``[numel]``.
+        like: The parameter.
+
+    Returns:
+        A view of ``flat`` with the parameter's shape, and its strides if it is dense.
+    """
+    if _is_dense(like):
+        return flat.as_strided(like.size(), like.stride(), flat.storage_offset())
+    return flat.view(like.shape)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether some order of the dimensions makes the tensor contiguous."""
+    if tensor.numel() == 0:
+        return False
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effadam_hook.errors import StateMismatchError
+
 __all__ = ["Place", "Residuals"]
 
 
@@ -58,7 +60,7 @@ class Residuals:
             The flat tensor ``[numel]``, zero where a parameter had no residual yet.
 
         Raises:
-            ValueError: If a parameter's residual has another number of elements than its place.
+            StateMismatchError: If a parameter's residual has another number of elements than its place.
         """
         flat = torch.zeros(numel, dtype=dtype, device=device)
         for place in places:
@@ -66,7 +68,7 @@ class Residuals:
             held = self._views.get(place.name)
             if held is not None:
                 if held.numel() != place.numel:
-                    raise ValueError(
+                    raise StateMismatchError(
                         f"The residual of {place.name!r} has {held.numel()} elements. Must be "
                         f"{place.numel}: it was saved for another model or another topology."
                     )

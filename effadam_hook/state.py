@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -290,7 +291,9 @@ class EfficientAdamState:
         files = gather_bytes(file.getvalue(), group, device, everywhere=False)
         if not files:
             return {}
-        states = [torch.load(io.BytesIO(data), map_location="cpu") for data in files]
+        states = [
+            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) for data in files
+        ]
         return {"version": STATE_VERSION, "ranks": states}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -318,8 +321,14 @@ class EfficientAdamState:
             ) from error
         self._engine.mode.load(own["moments"])
         self._engine.loss_scale = 1.0
-        self._engine.worker.load(own["worker"])
-        self._engine.server.load(own["server"])
+        if self.config.error_feedback:
+            self._engine.worker.load(own["worker"])
+            self._engine.server.load(own["server"])
+        elif own["worker"]:
+            warnings.warn(
+                "The saved state has residuals, and error_feedback is off: they are dropped.",
+                stacklevel=2,
+            )
         self._engine.counters = Counters(**own["counters"])
 
     def _own_share(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -345,6 +354,12 @@ class EfficientAdamState:
         else:
             own = saved
         check_saved(own, numels)
+        named = [name for name in own["worker"] if not name.isdecimal()]
+        if named and not self._engine.parameters.bound:
+            raise StateMismatchError(
+                f"The saved state names parameters, such as {named[0]!r}, and this state knows none: "
+                "use attach(ddp_model, ...), or state.bind(...) before loading."
+            )
         check_fits(own, self._engine.worker, self._engine.server)
         there = (own["world_size"], own["servers"], own["block_size"])
         if there != here or own["rank"] != group.rank():

@@ -15,11 +15,11 @@ A fit goes through these steps; those of Lightning are in brackets::
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState, attach
@@ -34,8 +34,6 @@ else:
     Base = object  # the mixed-in class is that of either family
 
 __all__ = ["StrategyMixin", "register_strategies"]
-
-_log = logging.getLogger(__name__)
 
 MODEL = "model"
 """The name under which a checkpoint holds the state; a Trainer has one model."""
@@ -175,6 +173,11 @@ class StrategyMixin(Adaptable, Base):
             **self._mode_options,
             **self._hook_options,
         )
+        config = state.config
+        rank_zero_info(
+            f"Efficient-Adam is {'on' if state.enabled else 'off'}: up {config.worker_quantizer}, "
+            f"down {config.server_quantizer}, topology {config.topology}."
+        )
         if before is not None and model_before is self.lightning_module:
             state.enabled = before.enabled
             if not self._weights_replaced:
@@ -207,7 +210,6 @@ class StrategyMixin(Adaptable, Base):
     def teardown(self) -> None:
         """Unwrap the model and end the exchange."""
         if self._hook_state is not None:
-            _log.info(self._hook_state.summary())
             self._hook_state.close()  # [7]
         if self._clipping_moved is not None:
             trainer, bound = self._clipping_moved

@@ -306,6 +306,27 @@ def test_the_comparison_of_replicas_can_be_switched_off() -> None:
     assert run_ranks(keep_different_replicas, 2) == ["no error"] * 2
 
 
+def go_on_after_an_error(rank: int, world_size: int) -> list[str]:
+    model = ddp(ChosenGradients())
+    state = attach(model)
+    backward(model, rank, 0)
+    backward(model, rank, 1)
+    if rank == VICTIM:
+        state._engine.plans[1].decode = broken  # type: ignore[method-assign]
+    return [attempt(lambda n=n: backward(model, rank, n))[0] for n in (2, 3, 4, 5)]
+
+
+def test_training_on_after_an_error_only_repeats_that_the_exchange_has_stopped() -> None:
+    for messages in run_ranks(go_on_after_an_error, 2, timeout=40):
+        # The other rank has all it needs for the step in which this one failed.
+        later = [message for message in messages if message != "no error"]
+        assert len(later) >= 3
+        for message in later[1:]:
+            assert "EffAdamError" in message
+            assert "the exchange has stopped" in message
+            assert "Rank 1, bucket 1, decode: no space left" in message
+
+
 # Process groups that end
 
 

@@ -343,7 +343,7 @@ def test_misuse_is_told_with_the_value_and_the_rule() -> None:
     assert "python_reducer" in messages["no bucket"]
 
 
-def fail_in_a_lane(rank: int, world_size: int) -> tuple[str, str]:
+def fail_in_a_lane(rank: int, world_size: int) -> str:
     model = ddp(ChosenGradients())
     state = attach(model)
     gradients_of(model, rank, 0)
@@ -360,13 +360,13 @@ def fail_in_a_lane(rank: int, world_size: int) -> tuple[str, str]:
             gradients_of(model, rank, step)
         except RuntimeError as error:
             messages.append(str(error))
-    return messages[0], messages[1]
+    first, _ = messages
+    return first
 
 
 def test_an_error_in_a_lane_reaches_backward_with_rank_bucket_and_phase() -> None:
-    for rank, (first, second) in enumerate(run_ranks(fail_in_a_lane, 2)):
-        assert f"Rank {rank}, bucket 1, decode: no space left" in first
-        assert "the exchange has stopped" in second
+    for rank, message in enumerate(run_ranks(fail_in_a_lane, 2)):
+        assert f"Rank {rank}, bucket 1, decode: no space left" in message
 
 
 def two_models(rank: int, world_size: int) -> list[bool]:

@@ -540,7 +540,7 @@ def test_launchers_of_scripts(launcher: str) -> None:
     if launcher == "torchrun":
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [sys.executable, *torchrun, script, "effadam"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=170)
     assert done.returncode == 0, done.stderr
     printed = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
     assert printed == [f"rank {rank} efficient_adam_hook {STEPS}" for rank in range(2)]

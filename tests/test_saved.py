@@ -34,7 +34,7 @@ def test_residuals_move_with_their_parameters_when_buckets_change() -> None:
 def test_a_residual_of_another_size_is_refused() -> None:
     residuals = Residuals()
     residuals.adopt([Place("a", 0, 3)], 3, torch.float32, CPU)
-    with pytest.raises(ValueError, match=r"'a' has 3 elements\. Must be 4"):
+    with pytest.raises(StateMismatchError, match=r"'a' has 3 elements\. Must be 4"):
         residuals.adopt([Place("a", 0, 4)], 4, torch.float32, CPU)
 
 

@@ -327,6 +327,40 @@ def test_max_grad_norm_bounds_each_workers_whole_gradient() -> None:
         assert torch.allclose(a, b, rtol=1e-5)
 
 
+def in_memory_format(rank: int, world_size: int, channels_last: bool, kind: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(5, 7, 3), nn.Tanh(), nn.Flatten(), nn.Linear(28, 3))
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    wrapped = ddp(model)
+    options: dict[str, Any] = {"quantizer": "none"}
+    optimizer: torch.optim.Optimizer
+    if kind == "preconditioned":
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.05)
+        options = {"precondition": True, "quantizer": "uniform8", "block_size": 4096}
+    else:
+        second_moment = "frozen" if kind == "frozen" else "local"
+        optimizer = EfficientAdam(wrapped.parameters(), lr=0.05, second_moment=second_moment)
+        options |= {"warmup_steps": 2, "quantize_weights": kind == "weights"}
+    attach(wrapped, optimizer=optimizer, **options)
+    for step in range(6):
+        batch = torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(step))
+        wrapped.zero_grad()
+        wrapped(batch).square().mean().backward()
+        optimizer.step()
+    return [p.detach().contiguous() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["local", "frozen", "weights", "preconditioned"])
+def test_memory_format_changes_nothing(kind: str) -> None:
+    (plain,) = run_ranks(in_memory_format, 1, False, kind)
+    (other,) = run_ranks(in_memory_format, 1, True, kind)
+    # Blocks of a channels_last parameter hold its elements in another order.
+    tolerance = 5e-3 if kind == "preconditioned" else 1e-4
+    for a, b in zip(plain, other, strict=True):
+        assert torch.allclose(a, b, atol=tolerance), (a - b).abs().max()
+
+
 def misuse(rank: int, world_size: int) -> dict[str, str]:
     messages = {}
 
@@ -370,6 +404,18 @@ def misuse(rank: int, world_size: int) -> dict[str, str]:
     adam = torch.optim.Adam(model.parameters())
     attempt("adam", lambda: attach(ddp(ChosenGradients()), optimizer=adam))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    other = EfficientAdam(model.parameters())
+    scaled = ddp(ChosenGradients())
+    attempt("scaler", lambda: attach(scaled, optimizer=other, grad_scaler=scaler))
+    model = ddp(ChosenGradients())
+    optimizer = EfficientAdam(model.parameters())
+    attach(model, optimizer=optimizer)
+    model.zero_grad()
+    scaler.scale(model(drawn_gradients(rank, 0))).backward()
+    attempt("scaled", lambda: scaler.step(optimizer))
+    strange = torch.optim.Adam([nn.Parameter(torch.ones(3))])
+    attempt("strange", lambda: attach(ddp(ChosenGradients()), optimizer=strange, precondition=True))
     attempt("sgd", lambda: attach(ddp(ChosenGradients()), optimizer=sgd, precondition=True))
     attempt("lr", lambda: EfficientAdam(model.parameters(), lr=-1))
     attempt("second", lambda: EfficientAdam(model.parameters(), second_moment="common"))
@@ -386,6 +432,9 @@ def test_misuse_is_told_with_the_remedy() -> None:
     assert "Invalid warmup_steps: 0" in messages["frozen"]
     assert "precondition=True" in messages["adam"]
     assert "Invalid optimizer for precondition=True: SGD" in messages["sgd"]
+    assert "Train in bfloat16" in messages["scaler"]
+    assert "cannot be unscaled" in messages["scaled"]
+    assert "it lacks the parameter 'weights.0'" in messages["strange"]
     assert "Invalid lr: -1" in messages["lr"]
     assert "Invalid second_moment: 'common'" in messages["second"]
 

@@ -112,7 +112,11 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | No
 
 
 def new_group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A further Gloo group of the same ranks and time-out; every rank of the group must call this."""
+    """A further Gloo group of the same ranks and time-out; every rank of the group must call this.
+
+    It lives until ``destroy_process_group()``: torch gives a group that is made after one was
+    destroyed its name again, and with it what the store still holds of the old one's addresses.
+    """
     ranks = dist.get_process_group_ranks(group)
     made: dist.ProcessGroup = dist.new_group(
         ranks,

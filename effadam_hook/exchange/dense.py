@@ -49,7 +49,9 @@ class DenseExchange:
         if buffer.device.type != "cpu":
             return _when_all_are_done(buffer, self._start(buffer, also))
         layout = "sparse" if buffer.is_sparse else f"{buffer.numel()} elements"
-        passage = self._watch.enter(label, "a dense all-reduce", layout, "dense all-reduce")
+        passage = self._watch.enter(label, "a dense all-reduce", layout, "dense all-reduce", buffer)
+        if passage.is_over:
+            return passage.future
         if self._lane is None:
             group = self._group
             self._lane = Lane("effadam-dense", _finish, self._watch)

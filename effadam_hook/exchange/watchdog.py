@@ -64,8 +64,15 @@ class Passage:
     """
 
     def __init__(
-        self, watch: Watch, sequence: int, label: str, phase: str, future: Future[Tensor]
+        self,
+        watch: Watch,
+        sequence: int,
+        label: str,
+        phase: str,
+        future: Future[Tensor],
+        stands_in: Tensor | None,
     ) -> None:
+        self._stands_in = stands_in
         self.sequence = sequence
         self.label = label
         self.phase = phase
@@ -85,6 +92,11 @@ class Passage:
         if self.work is not None and not wait_while(self.work, self._watch.is_going_on):
             raise EffAdamError("the exchange has stopped.")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the future is complete."""
+        return self._open.locked()
+
     def succeed(self, bucket: Tensor) -> None:
         """Complete the future, unless it has failed meanwhile."""
         if self._settle():
@@ -92,10 +104,19 @@ class Passage:
             self._watch.settled(self)
 
     def fail(self, error: EffAdamError) -> None:
-        """Complete the future with an error, unless it is complete."""
-        if self._settle():
+        """Complete the future with an error, unless it is complete.
+
+        Within a backward, the training thread raises the error when DDP has put its books in order.
+        DDP would do so halfway, as a RuntimeError that complains of a type, and be unusable then. So
+        it gets the bucket, whatever is in it.
+        """
+        if not self._settle():
+            return
+        if self._stands_in is None:
             self.future.set_exception(error)  # type: ignore[arg-type]
-            self._watch.settled(self)
+        else:
+            self.future.set_result(self._stands_in)
+        self._watch.settled(self)
 
     def _settle(self) -> bool:
         return self._open.acquire(blocking=False)
@@ -113,6 +134,12 @@ class _Peer:
 class Watch:
     """One rank's list of buckets under way, and the thread that looks after it.
 
+    Attributes:
+        rank: This rank in the group.
+        pending: The buckets under way, by their place in the sequence.
+        failure: Why the exchange has stopped, if it has.
+        is_in_backward: Whether the training thread raises errors itself, with :meth:`check`.
+
     Args:
         group: DDP's process group.
         word: The same on all ranks, and no other watch's: keys in the store begin with it.
@@ -122,6 +149,8 @@ class Watch:
         self.rank = group.rank()
         self.pending: dict[int, Passage] = {}
         self.failure: EffAdamError | None = None
+        self.is_in_backward = False
+        self._refusal: EffAdamError | None = None
         self._size = group.size()
         self._sequence = 0
         self._history: deque[tuple[int, str, str, str]] = deque(maxlen=_REMEMBERED)
@@ -152,7 +181,13 @@ class Watch:
         _open_watches.add(self)
 
     def enter(
-        self, label: str, mode: str, layout: str, phase: str, future: Future[Tensor] | None = None
+        self,
+        label: str,
+        mode: str,
+        layout: str,
+        phase: str,
+        bucket: Tensor,
+        future: Future[Tensor] | None = None,
     ) -> Passage:
         """Note that a bucket sets out.
 
@@ -161,24 +196,25 @@ class Watch:
             mode: What is done with it, the same on every rank.
             layout: What it is made of, the same on every rank.
             phase: Its first phase.
+            bucket: DDP's buffer.
             future: The future to complete; None makes one for CPU tensors.
 
         Returns:
-            Its passage.
-
-        Raises:
-            EffAdamError: If the exchange has stopped.
+            Its passage; over already, with an error, if the exchange has stopped.
         """
+        stands_in = bucket if self.is_in_backward else None
+        passage = Passage(self, self._sequence, label, phase, future or Future(), stands_in)
         if self.failure is not None or self._closing:
             if self.failure is not None:
                 self._ended.wait(2 * ANSWER_S)
             reason = self.failure or "it was closed."
             kind = EffAdamError if self.failure is None else type(self.failure)
-            raise kind(
+            self._refusal = self._refusal or kind(
                 f"Rank {self.rank}, {label}: not started, the exchange has stopped: {reason} "
                 "Restart all ranks from a checkpoint."
             )
-        passage = Passage(self, self._sequence, label, phase, future or Future())
+            passage.fail(self._refusal)
+            return passage
         self._history.append((self._sequence, label, mode, layout))
         with self._counting:
             self.pending[self._sequence] = passage
@@ -227,15 +263,18 @@ class Watch:
             passage.fail(self.failure or kind(message))
 
     def join(self) -> None:
-        """Wait for all buckets under way, in the training thread, where Ctrl-C is heard.
+        """Wait for all buckets under way, in the training thread, where Ctrl-C is heard."""
+        self._drained.wait()
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did.
 
         Raises:
-            EffAdamError: If the exchange has stopped. DDP would raise it too, but as a RuntimeError
-                that complains of a type.
+            EffAdamError: If the exchange has stopped.
         """
-        self._drained.wait()
-        if self.failure is not None:
-            raise self.failure
+        error = self._refusal or self.failure
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """End the threads. The other ranks learn that this one has left if they wait for it."""

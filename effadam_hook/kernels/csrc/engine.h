@@ -132,7 +132,7 @@ static UINT FN(largest_of)(const REAL *restrict value, int64_t numel) {
     return (UINT)largest;
 }
 
-static REAL FN(sum_of_lanes)(REAL *lanes) {
+static REAL FN(sum_of_lanes)(const REAL *lanes) {
     REAL eight[8], four[4], two[2];
     for (int lane = 0; lane < 8; lane++) eight[lane] = lanes[lane] + lanes[lane + 8];
     for (int lane = 0; lane < 4; lane++) four[lane] = eight[lane] + eight[lane + 4];
@@ -140,35 +140,68 @@ static REAL FN(sum_of_lanes)(REAL *lanes) {
     return two[0] + two[1];
 }
 
-/* The sum of `rows` rows of LANES elements, each divided by a power of two, squared or not. */
-static REAL FN(lane_sum)(const REAL *restrict value, int64_t rows) {
-    REAL lanes[LANES] = {0};
-    for (int64_t row = 0; row < rows; row++)
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] += value[row * LANES + lane];
+/* The lanes of a sum, in vectors of the variant's width: compilers keep an array of them in registers,
+ * and an array of numbers in memory. */
+typedef REAL FN(Vector) __attribute__((vector_size(VECTOR_BYTES)));
+#define VECTOR FN(Vector)
+#define WIDTH (VECTOR_BYTES / (int)sizeof(REAL))
+#define PARTS (LANES / WIDTH)
+
+static inline VECTOR FN(load)(const REAL *from) {
+    VECTOR vector;
+    memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+static inline VECTOR FN(load_levels)(const float *from) {
+#if REAL_IS_DOUBLE
+    typedef float Narrow __attribute__((vector_size(VECTOR_BYTES / 2)));
+    Narrow narrow;
+    memcpy(&narrow, from, sizeof narrow);
+    return __builtin_convertvector(narrow, VECTOR);
+#else
+    return FN(load)(from);
+#endif
+}
+
+static inline REAL FN(sum_of)(const VECTOR *parts) {
+    REAL lanes[LANES];
+    memcpy(lanes, parts, sizeof lanes);
     return FN(sum_of_lanes)(lanes);
 }
 
-static REAL FN(lane_squares)(const REAL *restrict value, REAL factor, int64_t rows) {
-    REAL lanes[LANES] = {0};
+#define FOR_PARTS _Pragma("GCC unroll 8") for (int part = 0; part < PARTS; part++)
+
+/* The sum of `rows` rows of LANES elements. */
+static REAL FN(lane_sum)(const REAL *value, int64_t rows) {
+    VECTOR sum[PARTS] = {{0}};
     for (int64_t row = 0; row < rows; row++)
-        for (int lane = 0; lane < LANES; lane++) {
-            REAL y = value[row * LANES + lane] * factor;
-            lanes[lane] += y * y;
+        FOR_PARTS sum[part] += FN(load)(value + row * LANES + part * WIDTH);
+    return FN(sum_of)(sum);
+}
+
+/* The same of the squares of the elements times a factor. */
+static REAL FN(lane_squares)(const REAL *value, REAL factor, int64_t rows) {
+    VECTOR sum[PARTS] = {{0}};
+    for (int64_t row = 0; row < rows; row++)
+        FOR_PARTS {
+            VECTOR y = FN(load)(value + row * LANES + part * WIDTH) * factor;
+            sum[part] += y * y;
         }
-    return FN(sum_of_lanes)(lanes);
+    return FN(sum_of)(sum);
 }
 
 /* <y, q> / <q, q> */
-static REAL FN(least_squares)(const REAL *restrict value, REAL factor, const float *restrict level,
-                              int64_t rows) {
-    REAL products[LANES] = {0}, squares[LANES] = {0};
+static REAL FN(least_squares)(const REAL *value, REAL factor, const float *level, int64_t rows) {
+    VECTOR products[PARTS] = {{0}}, squares[PARTS] = {{0}};
     for (int64_t row = 0; row < rows; row++)
-        for (int lane = 0; lane < LANES; lane++) {
-            REAL q = (REAL)level[row * LANES + lane];
-            products[lane] += value[row * LANES + lane] * factor * q;
-            squares[lane] += q * q;
+        FOR_PARTS {
+            VECTOR y = FN(load)(value + row * LANES + part * WIDTH) * factor;
+            VECTOR q = FN(load_levels)(level + row * LANES + part * WIDTH);
+            products[part] += y * q;
+            squares[part] += q * q;
         }
-    return FN(sum_of_lanes)(products) / FN(sum_of_lanes)(squares);
+    return FN(sum_of)(products) / FN(sum_of)(squares);
 }
 
 /* Code = positive + index for y >= 0, else negative - index; index counts the thresholds below. */
@@ -702,6 +735,10 @@ static void FN(run)(const Job *job, int64_t first, int64_t last) {
 #undef INFINITE_BITS
 #undef TINY_BITS
 #undef REAL_ANY
+#undef VECTOR
+#undef WIDTH
+#undef PARTS
+#undef FOR_PARTS
 #undef BLOCK
 #undef GROUP
 #undef REAL

@@ -22,6 +22,7 @@
 #define VARIANT effadam_avx512
 #define VARIANT_NAME "avx512"
 #define FUSED 1
+#define VECTOR_BYTES 64
 #define STRIP 32
 
 #include "codes.h"

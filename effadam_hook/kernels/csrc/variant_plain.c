@@ -8,6 +8,7 @@
 #define VARIANT effadam_plain
 #define VARIANT_NAME "plain"
 #define FUSED 0
+#define VECTOR_BYTES 16
 #define STRIP 16
 
 #include "codes.h"
