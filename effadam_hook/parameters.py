@@ -65,7 +65,7 @@ class Parameter:
 
     Attributes:
         name: Its name in the model, or its position where the model is not known.
-        order: Its position among the model's trainable parameters, or in order of appearance.
+        order: Its position among the model's parameters, or in order of appearance.
     """
 
     name: str

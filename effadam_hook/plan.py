@@ -1,7 +1,7 @@
 """One bucket, planned: its layout, its buffers, its residuals, and the three kernels applied to them.
 
 Everything a bucket needs is allocated here, once, when DDP shows the bucket for the first time or
-shows it with other parameters than before; a step allocates nothing.
+shows it with other parameters than before; a step allocates no buffer.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Choice:
 
     Attributes:
         kernels: The implementation.
-        reason: What it is, in words for ``summary()`` and ``effadam env``.
+        reason: What it is, in words for ``summary()``.
         remedy: What is missing and how to get it; None if this is the best for the device.
     """
 
