@@ -234,6 +234,7 @@ class UpdateMode(GradientMode):
     def load(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Take up moments and steps, and have the buckets adopt them."""
         self.optimizer.load_moments(saved)
+        self._differing.update(self.optimizer.state)
 
     def notice_end_of_backward(self) -> None:
         """Have the optimizer note the gradients once DDP has written them back.

@@ -285,6 +285,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit() -> None:
     assert run_ranks(resume, 3) == [True] * 3
 
 
+def resume_densely(rank: int, world_size: int) -> list[Tensor]:
+    model, optimizer, state = build()
+    train(model, optimizer, rank, range(4))
+    saved = state.state_dict()
+    again, optimizer_again, state_again = build()
+    again.load_state_dict(model.state_dict())
+    state_again.load_state_dict(saved)
+    state_again.enabled = False
+    train(again, optimizer_again, rank, range(4, 7))
+    return weights_of(again)
+
+
+def test_replicas_stay_equal_when_a_resumed_run_begins_with_dense_steps() -> None:
+    first, *others = run_ranks(resume_densely, 3)
+    for weights in others:
+        assert all(torch.equal(a, b) for a, b in zip(weights, first, strict=True))
+
+
 def low_precision(rank: int, world_size: int) -> list[str]:
     model = ddp(ChosenGradients(dtype=torch.bfloat16))
     optimizer = EfficientAdam(model.parameters(), lr=0.5)

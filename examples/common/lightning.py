@@ -169,8 +169,12 @@ class ComparingCLI(LightningCLI):
         parser.add_argument(
             "--compare", action="store_true", help="train with plain ddp first, and compare"
         )
-        parser.add_argument("--plot", default=None, help="a PNG file for the curves")
-        parser.add_argument("--ckpt_path", default=None, help="resume from this checkpoint")
+        parser.add_argument(
+            "--plot", type=str | None, default=None, help="a PNG file for the curves, or null"
+        )
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="resume from this checkpoint"
+        )
 
 
 def start(
