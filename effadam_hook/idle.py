@@ -97,17 +97,22 @@ class IdleMean(_Idle):
     """Finds the parameters of a chunk of which no worker has sent anything.
 
     Args:
-        wire: The uplink's layout.
+        uplink: Layout of what the workers send.
+        downlink: Layout of what the server sends.
         server: Which chunk it is.
     """
 
-    def __init__(self, wire: Wire, server: int) -> None:
+    def __init__(self, uplink: Wire, downlink: Wire, server: int) -> None:
         spans = []
-        for piece in wire.chunks[server].pieces:
-            if not piece.raw:
-                scales = -(-piece.numel // wire.block_size) * SCALE_BYTES
-                at = piece.scales_at
-                spans.append(_Span(at, at + scales, piece.local, piece.local + piece.numel))
+        pieces = zip(uplink.chunks[server].pieces, downlink.chunks[server].pieces, strict=True)
+        for piece, sent in pieces:
+            if sent.raw:
+                continue
+            # Nothing was sent where all scales are zero, or all elements if they travel raw.
+            at, size = piece.scales_at, -(-piece.numel // uplink.block_size) * SCALE_BYTES
+            if piece.raw:
+                at, size = piece.data_at, piece.numel * uplink.itemsize
+            spans.append(_Span(at, at + size, piece.local, piece.local + piece.numel))
         super().__init__(spans)
 
     @contextlib.contextmanager
@@ -138,6 +143,8 @@ def _hidden(residual: Tensor, spans: Sequence[_Span]) -> Iterator[None]:
     kept = [view.clone() for view in views]
     for view in views:
         view.zero_()
-    yield
-    for view, value in zip(views, kept, strict=True):
-        view.copy_(value)
+    try:
+        yield
+    finally:
+        for view, value in zip(views, kept, strict=True):
+            view.copy_(value)

@@ -85,7 +85,7 @@ class BucketPlan:
         # To look at a gradient on another device, the host would have to wait for it.
         self._looks_at: tuple[IdleInput, IdleMean] | None = None
         if device.type == "cpu":
-            self._looks_at = IdleInput(up), IdleMean(up, self._server or 0)
+            self._looks_at = IdleInput(up), IdleMean(up, down, self._server or 0)
 
         self._raw = up.as_raw()
         rows = int(content.sends_weights and self._server is not None)

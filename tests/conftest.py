@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 # Before torch loads OpenMP: tests share few cores, and one thread gives one order of summation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,9 @@ import harness
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)
+# A suite that was started in the background ignores Ctrl-C, and so would the processes it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

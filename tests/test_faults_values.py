@@ -235,7 +235,8 @@ def use_some(
     """Parameter 3 is used on every second step, parameter 0 on one rank only."""
     wrong = []
     model = ddp(MaybeUsed(dtype=torch.float64), find_unused_parameters=True)
-    state = attach(model, quantizer=quantizer, topology=topology)
+    up, _, down = quantizer.partition(" up, ")
+    state = attach(model, quantizer=up, server_quantizer=down or None, topology=topology)
     arrived = [torch.zeros(s, dtype=torch.float64) for s in SHAPES]
     given = [torch.zeros(s, dtype=torch.float64) for s in SHAPES]
     for step in range(9):
@@ -263,7 +264,7 @@ def use_some(
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("quantizer", ["lloyd3", "sign"])
+@pytest.mark.parametrize("quantizer", ["lloyd3", "sign", "none up, lloyd3"])
 def test_unused_parameters_keep_their_residuals(topology: str, quantizer: str) -> None:
     ranks = run_ranks(use_some, 3, topology, quantizer)
     states = [state for _, _, state, _ in ranks]

@@ -47,7 +47,7 @@ def exchanged(
 @pytest.mark.parametrize(("name", "rule"), COMBINATIONS)
 def test_makes_the_bits_of_the_reference(name: str, rule: str, variant: str) -> None:
     layout = layout_of(SIZES, name, rule=rule, servers=2, exact=(4, 9))
-    workers = [values_like_gradients(layout.numel) for _ in range(3)]
+    workers = [values_like_gradients(layout.numel) for _ in range(5)]
     made = exchanged(compiled(variant), layout, torch.float32, workers)
     assert_same(made, exchanged(reference, layout, torch.float32, workers))
 

@@ -10,9 +10,10 @@ every rank then writes its *position* into the process group's store and reads t
     thread            [1] late, or broken?      ──► alarm          [2] publish the own position
                       [3] read the others'      ──► [4] verdict    ──► every pending bucket fails
 
-The verdicts, in this order: a rank has reported a failure; two ranks have done different things at
-the same place in the sequence of buckets; a rank has left. Anything else may be mere slowness: it is
-logged, and the process group's time-out decides.
+The verdicts, in this order: two ranks have done different things at the same place in the sequence
+of buckets; a rank has reported a failure, which may be a connection lost to one that saw the first;
+a rank has left. Anything else may be mere slowness: it is logged, and the process group's time-out
+decides.
 """
 
 from __future__ import annotations
@@ -434,7 +435,7 @@ class Watch:
 
     def _judge(self, oldest: Passage | None) -> None:
         positions = self._positions()
-        verdict = _failure_of(positions) or self._disagreement(positions)
+        verdict = self._disagreement(positions) or _failure_of(positions)
         if verdict is None and oldest is not None:
             left = [
                 rank

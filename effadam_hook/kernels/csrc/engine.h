@@ -48,6 +48,7 @@ typedef struct {
     REAL exp_avg[MAX_BLOCK], exp_avg_sq[MAX_BLOCK];
     REAL mean[MAX_BLOCK + 2 * LANES]; /* sums may spill beyond a block */
     float level[MAX_BLOCK + LANES];
+    INT wide[MAX_BLOCK + LANES]; /* codes in lanes as wide as the arithmetic */
     uint8_t code[CODE_ROOM];
 } SCRATCH;
 
@@ -204,53 +205,52 @@ static REAL FN(least_squares)(const REAL *value, REAL factor, const float *level
     return FN(sum_of)(products) / FN(sum_of)(squares);
 }
 
-/* Code = positive + index for y >= 0, else negative - index; index counts the thresholds below. */
+typedef INT FN(Integers) __attribute__((vector_size(VECTOR_BYTES)));
+#define INTEGERS FN(Integers)
+
+/* Code = positive + index for y >= 0, else negative - index; index counts the thresholds below, or
+ * rounds halves down where levels are integers. Codes are made in wide lanes, and narrowed after. */
 static inline __attribute__((always_inline)) void
 FN(count_codes)(const Quantizer *quantizer, int thresholds, const REAL *restrict value, int64_t numel,
-                REAL factor, REAL inverse, uint8_t *restrict code) {
-    int negative = quantizer->magnitudes - 1;
-    int positive = negative + !quantizer->has_zero;
-    for (int64_t i = 0; i < numel; i++) {
-        REAL y = value[i] * factor;
-        REAL ratio = ABS(y) * inverse;
-        int index = 0;
-        for (int t = 0; t < thresholds; t++) index += ratio > (REAL)quantizer->thresholds[t];
-        code[i] = (uint8_t)(y < 0 ? negative - index : positive + index);
-    }
-}
-
-static void FN(linear_codes)(int top, const REAL *restrict value, int64_t numel, REAL factor,
-                             REAL inverse, uint8_t *restrict code) {
-    for (int64_t i = 0; i < numel; i++) {
-        REAL y = value[i] * factor;
-        REAL ratio = ABS(y) * inverse;
-        int index = (int)ratio;
-        index += ratio - (REAL)index > (REAL)0.5;
-        index = index < top ? index : top;
-        code[i] = (uint8_t)(y < 0 ? top - index : top + index);
+                REAL factor, REAL inverse, INT *restrict wide) {
+    const INTEGERS magnitude = (INTEGERS){0} + (INT)(~(UINT)0 >> 1);
+    const INT negative = quantizer->magnitudes - 1;
+    const INT positive = negative + !quantizer->has_zero;
+    for (int64_t i = 0; i < numel; i += WIDTH) {
+        VECTOR y = FN(load)(value + i) * factor;
+        VECTOR ratio = (VECTOR)((INTEGERS)y & magnitude) * inverse;
+        INTEGERS index = {0};
+        if (thresholds == 0 && quantizer->linear) {
+            index = __builtin_convertvector(ratio, INTEGERS);
+            index -= ratio - __builtin_convertvector(index, VECTOR) > (REAL)0.5;
+            INTEGERS beyond = index > negative;
+            index = (beyond & negative) | (~beyond & index);
+        }
+        _Pragma("GCC unroll 8") for (int t = 0; t < thresholds; t++)
+            index -= ratio > (REAL)quantizer->thresholds[t];
+        INTEGERS below = y < 0;
+        INTEGERS code = (below & (negative - index)) | (~below & (positive + index));
+        memcpy(wide + i, &code, sizeof code);
     }
 }
 
 static void FN(choose_codes)(const Quantizer *quantizer, const REAL *value, int64_t numel, REAL factor,
-                             REAL inverse, uint8_t *code) {
-    if (quantizer->linear) {
-        FN(linear_codes)(quantizer->magnitudes - 1, value, numel, factor, inverse, code);
-        return;
-    }
-    switch (quantizer->magnitudes - 1) {
-    case 0: FN(count_codes)(quantizer, 0, value, numel, factor, inverse, code); break;
-    case 1: FN(count_codes)(quantizer, 1, value, numel, factor, inverse, code); break;
-    case 3: FN(count_codes)(quantizer, 3, value, numel, factor, inverse, code); break;
-    case 7: FN(count_codes)(quantizer, 7, value, numel, factor, inverse, code); break;
+                             REAL inverse, INT *restrict wide, uint8_t *restrict code) {
+    switch (quantizer->linear ? 0 : quantizer->magnitudes - 1) {
+    case 0: FN(count_codes)(quantizer, 0, value, numel, factor, inverse, wide); break;
+    case 1: FN(count_codes)(quantizer, 1, value, numel, factor, inverse, wide); break;
+    case 3: FN(count_codes)(quantizer, 3, value, numel, factor, inverse, wide); break;
+    case 7: FN(count_codes)(quantizer, 7, value, numel, factor, inverse, wide); break;
     default:
-        FN(count_codes)(quantizer, quantizer->magnitudes - 1, value, numel, factor, inverse, code);
+        FN(count_codes)(quantizer, quantizer->magnitudes - 1, value, numel, factor, inverse, wide);
     }
+    for (int64_t i = 0; i < numel; i++) code[i] = (uint8_t)wide[i];
 }
 
 /* Steps [3] and [4]: codes, levels, and the scale in units of the block's power of two. */
 static REAL FN(quantize)(const Quantizer *quantizer, const void *cells, const Ahead *ahead,
                          const REAL *value, int64_t numel, REAL factor, REAL provisional,
-                         uint8_t *code, float *level) {
+                         uint8_t *code, float *level, INT *wide) {
 #if FUSED && !REAL_IS_DOUBLE
     if (cells)
         return fused_quantize(quantizer, cells, ahead, value, numel, factor, provisional, code, level);
@@ -260,7 +260,7 @@ static REAL FN(quantize)(const Quantizer *quantizer, const void *cells, const Ah
     for (int64_t byte = 0; byte < numel * (int64_t)sizeof(REAL); byte += 64) prefetch(ahead, byte);
     REAL inverse = 1 / provisional;
     int64_t rows = (numel + LANES - 1) / LANES;
-    FN(choose_codes)(quantizer, value, numel, factor, inverse, code);
+    FN(choose_codes)(quantizer, value, numel, factor, inverse, wide, code);
     expand_codes(quantizer, code, numel, level);
     for (int64_t i = numel; i < rows * LANES; i++) level[i] = 0;
     return quantizer->absmax ? provisional : FN(least_squares)(value, factor, level, rows);
@@ -378,7 +378,8 @@ static void FN(emit)(const Quantizer *quantizer, const void *cells, const Ahead 
     int finite = block->largest < INFINITE_BITS;
     if (finite && block->largest >= TINY_BITS) {
         REAL scale = block->power * FN(quantize)(quantizer, cells, ahead, value, numel,
-                                                 block->inverse_power, block->provisional, code, level);
+                                                 block->inverse_power, block->provisional, code, level,
+                                                 scratch->wide);
         scale = scale < (REAL)quantizer->largest_scale ? scale : (REAL)quantizer->largest_scale;
         scale_bits = bf16_of_float((float)scale);
         pack_codes(quantizer, code, numel, out);
@@ -736,6 +737,7 @@ static void FN(run)(const Job *job, int64_t first, int64_t last) {
 #undef TINY_BITS
 #undef REAL_ANY
 #undef VECTOR
+#undef INTEGERS
 #undef WIDTH
 #undef PARTS
 #undef FOR_PARTS

@@ -173,15 +173,20 @@ static void fused_decode(const Quantizer *quantizer, const uint8_t *codes, float
 /* The first or the next few workers, from 0 or onto what is there. */
 static void fused_sum(const Quantizer *quantizer, int count, int onto, const uint8_t *const *codes,
                       const float *scales, int64_t numel, float *out) {
-    if (count == FUSED_WORKERS && !onto) {
+    /* Digits come from the last plane to the first, so a single strip would spill into a plane that
+     * is complete already. */
+    int spills = quantizer->planes == 5 && columns_of(quantizer, numel) < 16;
+    if (count == FUSED_WORKERS && !onto && !spills) {
         sum_sent(FUSED_WORKERS, TO_SCRATCH, quantizer, codes, scales, numel, out);
-    } else if (count == FUSED_WORKERS) {
-        sum_sent(FUSED_WORKERS, ONTO_SCRATCH, quantizer, codes, scales, numel, out);
-    } else {
-        if (!onto) memset(out, 0, (size_t)numel * sizeof(float));
-        for (int w = 0; w < count; w++)
-            sum_sent(1, ONTO_SCRATCH, quantizer, codes + w, scales + w, numel, out);
+        return;
     }
+    if (!onto) memset(out, 0, (size_t)numel * sizeof(float));
+    if (count == FUSED_WORKERS) {
+        sum_sent(FUSED_WORKERS, ONTO_SCRATCH, quantizer, codes, scales, numel, out);
+        return;
+    }
+    for (int w = 0; w < count; w++)
+        sum_sent(1, ONTO_SCRATCH, quantizer, codes + w, scales + w, numel, out);
 }
 
 enum { CELLS = 16, LOWEST_OCTAVE = 127 - 8 };
