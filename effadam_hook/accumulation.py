@@ -21,6 +21,10 @@ class AccumulationCheck:
 
     Its versions tell: the weight has not been updated since the last exchange, and its gradient is the
     same tensor, to which exactly one thing has been done. Reading them costs nothing on any device.
+
+    With ``gradient_as_bucket_view=True`` they tell the same of a gradient that was set to None, after
+    which the optimizer made no step, as it does when a GradScaler skips one. So a parameter of the last
+    bucket is looked at, too, whose gradient DDP has not put back yet when the first bucket comes.
     """
 
     def __init__(self) -> None:
@@ -29,6 +33,7 @@ class AccumulationCheck:
         # The gradient itself, as its id could come back; that of the smallest parameter there is.
         self._grad: Tensor | None = None
         self._versions = (0, 0)
+        self._last: weakref.ref[Tensor] | None = None
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """A backward's first bucket is here.
@@ -43,7 +48,9 @@ class AccumulationCheck:
             self._weight = weakref.ref(min(parameters, key=Tensor.numel))
         elif self._grad is not None and weight.grad is self._grad:
             version, grad_version = self._versions
-            if (weight._version, self._grad._version) == (version, grad_version + 1):
+            last = self._last() if self._last is not None else None
+            kept = last.grad is not None if last is not None else not self._grad._is_view()
+            if kept and (weight._version, self._grad._version) == (version, grad_version + 1):
                 self._warned = True
                 warnings.warn(
                     "Gradients of the last backward were still there, averaged over all ranks, and "
@@ -52,6 +59,18 @@ class AccumulationCheck:
                     stacklevel=2,
                 )
         self._grad = None
+
+    def see_last(self, parameters: Sequence[Tensor]) -> None:
+        """A backward's last bucket is here.
+
+        Args:
+            parameters: Those of the bucket.
+        """
+        weight = self._weight() if self._weight is not None else None
+        if all(weight is not parameter for parameter in parameters):
+            self._last = weakref.ref(parameters[-1])
+        else:
+            self._last = None  # the first bucket is the last
 
     def end(self) -> None:
         """DDP has written the result to the gradients."""

@@ -27,7 +27,7 @@ from effadam_hook.exchange import (
 from effadam_hook.exchange.agreement import check_agreement
 from effadam_hook.exchange.dense import DenseExchange
 from effadam_hook.kernels import Kernels, select
-from effadam_hook.layout import Slot, plan_bucket
+from effadam_hook.layout import Slot, cut, plan_bucket
 from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.parameters import ParameterTable
 from effadam_hook.plan import BucketPlan
@@ -84,14 +84,14 @@ class Engine:
         self._dense: DenseExchange | None = None
         self._watch: Watch | None = None
         self._accumulation = AccumulationCheck()
-        self._plans: dict[int, tuple[object, BucketPlan]] = {}
+        self._plans: dict[int, tuple[object, list[BucketPlan]]] = {}
         # Buckets that wait for the last one, where the gradient's norm must be known first.
         self._waiting: list[tuple[BucketPlan, Passage]] = []
 
     @property
     def plans(self) -> list[BucketPlan]:
-        """The plans of the buckets seen last."""
-        return [plan for _, plan in self._plans.values()]
+        """The plans of the buckets seen last, in order; large buckets have several."""
+        return [plan for _, plans in self._plans.values() for plan in plans]
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -180,6 +180,7 @@ class Engine:
             future = self._run_compressed(index, buffer, parameters)
         if is_last:
             self._release_waiting()
+            self._accumulation.see_last(parameters)
             self._when_backward_ends()
             self.mode.notice_end_of_backward()
             self.clock.stop_after(future)
@@ -248,30 +249,39 @@ class Engine:
     def _run_compressed(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor]
     ) -> Future[Tensor]:
-        plan = self._plan(index, buffer, parameters)
-        plan.load(buffer, look=self.check_replicas and not self.is_joining())
-        size = buffer.numel() * buffer.element_size()
-        beside = size if plan.averages_first else 0
-        layout = plan.layout
-        self.counters.count(
-            size, layout.uplink.payload_bytes + beside, layout.downlink.payload_bytes + beside
-        )
+        plans = self._plan(index, buffer, parameters)
         assert self._exchange is not None
-        passage = self.watch.enter(
-            plan.label,
-            "a compressed exchange",
-            plan.fingerprint,
-            "encode",
-            buffer,
-            self._exchange.new_future(),
-        )
-        if passage.is_over:
-            return passage.future
-        if self.mode.max_grad_norm is not None:
-            self._waiting.append((plan, passage))
-        else:
-            self._exchange.submit(plan, passage)
-        return passage.future
+        look = self.check_replicas and not self.is_joining()
+        future: Future[Tensor] | None = None
+        start = 0
+        for plan in plans:
+            layout = plan.layout
+            part = buffer[start : start + layout.numel]
+            start += layout.numel
+            plan.load(part, look)
+            size = part.numel() * part.element_size()
+            beside = size if plan.averages_first else 0
+            self.counters.count(
+                size, layout.uplink.payload_bytes + beside, layout.downlink.payload_bytes + beside
+            )
+            passage = self.watch.enter(
+                plan.label,
+                "a compressed exchange",
+                plan.fingerprint,
+                "encode",
+                buffer,
+                self._exchange.new_future(),
+            )
+            # The parts arrive in order, so that the bucket is complete when its last part is.
+            future = passage.future
+            if passage.is_over:
+                continue
+            if self.mode.max_grad_norm is not None:
+                self._waiting.append((plan, passage))
+            else:
+                self._exchange.submit(plan, passage)
+        assert future is not None
+        return future
 
     def _release_waiting(self) -> None:
         """Bound the gradient's norm over all buckets, now that the last one is here."""
@@ -286,14 +296,32 @@ class Engine:
             self._exchange.submit(plan, passage)
         self._waiting.clear()
 
-    def _plan(self, index: int, buffer: Tensor, parameters: Sequence[Tensor]) -> BucketPlan:
-        """The bucket's plan; a new one if this index shows other parameters than before."""
+    def _plan(self, index: int, buffer: Tensor, parameters: Sequence[Tensor]) -> list[BucketPlan]:
+        """The bucket's plans, one a part; new ones if this index shows other parameters than before."""
         key = (buffer.dtype, buffer.device, self.mode.generation, *map(id, parameters))
         known = self._plans.get(index)
         if known is not None and known[0] == key:
             return known[1]
+        numels = [tensor.numel() for tensor in parameters]
+        if sum(numels) != buffer.numel():
+            raise EffAdamError(
+                f"Bucket {index} has {buffer.numel()} elements and its parameters have "
+                f"{sum(numels)}. They must be equal; a parameter was resized after DDP was built."
+            )
+        self._start(buffer.device)
+        assert self._exchange is not None
+        parts = cut(numels, self._exchange.part_numel)
+        plans = [
+            self._plan_part(index, number, len(parts), buffer, parameters[part])
+            for number, part in enumerate(parts)
+        ]
+        self._plans[index] = (key, plans)
+        return plans
+
+    def _plan_part(
+        self, index: int, number: int, count: int, buffer: Tensor, parameters: Sequence[Tensor]
+    ) -> BucketPlan:
         slots = self._slots(parameters)
-        kernels = self._start(buffer.device)
         dtype = self.mode.wire_dtype(buffer.dtype)
         layout = plan_bucket(
             slots,
@@ -304,16 +332,11 @@ class Engine:
             servers=self.topology.servers,
             itemsize=dtype.itemsize,
         )
-        if layout.numel != buffer.numel():
-            raise EffAdamError(
-                f"Bucket {index} has {buffer.numel()} elements and its parameters have "
-                f"{layout.numel}. They must be equal; a parameter was resized after DDP was built."
-            )
         feedback = self.config.error_feedback
-        plan = BucketPlan(
-            f"bucket {index}",
+        return BucketPlan(
+            f"bucket {index}" + (f", part {number}" if count > 1 else ""),
             layout,
-            kernels,
+            self._start(buffer.device),
             self.topology,
             self.group.size(),
             dtype,
@@ -322,9 +345,8 @@ class Engine:
             self.server if feedback else None,
             self.mode.content(parameters, slots, buffer.dtype),
             parameters,
+            looks_often=index == number == 0,
         )
-        self._plans[index] = (key, plan)
-        return plan
 
     def _check_names(self) -> None:
         if self.config.needs_names() and not self.parameters.bound:

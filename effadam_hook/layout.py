@@ -37,6 +37,7 @@ __all__ = [
     "Piece",
     "Slot",
     "Wire",
+    "cut",
     "plan_bucket",
     "share_of",
 ]
@@ -220,6 +221,26 @@ def share_of(numel: int, order: int, block_size: int, server: int, servers: int)
     first = position * blocks // servers * block_size
     last = min((position + 1) * blocks // servers * block_size, numel)
     return first, max(0, last - first)
+
+
+def cut(numels: Sequence[int], part_numel: int | None) -> list[slice]:
+    """Cut a bucket between parameters into parts that can be exchanged one after the other.
+
+    Args:
+        numels: Elements of each parameter, in the bucket's order.
+        part_numel: A part is complete as soon as it has so many elements; None leaves one part.
+
+    Returns:
+        Which parameters make up each part. A remainder of less than half a part stays with the last.
+    """
+    starts, here, left = [0], 0, sum(numels)
+    for index, numel in enumerate(numels):
+        if part_numel is not None and here >= part_numel and 2 * left >= part_numel:
+            starts.append(index)
+            here = 0
+        here += numel
+        left -= numel
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(numels)], strict=True)]
 
 
 def plan_bucket(

@@ -1,4 +1,4 @@
-"""One bucket, planned: its layout, its buffers, its residuals, and the three kernels applied to them.
+"""One bucket, or part of one, planned: layout, buffers, residuals, and the three kernels on them.
 
 Everything a bucket needs is allocated here, once, when DDP shows the bucket for the first time or
 shows it with other parameters than before; a step allocates no buffer.
@@ -40,6 +40,7 @@ class BucketPlan:
         server: The server's residuals, or None without error feedback.
         content: What is exchanged: the gradient, or what is made of it.
         parameters: The bucket's parameters.
+        looks_often: Whether to compare a weight with the other ranks' at every step.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class BucketPlan:
         server: Residuals | None,
         content: GradientContent,
         parameters: Sequence[Tensor],
+        looks_often: bool,
     ) -> None:
         self.label = label
         self.layout = layout
@@ -78,9 +80,7 @@ class BucketPlan:
         self._seal: Seal | None = None
         if device.type == "cpu":
             names = [slot.name for slot in layout.slots]
-            self._seal = Seal(
-                digest, names, parameters, self.uplink, self.received, label == "bucket 0"
-            )
+            self._seal = Seal(digest, names, parameters, self.uplink, self.received, looks_often)
 
         # To look at a gradient on another device, the host would have to wait for it.
         self._looks_at: tuple[IdleInput, IdleMean] | None = None
@@ -174,7 +174,7 @@ class BucketPlan:
             raw, down, server, self._weights, self._server_residual, self._dtype, self.outgoing
         )
 
-    def decode(self) -> Tensor:
+    def decode(self) -> None:
         """The downlink's payload to where it belongs."""
         self._kernels.decode(
             self.layout.downlink,
@@ -184,7 +184,6 @@ class BucketPlan:
             preconditioner=self._content.preconditioner,
         )
         self._content.finish(self.bucket)
-        return self.bucket
 
 
 def _digest(label: str, layout: BucketLayout, dtype: torch.dtype) -> int:

@@ -336,8 +336,10 @@ def test_rows_that_are_always_zero_do_not_drift(quantizer: str) -> None:
 # Accumulation
 
 
-def accumulate_wrongly(rank: int, world_size: int, how: str) -> list[str]:
-    model = ddp(ChosenGradients())
+def accumulate_wrongly(
+    rank: int, world_size: int, how: str, ddp_options: dict[str, Any]
+) -> list[str]:
+    model = ddp(ChosenGradients(), **ddp_options)
     attach(model, quantizer="lloyd4")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with warnings.catch_warnings(record=True) as caught:
@@ -345,24 +347,34 @@ def accumulate_wrongly(rank: int, world_size: int, how: str) -> list[str]:
         for step in range(4):
             if how == "zeros":
                 optimizer.zero_grad(set_to_none=False)
-            elif how == "none":
+            elif how in ("none", "skipped steps"):
                 optimizer.zero_grad()
             elif how == "no_sync":
                 optimizer.zero_grad()
                 with model.no_sync():
                     model(drawn_gradients(rank, 10 + step)).backward()
             model(drawn_gradients(rank, step)).backward()
-            if how != "no step":
+            if how not in ("no step", "skipped steps"):
                 optimizer.step()
             if how == "wrong":
                 model(drawn_gradients(rank, 20 + step)).backward()
     return [str(w.message) for w in caught if "no_sync" in str(w.message)]
 
 
+@pytest.mark.parametrize("as_view", [False, True])
 @pytest.mark.parametrize(
     ("how", "warned"),
-    [("wrong", 1), ("no step", 1), ("zeros", 0), ("none", 0), ("no_sync", 0)],
+    [("wrong", 1), ("no step", 1), ("zeros", 0), ("none", 0), ("no_sync", 0), ("skipped steps", 0)],
 )
-def test_accumulation_without_no_sync_is_warned_of_once(how: str, warned: int) -> None:
-    for messages in run_ranks(accumulate_wrongly, 2, how):
+def test_accumulation_without_no_sync_is_warned_of_once(
+    how: str, warned: int, as_view: bool
+) -> None:
+    options = {"gradient_as_bucket_view": as_view}
+    for messages in run_ranks(accumulate_wrongly, 2, how, options):
         assert len(messages) == warned
+
+
+def test_skipped_steps_of_a_model_of_one_bucket_are_not_taken_for_accumulation() -> None:
+    options = {"gradient_as_bucket_view": True, "bucket_cap_mb": 25}
+    for messages in run_ranks(accumulate_wrongly, 2, "skipped steps", options):
+        assert messages == []

@@ -18,6 +18,7 @@ from effadam_hook import (
     attach,
     efficient_adam_hook,
 )
+from effadam_hook.exchange import lanes
 from harness import run_ranks
 from training import SHAPES, ChosenGradients, ddp, drawn_gradients, loss_of, train_mlp
 
@@ -79,10 +80,25 @@ def test_registering_by_hand_equals_attach() -> None:
 
 
 def train_with(
-    rank: int, world_size: int, hook_options: dict[str, Any], ddp_options: dict[str, Any]
+    rank: int,
+    world_size: int,
+    hook_options: dict[str, Any],
+    ddp_options: dict[str, Any],
+    part_numel: int = lanes._PART_NUMEL,
 ) -> tuple[list[Tensor], int, dict[str, float]]:
+    lanes._PART_NUMEL = part_numel
     weights, state = train_mlp(rank, world_size, 12, hook_options, ddp_options)
     return weights, len(state._engine.plans), state.stats()
+
+
+@pytest.mark.parametrize("topology", ["rank0", "sharded"])
+def test_large_buckets_come_in_parts_with_the_same_result(topology: str) -> None:
+    hook_options = {"quantizer": "lloyd2", "topology": topology}
+    whole = run_ranks(train_with, 3, hook_options, {"bucket_cap_mb": 25})
+    parts = run_ranks(train_with, 3, hook_options, {"bucket_cap_mb": 25}, 1500)
+    assert whole[0][1] == 1 and parts[0][1] >= 3
+    for weights, _, _ in parts:
+        assert all(torch.equal(a, b) for a, b in zip(weights, whole[0][0], strict=True))
 
 
 @pytest.mark.parametrize("topology", ["rank0", "sharded"])
@@ -343,7 +359,7 @@ def test_misuse_is_told_with_the_value_and_the_rule() -> None:
     assert "python_reducer" in messages["no bucket"]
 
 
-def fail_in_a_lane(rank: int, world_size: int) -> str:
+def fail_in_a_lane(rank: int, world_size: int) -> list[str]:
     model = ddp(ChosenGradients())
     state = attach(model)
     gradients_of(model, rank, 0)
@@ -360,13 +376,13 @@ def fail_in_a_lane(rank: int, world_size: int) -> str:
             gradients_of(model, rank, step)
         except RuntimeError as error:
             messages.append(str(error))
-    first, _ = messages
-    return first
+    return messages
 
 
 def test_an_error_in_a_lane_reaches_backward_with_rank_bucket_and_phase() -> None:
-    for rank, message in enumerate(run_ranks(fail_in_a_lane, 2)):
-        assert f"Rank {rank}, bucket 1, decode: no space left" in message
+    for rank, (first, second) in enumerate(run_ranks(fail_in_a_lane, 2)):
+        assert f"Rank {rank}, bucket 1, decode: no space left" in first
+        assert "the exchange has stopped" in second
 
 
 def two_models(rank: int, world_size: int) -> list[bool]:

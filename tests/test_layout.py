@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effadam_hook.layout import SEAL_BYTES, Slot, plan_bucket, share_of
+from effadam_hook.layout import SEAL_BYTES, Slot, cut, plan_bucket, share_of
 from effadam_hook.quantizers import QUANTIZERS, get_quantizer
 from kernel_cases import layout_of
 
@@ -141,3 +141,24 @@ def test_raw_chunks_keep_the_pieces() -> None:
         assert after.used_bytes == 4 * before.numel
         assert [p.local * 4 for p in before.pieces] == [p.data_at for p in after.pieces]
         assert all(piece.raw for piece in after.pieces)
+
+
+@pytest.mark.parametrize(
+    ("numels", "part_numel", "parts"),
+    [
+        ([3, 4, 5], None, [3]),
+        ([3, 4, 5], 100, [3]),
+        ([8, 1, 8, 1, 8], 8, [1, 2, 2]),
+        ([1, 8, 1, 8, 1], 8, [2, 3]),  # the last is too small to go alone
+        ([0, 3, 0, 3, 20, 3], 5, [4, 1, 1]),
+        ([], 5, [0]),
+    ],
+)
+def test_a_bucket_is_cut_between_parameters_once_a_part_is_large_enough(
+    numels: list[int], part_numel: int | None, parts: list[int]
+) -> None:
+    slices = cut(numels, part_numel)
+    assert [part.stop - part.start for part in slices] == parts
+    assert [index for part in slices for index in range(part.start, part.stop)] == list(
+        range(len(numels))
+    )

@@ -23,7 +23,14 @@ __all__ = ["Exchange", "Passage", "Topology", "Watch", "make_exchange", "make_to
 
 
 class Exchange(Protocol):
-    """Runs jobs in the order in which they are submitted, the same on every rank."""
+    """Runs jobs in the order in which they are submitted, the same on every rank.
+
+    Attributes:
+        part_numel: Elements that make a job worth its overhead, so that larger buckets are better cut
+            into several; None where jobs do not overlap.
+    """
+
+    part_numel: int | None
 
     def new_future(self) -> Future[Tensor]:
         """A future for a job, to be handed to DDP before or after the job is submitted."""

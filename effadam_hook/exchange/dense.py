@@ -15,8 +15,6 @@ from effadam_hook.exchange.watchdog import Passage, Watch
 
 __all__ = ["DenseExchange", "start_average"]
 
-_Sum = tuple[Tensor, list[dist.Work]]
-
 
 class DenseExchange:
     """Averages buckets on DDP's own process group.
@@ -33,7 +31,7 @@ class DenseExchange:
     def __init__(self, group: dist.ProcessGroup, watch: Watch) -> None:
         self._group = group
         self._watch = watch
-        self._lane: Lane[_Sum] | None = None
+        self._lane: Lane[list[dist.Work]] | None = None
 
     def submit(self, label: str, buffer: Tensor, also: Sequence[Tensor] = ()) -> Future[Tensor]:
         """Average a bucket over the ranks, uncompressed, in place.
@@ -57,7 +55,7 @@ class DenseExchange:
             self._lane = Lane("effadam-dense", _finish, self._watch)
             self._watch.on_failure(lambda: abandon(group))
             self._watch.on_close(self._lane.close)
-        self._lane.put(passage, (buffer, self._start(buffer, also)))
+        self._lane.put(passage, self._start(buffer, also))
         return passage.future
 
     def _start(self, buffer: Tensor, also: Sequence[Tensor]) -> list[dist.Work]:
@@ -80,12 +78,11 @@ def start_average(buffer: Tensor, group: dist.ProcessGroup) -> dist.Work:
     return work
 
 
-def _finish(passage: Passage, job: _Sum) -> None:
-    buffer, works = job
+def _finish(passage: Passage, works: list[dist.Work]) -> None:
     for work in works:
         passage.work = work
         passage.wait()
-    passage.succeed(buffer)
+    passage.succeed()
 
 
 def _when_all_are_done(buffer: Tensor, works: list[dist.Work]) -> Future[Tensor]:

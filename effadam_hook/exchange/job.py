@@ -40,6 +40,6 @@ class Job(Protocol):
         """:attr:`received` and server residual into :attr:`outgoing`; on a server only."""
         ...
 
-    def decode(self) -> Tensor:
-        """:attr:`downlink` into the bucket, which is returned."""
+    def decode(self) -> None:
+        """:attr:`downlink` into the bucket."""
         ...

@@ -11,7 +11,8 @@ them over, which is the same on every rank::
                  (group "up")         [5] start the downlink        [8] complete the future
                                           (group "down")
 
-While bucket k is on its way down, bucket k+1 is on its way up, and backward goes on computing.
+While bucket k is on its way down, bucket k+1 is on its way up, and backward goes on computing. Large
+buckets come in parts, for the same reason.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from effadam_hook.exchange.watchdog import Passage, Watch
 
 __all__ = ["LaneExchange"]
 
+_PART_NUMEL = 1 << 19
+"""Two megabytes of float32: some milliseconds on the wire, where a collective costs less than one."""
+
 
 class LaneExchange:
     """Runs jobs on CPU tensors over Gloo.
@@ -40,6 +44,8 @@ class LaneExchange:
     """
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup, watch: Watch) -> None:
+        # With more ranks every peer's share of a part is smaller.
+        self.part_numel: int | None = _PART_NUMEL * max(1, group.size() // 8)
         self._topology = topology
         self._up_group = up = new_group_like(group)
         self._down_group = down = new_group_like(group)
@@ -86,4 +92,5 @@ class LaneExchange:
     def _step_down(self, passage: Passage, job: Job) -> None:
         passage.wait()  # [6]
         passage.phase = "decode"
-        passage.succeed(job.decode())  # [7] [8]
+        job.decode()  # [7]
+        passage.succeed()  # [8]

@@ -30,6 +30,7 @@ class StreamExchange:
     """
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.part_numel: int | None = None
         self._topology = topology
         self._group = group
         self._device = device
@@ -55,10 +56,10 @@ class StreamExchange:
             if self._topology.serves is not None:
                 job.reduce()
             _order(self._topology.send_down(job.outgoing, job.downlink, self._group))
-            result = job.decode()
+            job.decode()
             # The allocator must not hand the bucket out again while this stream reads it.
-            result.record_stream(self._stream)
-            passage.succeed(result)
+            job.bucket.record_stream(self._stream)
+            passage.succeed()
 
 
 def _order(work: dist.Work | None) -> None:

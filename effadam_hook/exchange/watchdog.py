@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 class Passage:
-    """One bucket on its way, from the hook to its future.
+    """One bucket, or part of one, on its way from the hook to its future.
 
     Attributes:
         sequence: How many buckets this rank started before it.
@@ -71,9 +71,11 @@ class Passage:
         label: str,
         phase: str,
         future: Future[Tensor],
-        stands_in: Tensor | None,
+        bucket: Tensor,
+        in_backward: bool,
     ) -> None:
-        self._stands_in = stands_in
+        self._bucket = bucket
+        self._in_backward = in_backward
         self.sequence = sequence
         self.label = label
         self.phase = phase
@@ -98,10 +100,10 @@ class Passage:
         """Whether the future is complete."""
         return self._open.locked()
 
-    def succeed(self, bucket: Tensor) -> None:
+    def succeed(self) -> None:
         """Complete the future, unless it has failed meanwhile."""
         if self._settle():
-            self.future.set_result(bucket)
+            self.future.set_result(self._bucket)
             self._watch.settled(self)
 
     def fail(self, error: EffAdamError) -> None:
@@ -113,10 +115,10 @@ class Passage:
         """
         if not self._settle():
             return
-        if self._stands_in is None:
-            self.future.set_exception(error)  # type: ignore[arg-type]
+        if self._in_backward:
+            self.future.set_result(self._bucket)
         else:
-            self.future.set_result(self._stands_in)
+            self.future.set_exception(error)  # type: ignore[arg-type]
         self._watch.settled(self)
 
     def _settle(self) -> bool:
@@ -203,8 +205,8 @@ class Watch:
         Returns:
             Its passage; over already, with an error, if the exchange has stopped.
         """
-        stands_in = bucket if self.is_in_backward else None
-        passage = Passage(self, self._sequence, label, phase, future or Future(), stands_in)
+        future = future or Future()
+        passage = Passage(self, self._sequence, label, phase, future, bucket, self.is_in_backward)
         if self.failure is not None or self._closing:
             if self.failure is not None:
                 self._ended.wait(2 * ANSWER_S)

@@ -43,6 +43,7 @@ class Case:
         jitter: Whether every phase is delayed by random times.
         ending: The fault that ends it, if any, at the last step but one.
         culprit: The rank where the ending happens.
+        part_numel: Elements of the parts into which buckets are cut.
     """
 
     seed: int
@@ -59,6 +60,7 @@ class Case:
     jitter: bool
     ending: str
     culprit: int
+    part_numel: int
 
 
 class Model(nn.Module):
@@ -141,6 +143,7 @@ def draw(seed: int, world_size: int, ending: str = "") -> Case:
         ending,
         # In topology "rank0" only rank 0 reduces.
         0 if "reduce" in ending else chance.randrange(world_size),
+        chance.choice([100, 1000, 1 << 19]),
     )
 
 
