@@ -10,8 +10,9 @@ from effadam_hook.quantizers import SCALE_RULES, Quantizer, get_quantizer
 
 __all__ = ["TOPOLOGIES", "Config"]
 
-TOPOLOGIES = ("rank0", "sharded")
-"""Who is the server: rank 0 for everything, or every rank for its share of every parameter."""
+TOPOLOGIES = ("rank0", "sharded", "auto")
+"""Who is the server: rank 0 for everything, every rank for its share of every parameter, or whichever
+is faster on this link."""
 
 _MIN_BLOCK, _MAX_BLOCK = 16, 4096
 
@@ -25,7 +26,7 @@ class Config:
         server_quantizer: Name of the downlink's quantizer.
         scale_rule: ``"least_squares"`` or ``"absmax"``.
         block_size: Elements that share a scale: a power of two from 16 to 4096.
-        topology: ``"rank0"`` or ``"sharded"``.
+        topology: ``"rank0"``, ``"sharded"`` or ``"auto"``.
         error_feedback: Whether what a quantizer dropped is added to its next input.
         exact: Which parameters travel uncompressed. ``"1d"`` means those with at most one
             dimension, ``"<N"`` those with fewer than N elements, anything else is a shell pattern

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import time
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -21,20 +23,28 @@ from effadam_hook.exchange import (
     Passage,
     Topology,
     Watch,
+    agree_on_topology,
     make_exchange,
     make_topology,
+    slowest,
 )
 from effadam_hook.exchange.agreement import check_agreement
 from effadam_hook.exchange.dense import DenseExchange
 from effadam_hook.kernels import Kernels, select
-from effadam_hook.layout import Slot, cut, plan_bucket
+from effadam_hook.layout import Slot, cut, plan_bucket, share_of
 from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.parameters import ParameterTable
 from effadam_hook.plan import BucketPlan
 from effadam_hook.residuals import Residuals
 from effadam_hook.stats import Clock, Counters
+from effadam_hook.trial import Trial
 
 __all__ = ["Engine"]
+
+_PROBED_NUMEL = 1 << 20
+"""Elements of the payloads with which topologies are timed."""
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -58,6 +68,10 @@ class Engine:
         clock: How long it took.
         bypassed: Parameters that cannot be compressed, and why.
         kernels: The implementation in use; None before the first compressed bucket.
+        trial: Finds out whether compression pays; None to compress in any case.
+        saved_topology: Where ``topology="auto"`` is still to be chosen: what a loaded state was made
+            with, which then decides.
+        topology_reason: Why the topology was chosen, if it was.
     """
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
@@ -75,10 +89,14 @@ class Engine:
         self.clock = Clock()
         self.bypassed: dict[str, str] = {}
         self.kernels: Kernels | None = None
+        self.trial: Trial | None = None
+        self.saved_topology = ""
+        self.topology_reason = ""
         self._group = group
         # The same on all ranks and new in every run; empty before the ranks have compared themselves.
         self._word = ""
         self._compressing = False
+        self._returns_residuals = False
         self._topology: Topology | None = None
         self._exchange: Exchange | None = None
         self._dense: DenseExchange | None = None
@@ -113,9 +131,17 @@ class Engine:
     @property
     def topology(self) -> Topology:
         """This rank's view of the servers."""
-        if self._topology is None:
-            self._topology = make_topology(self.config.topology, self.group)
+        if self._topology is not None:
+            return self._topology
+        if self.config.topology == "auto":  # not chosen before the first bucket
+            return make_topology(self.saved_topology or "rank0", self.group)
+        self._topology = make_topology(self.config.topology, self.group)
         return self._topology
+
+    @property
+    def has_topology(self) -> bool:
+        """Whether it is known who the servers are."""
+        return self._topology is not None or self.config.topology != "auto"
 
     def use_group(self, group: dist.ProcessGroup) -> None:
         """Take DDP's process group."""
@@ -136,6 +162,7 @@ class Engine:
             "payload version": PAYLOAD_VERSION,
             "enabled": self.enabled,
             "mode": self.mode.name,
+            "auto": self.trial is not None,
             **self.config.to_dict(),
             "parameters": self.parameters.describe(),
         }
@@ -161,7 +188,11 @@ class Engine:
         """
         if index == 0:
             warm = self.counters.steps >= self.config.warmup_steps
+            if warm and self.trial is not None and self.trial.pays is None:
+                self._continue_trial(self.trial, buffer.device)
             self._compressing = self.enabled and warm
+            if self.trial is not None and self.trial.pays is None:
+                self._compressing &= self.trial.compresses
             self._waiting.clear()
             self.clock.start(buffer.device)
             self._follow_loss_scale()
@@ -185,7 +216,23 @@ class Engine:
             self.mode.notice_end_of_backward()
             self.clock.stop_after(future)
             self.counters.steps += 1
+            self._returns_residuals = False
         return future
+
+    def _continue_trial(self, trial: Trial, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # or the times are those of launching kernels
+        trial.begin_step(time.perf_counter())
+        if not trial.is_complete:
+            return
+        trial.decide(*slowest(trial.medians_s(), self.group, device))
+        self.enabled = bool(trial.pays)
+        self._returns_residuals = not trial.pays
+        if self.group.rank() == 0:
+            choice = "compresses" if trial.pays else "averages densely"
+            _log.info(
+                "effadam_hook %s from step %d on: %s", choice, self.counters.steps, trial.reason
+            )
 
     def _when_backward_ends(self) -> None:
         """Wait for the buckets where errors and Ctrl-C are heard, then see what DDP has written.
@@ -239,12 +286,36 @@ class Engine:
             for tensor in parameters:
                 self.bypassed[self.parameters.find(tensor).name] = "sparse gradient"
             numel = buffer._values().numel()
+        elif self._returns_residuals and self.mode.units == "gradients":
+            self._return_residuals(buffer, parameters)
         size = numel * buffer.element_size()
         self.counters.count(size, size, size)
         if self._dense is None:
             self._dense = DenseExchange(self.group, self.watch)
         also = self.mode.averaged(parameters)
         return self._dense.submit(f"bucket {index}", buffer, also)
+
+    def _return_residuals(self, buffer: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Add what the residuals hold to the gradients, so that dense steps leave nothing behind."""
+        topology, world_size, start = self.topology, self.group.size(), 0
+        for tensor in parameters:
+            known = self.parameters.find(tensor)
+            gradient = buffer[start : start + tensor.numel()]
+            start += tensor.numel()
+            worker, server = self.worker.get(known.name), self.server.get(known.name)
+            if worker is not None:
+                gradient.add_(worker)
+                worker.zero_()
+            if server is not None and topology.serves is not None:
+                first, numel = share_of(
+                    tensor.numel(),
+                    known.order,
+                    self.config.block_size,
+                    topology.serves,
+                    topology.servers,
+                )
+                gradient[first : first + numel].add_(server, alpha=world_size)
+                server.zero_()
 
     def _run_compressed(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor]
@@ -379,6 +450,14 @@ class Engine:
         """At the first bucket: agree, if that is still to do, and open the exchange."""
         if not self._word:
             self.agree(device)
+        if not self.has_topology:
+            name, self.topology_reason = agree_on_topology(
+                self.saved_topology,
+                self.config.uplink.code_bytes(_PROBED_NUMEL),
+                self.group,
+                device,
+            )
+            self._topology = make_topology(name, self.group)
         if self._exchange is None:
             self._exchange = make_exchange(self.topology, self.group, device, self.watch)
         if self.kernels is None:

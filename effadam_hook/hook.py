@@ -62,6 +62,7 @@ def attach(
     ddp_model: DistributedDataParallel,
     *,
     enabled: bool = True,
+    auto: bool = False,
     optimizer: Optimizer | None = None,
     precondition: bool = False,
     grad_scaler: torch.amp.GradScaler | None = None,
@@ -77,6 +78,9 @@ def attach(
         ddp_model: The wrapped model, without a communication hook so far.
         enabled: Whether to compress. ``False`` averages by a dense all-reduce, as plain DDP does, and
             can be switched with ``state.enabled``.
+        auto: Whether to find out first if compression makes steps faster here: 8 dense and 8 compressed
+            steps are made, 5 of each are timed, and on all ranks the faster kind stays. Says what it
+            chose and why in ``state.summary()`` and, at level INFO, in the log.
         optimizer: An :class:`EfficientAdam`, for update mode; or, with ``precondition``, the
             ``torch.optim.Adam`` or ``AdamW`` of the model.
         precondition: Whether to quantize the gradient in units of the root of ``optimizer``'s second
@@ -111,7 +115,11 @@ def attach(
             f"The model has the communication hook {taken[0][0].__qualname__!r} already, and DDP "
             "takes only one. Attach before any other, or wrap the model anew."
         )
+    if auto and not enabled:
+        raise ValueError("Invalid enabled: False with auto=True. Must be True: auto decides.")
     state = EfficientAdamState(enabled=enabled, **options)
+    if auto:
+        state.try_out()
     state.grad_scaler = grad_scaler
     warmup = state.config.warmup_steps
     mode = _mode_for(ddp_model, optimizer, precondition, quantize_weights, warmup)

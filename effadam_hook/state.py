@@ -21,6 +21,7 @@ from effadam_hook.layout import share_of
 from effadam_hook.modes import Mode
 from effadam_hook.saved import check_fits, check_saved, merge_saved, share_saved
 from effadam_hook.stats import Counters
+from effadam_hook.trial import Trial
 
 __all__ = ["EfficientAdamState"]
 
@@ -37,7 +38,9 @@ class EfficientAdamState:
         worker_quantizer: The uplink's, if it is to differ.
         server_quantizer: The downlink's, if it is to differ.
         block_size: Elements that share a scale, a power of two from 16 to 4096.
-        topology: ``"rank0"`` (rank 0 is the server) or ``"sharded"`` (every rank is, for its share).
+        topology: ``"rank0"`` (rank 0 is the server), ``"sharded"`` (every rank is, for its share), or
+            ``"auto"``: whichever is faster when the first bucket comes, or that of a state loaded
+            before. Results do not depend on it.
         error_feedback: Whether what quantization dropped is added to the next step, on both sides.
         exact: Rules for parameters that travel uncompressed: ``"1d"``, ``"<N"`` (fewer than N
             elements), or shell patterns for names, such as ``"*.norm*"``.
@@ -167,6 +170,14 @@ class EfficientAdamState:
         """
         self._engine.is_joining = is_joining
 
+    def try_out(self) -> None:
+        """Compress only if that makes steps faster; done by :func:`attach` with ``auto``.
+
+        The first steps after the warm-up are timed, some dense, some compressed, and on all ranks the
+        faster kind stays. :meth:`summary` says which and why.
+        """
+        self._engine.trial = Trial()
+
     def use(self, mode: Mode) -> None:
         """Exchange something else than the gradient; :func:`attach` does it before binding.
 
@@ -214,6 +225,9 @@ class EfficientAdamState:
         if engine.kernels is not None:
             kernels = engine.kernels.name
         status = "on" if self.enabled else "off (dense all-reduce)"
+        topology = config.topology
+        if topology == "auto" and engine.has_topology:
+            topology = f"{engine.topology.name}, chosen: {engine.topology_reason}"
         if self.enabled and self.steps < config.warmup_steps:
             status = f"warming up (dense all-reduce until step {config.warmup_steps})"
         lines = [
@@ -222,7 +236,8 @@ class EfficientAdamState:
             f"  quantizers   up {config.worker_quantizer}, down {config.server_quantizer}, "
             f"blocks of {config.block_size}, scale {config.scale_rule}",
             f"  feedback     {'both sides' if config.error_feedback else 'none'}",
-            f"  topology     {config.topology}",
+            f"  topology     {topology}",
+            *([f"  auto         {engine.trial.verdict}"] if engine.trial is not None else []),
             f"  kernels      {kernels}",
             f"  exact        {len(exact)} of {len(slots)} parameters, "
             f"{sum(s.numel for s in exact)} of {sum(s.numel for s in slots)} elements",
@@ -319,6 +334,8 @@ class EfficientAdamState:
             raise StateMismatchError(
                 f"The saved state is damaged: {type(error).__name__}: {error}. Use another checkpoint."
             ) from error
+        if not self._engine.has_topology:
+            self._engine.saved_topology = "rank0" if own["servers"] == 1 else "sharded"
         self._engine.mode.load(own["moments"])
         self._engine.loss_scale = 1.0
         if self.config.error_feedback:
@@ -333,8 +350,10 @@ class EfficientAdamState:
 
     def _own_share(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """This rank's part of a saved state, checked."""
-        group, topology = self._engine.group, self._engine.topology
-        here = (group.size(), topology.servers, self.config.block_size)
+        group, servers = self._engine.group, self._engine.topology.servers
+        if not self._engine.has_topology:
+            servers = _servers_of(saved, group.size())
+        here = (group.size(), servers, self.config.block_size)
         numels = self._engine.parameters.numels() if self._engine.parameters.bound else {}
         if isinstance(saved, Mapping) and "ranks" in saved:
             if saved["version"] != STATE_VERSION:
@@ -348,7 +367,7 @@ class EfficientAdamState:
                     merged,
                     rank=group.rank(),
                     world_size=group.size(),
-                    servers=topology.servers,
+                    servers=servers,
                     block_size=self.config.block_size,
                 )
         else:
@@ -375,3 +394,10 @@ class EfficientAdamState:
                 "Load a state of the same mode, or none: residuals then start at zero."
             )
         return own
+
+
+def _servers_of(saved: Mapping[str, Any], world_size: int) -> int:
+    """How many servers a saved state is for; one if it comes from another number of ranks."""
+    own = saved["ranks"][0] if isinstance(saved, Mapping) and "ranks" in saved else saved
+    servers: int = own["servers"] if own["world_size"] == world_size else 1
+    return servers

@@ -28,6 +28,7 @@ LADDER = (
         "effadam_hook.residuals",
         "effadam_hook.saved",
         "effadam_hook.stats",
+        "effadam_hook.trial",
     ),
     ("effadam_hook.schedules",),
     ("effadam_hook.optim",),

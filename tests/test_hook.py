@@ -20,24 +20,17 @@ from effadam_hook import (
 )
 from effadam_hook.exchange import lanes
 from harness import run_ranks
-from training import SHAPES, ChosenGradients, ddp, drawn_gradients, loss_of, train_mlp
-
-
-def mean_of(step: int, world_size: int) -> list[Tensor]:
-    every = [drawn_gradients(rank, step) for rank in range(world_size)]
-    return [sum(g / world_size for g in of_one) for of_one in zip(*every, strict=True)]
-
-
-def gradients_of(model: nn.Module, rank: int, step: int) -> list[Tensor]:
-    model.zero_grad()
-    model(drawn_gradients(rank, step)).backward()
-    return [p.grad.clone() for p in model.parameters()]
-
-
-def close(got: list[Tensor], want: list[Tensor]) -> bool:
-    return all(
-        bool((a - b).abs().max() <= 1e-6 * b.abs().max()) for a, b in zip(got, want, strict=True)
-    )
+from training import (
+    SHAPES,
+    ChosenGradients,
+    close,
+    ddp,
+    drawn_gradients,
+    gradients_of,
+    loss_of,
+    mean_of,
+    train_mlp,
+)
 
 
 def switch_and_warm_up(rank: int, world_size: int) -> dict[str, Any]:

@@ -54,6 +54,26 @@ def drawn_gradients(
     return gradients
 
 
+def mean_of(step: int, world_size: int) -> list[Tensor]:
+    """The mean over the ranks of what :func:`drawn_gradients` hands out at a step."""
+    every = [drawn_gradients(rank, step) for rank in range(world_size)]
+    return [sum(g / world_size for g in of_one) for of_one in zip(*every, strict=True)]
+
+
+def gradients_of(model: nn.Module, rank: int, step: int) -> list[Tensor]:
+    """What arrives in a :class:`ChosenGradients` model that is given a step's drawn gradients."""
+    model.zero_grad()
+    model(drawn_gradients(rank, step)).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def close(got: list[Tensor], want: list[Tensor]) -> bool:
+    """Whether tensors are equal to a millionth of the largest element."""
+    return all(
+        bool((a - b).abs().max() <= 1e-6 * b.abs().max()) for a, b in zip(got, want, strict=True)
+    )
+
+
 def ddp(module: nn.Module, **options: Any) -> DistributedDataParallel:
     """The module in DDP with buckets of about 4 kB, so that small models have several."""
     return DistributedDataParallel(module, **{"bucket_cap_mb": 0.004, **options})

@@ -13,13 +13,23 @@ from effadam_hook.errors import UnsupportedBackendError
 from effadam_hook.exchange.compat import backend_of
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lanes import LaneExchange
+from effadam_hook.exchange.probe import agree_on_topology, slowest
 from effadam_hook.exchange.rank0 import Rank0
 from effadam_hook.exchange.sharded import Sharded
 from effadam_hook.exchange.stream import StreamExchange
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog import Passage, Watch
 
-__all__ = ["Exchange", "Passage", "Topology", "Watch", "make_exchange", "make_topology"]
+__all__ = [
+    "Exchange",
+    "Passage",
+    "Topology",
+    "Watch",
+    "agree_on_topology",
+    "make_exchange",
+    "make_topology",
+    "slowest",
+]
 
 
 class Exchange(Protocol):

@@ -1,0 +1,210 @@
+"""Choosing by measurement: the topology, and whether to compress at all."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from effadam_hook import DisagreementError, EfficientAdam, attach
+from effadam_hook.exchange import probe
+from effadam_hook.plan import BucketPlan
+from effadam_hook.trial import Trial
+from harness import run_ranks
+from training import ChosenGradients, close, ddp, gradients_of, mean_of
+
+STEPS = 16
+"""That a trial takes, warm-up aside."""
+
+
+def test_a_trial_times_dense_steps_and_then_compressed_ones() -> None:
+    trial = Trial()
+    now, compressed = 0.0, []
+    while not trial.is_complete:
+        trial.begin_step(now)
+        if not trial.is_complete:
+            compressed.append(trial.compresses)
+            # The first of each kind are slow, and do not count.
+            first = compressed.count(compressed[-1]) <= 3
+            now += 9.0 if first else 1.0 + compressed[-1]
+    assert compressed == [False] * 8 + [True] * 8
+    assert trial.medians_s() == (1.0, 2.0)
+    assert trial.pays is None and trial.verdict == "being tried out"
+
+
+@pytest.mark.parametrize(
+    ("dense_s", "compressed_s", "pays"), [(0.1, 0.05, True), (0.1, 0.099, False), (0.1, 0.2, False)]
+)
+def test_a_trial_keeps_dense_steps_unless_compressed_ones_are_clearly_faster(
+    dense_s: float, compressed_s: float, pays: bool
+) -> None:
+    trial = Trial()
+    trial.decide(dense_s, compressed_s)
+    assert trial.pays is trial.compresses is pays
+    assert "a step takes 100.0 ms dense" in trial.verdict
+
+
+def slow_down_compression(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = BucketPlan.encode
+
+    def encode(plan: BucketPlan) -> None:
+        time.sleep(0.06)
+        original(plan)
+
+    monkeypatch.setattr(BucketPlan, "encode", encode)
+
+
+def try_out(
+    rank: int, world_size: int, slow: str, warmup: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if slow == "compressed" and rank == 1:
+            slow_down_compression(monkeypatch)
+        model = ddp(ChosenGradients(dtype=torch.float64))
+        state = attach(model, auto=True, warmup_steps=warmup, quantizer="lloyd2", **options)
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        wanted = [torch.zeros_like(p) for p in model.parameters()]
+        bytes_sent = []
+        for step in range(warmup + STEPS + 4):
+            if slow == "dense" and rank == 1 and step < warmup + 8:
+                time.sleep(0.06)
+            before = state.stats()["uplink_bytes"]
+            for sum_, got in zip(total, gradients_of(model, rank, step), strict=True):
+                sum_.add_(got)
+            for sum_, mean in zip(wanted, mean_of(step, world_size), strict=True):
+                sum_.add_(mean)
+            sent = state.stats()["uplink_bytes"] - before
+            dense = sum(p.numel() * 8 for p in model.parameters())
+            bytes_sent.append("dense" if sent == dense else "compressed")
+        stats = state.stats()
+        state.close()
+    return {
+        "kinds": bytes_sent,
+        "enabled": state.enabled,
+        "summary": state.summary(),
+        "residuals": stats["worker_residual_norm"] + stats["server_residual_norm"],
+        "lost": close(total, wanted),
+    }
+
+
+@pytest.mark.parametrize("topology", ["rank0", "sharded"])
+def test_where_compression_is_slower_dense_steps_stay_and_residuals_are_given_back(
+    topology: str,
+) -> None:
+    for result in run_ranks(try_out, 3, "compressed", 2, {"topology": topology}):
+        assert result["kinds"] == ["dense"] * 10 + ["compressed"] * 8 + ["dense"] * 4
+        assert result["enabled"] is False
+        assert "  auto         dense: a step takes" in result["summary"]
+        assert result["residuals"] == 0.0
+        assert result["lost"]  # nothing is: the sums are equal
+
+
+def test_where_compression_is_faster_it_stays() -> None:
+    for result in run_ranks(try_out, 2, "dense", 0, {}):
+        assert result["kinds"] == ["dense"] * 8 + ["compressed"] * 12
+        assert result["enabled"] is True
+        assert "  auto         compressed: a step takes" in result["summary"]
+
+
+def try_out_updates(rank: int, world_size: int) -> list[list[Tensor]]:
+    model = ddp(ChosenGradients())
+    optimizer = EfficientAdam(model.parameters(), lr=1e-2)
+    attach(model, auto=True, optimizer=optimizer, quantizer="lloyd2")
+    weights = []
+    for step in range(STEPS + 3):
+        gradients_of(model, rank, step)
+        optimizer.step()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    return weights
+
+
+def test_replicas_stay_equal_when_updates_are_tried_out() -> None:
+    first, second = run_ranks(try_out_updates, 2)
+    for here, there in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def choose(rank: int, world_size: int, times_s: tuple[float, float]) -> tuple[str, list[Tensor]]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # The slowest rank's times decide.
+        own = iter(times_s if rank == 1 else (0.0, 0.0))
+        monkeypatch.setattr(probe, "_time", lambda *_: next(own))
+        model = ddp(ChosenGradients())
+        state = attach(model, topology="auto", quantizer="lloyd3")
+        assert "topology     auto" in state.summary()
+        got = [g for step in range(3) for g in gradients_of(model, rank, step)]
+    return state.summary(), got
+
+
+def test_the_faster_topology_is_chosen_on_all_ranks_alike() -> None:
+    slow, fast = "topology     rank0, chosen: ", "topology     sharded, chosen: "
+    results = {}
+    for times_s, expected in (((0.1, 0.2), slow), ((0.2, 0.1), fast), ((0.1, 0.099), slow)):
+        ranks = run_ranks(choose, 3, times_s)
+        assert all(expected in summary for summary, _ in ranks)
+        results[expected] = ranks[0][1]
+    assert all(torch.equal(a, b) for a, b in zip(results[slow], results[fast], strict=True))
+
+
+def measure(rank: int, world_size: int) -> tuple[str, bool]:
+    model = ddp(ChosenGradients())
+    state = attach(model, topology="auto", quantizer="none")
+    equal = close(gradients_of(model, rank, 0), mean_of(0, world_size))
+    return state.summary(), equal
+
+
+def test_topologies_are_timed_before_the_first_bucket() -> None:
+    for summary, equal in run_ranks(measure, 3):
+        assert equal
+        assert "ms in rank0" in summary and "ms in sharded" in summary
+
+
+def resume(rank: int, world_size: int, saved_with: str, how: str, loaded_on: int) -> str:
+    torch.manual_seed(0)
+    model = ddp(ChosenGradients())
+    state = attach(model, topology=saved_with, quantizer="lloyd2")
+    for step in range(3):
+        gradients_of(model, rank, step)
+    saved: list[Any] = [state.state_dict()]
+    if how == "full":
+        saved = [state.full_state_dict()]
+        torch.distributed.broadcast_object_list(saved, src=0)
+    expected = gradients_of(model, rank, 3)
+    state.close()
+
+    model = ddp(ChosenGradients())
+    state = attach(model, topology="auto", quantizer="lloyd2")
+    if rank < loaded_on:
+        state.load_state_dict(saved[0])
+    try:
+        resumed = gradients_of(model, rank, 3)
+    except DisagreementError as error:
+        return str(error)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, expected, strict=True))
+    return state.summary()
+
+
+@pytest.mark.parametrize("how", ["own", "full"])
+@pytest.mark.parametrize("saved_with", ["rank0", "sharded"])
+def test_a_loaded_state_decides_the_topology(saved_with: str, how: str) -> None:
+    for summary in run_ranks(resume, 3, saved_with, how, 3):
+        assert f"topology     {saved_with}, chosen: as the saved state" in summary
+
+
+def test_a_state_that_only_some_ranks_have_loaded_is_an_error_on_all() -> None:
+    for rank, message in enumerate(run_ranks(resume, 3, "sharded", "own", 2)):
+        assert "Only some ranks have loaded a saved state" in message
+        assert ("this rank has not" in message) == (rank == 2)
+
+
+def refuse(rank: int, world_size: int) -> str:
+    with pytest.raises(ValueError, match="Invalid enabled: False with auto=True") as caught:
+        attach(ddp(ChosenGradients()), auto=True, enabled=False)
+    return str(caught.value)
+
+
+def test_auto_and_off_contradict_each_other() -> None:
+    assert "auto decides" in run_ranks(refuse, 1)[0]
