@@ -5,7 +5,7 @@
 
 Nothing else runs in the ranks: no model, no kernels. A payload is what a worker sends to the servers,
 as a whole. The floor is what the busiest direction of the busiest link takes for the bytes that the
-links counted. The patterns named ``pairs`` are those of this project's exchange on Gloo.
+links counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from netlab import LabError, Link, NetLab, RankError, read_wire_bytes, run_in_lab
 from torch import Tensor
 
-from effadam_hook.exchange.compat import gather_to_first
+from effadam_hook.exchange.compat import all_gather_flat, gather_to_first
 
 Pattern = Callable[[Tensor, Tensor, dist.ProcessGroup], None]
 _LINE = "{:<24}{:>12}{:>12}{:>10}{:>12}{:>10}"
@@ -47,7 +47,7 @@ def _all_to_all(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def _all_gather(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
-    _wait(dist.all_gather_into_tensor(out.view(-1), payload[0], group=group, async_op=True))
+    _wait(all_gather_flat(out.view(-1), payload[0], group))
 
 
 def _gather(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
@@ -59,46 +59,7 @@ def _broadcast(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
     _wait(dist.broadcast(payload.view(-1), src=0, group=group, async_op=True))
 
 
-def _pair_works(
-    payload: Tensor, out: Tensor, group: dist.ProcessGroup, same: bool
-) -> list[dist.Work]:
-    rank, size = group.rank(), group.size()
-    out[rank].copy_(payload[0 if same else rank])
-    works = []
-    for step in range(1, size):
-        to, source = (rank + step) % size, (rank - step) % size
-        sizes_in, sizes_out = [0] * size, [0] * size
-        sizes_in[to] = payload.shape[1]
-        sizes_out[source] = payload.shape[1]
-        work = dist.all_to_all_single(
-            out[source], payload[0 if same else to], sizes_out, sizes_in, group=group, async_op=True
-        )
-        works.append(work)
-    return works
-
-
-def _pairs_a2a(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
-    for work in _pair_works(payload, out, group, False):
-        work.wait()
-
-
-def _pairs_gather(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
-    for work in _pair_works(payload, out, group, True):
-        work.wait()
-
-
-def _isend(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
-    rank, size = group.rank(), group.size()
-    out[rank].copy_(payload[rank])
-    for step in range(1, size):
-        to, source = (rank + step) % size, (rank - step) % size
-        a = dist.isend(payload[to], to, group=group)
-        b = dist.irecv(out[source], source, group=group)
-        a.wait()
-        b.wait()
-
-
-def _isend_all(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
+def _sends(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
     rank, size = group.rank(), group.size()
     out[rank].copy_(payload[rank])
     works = []
@@ -107,17 +68,14 @@ def _isend_all(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
         works.append(dist.irecv(out[source], source, group=group))
         works.append(dist.isend(payload[to], to, group=group))
     for work in works:
-        work.wait()
+        _wait(work)
 
 
 PATTERNS: dict[str, Pattern] = {
-    "all_reduce": _all_reduce,
+    "all_reduce, float32": _all_reduce,
     "all_to_all": _all_to_all,
-    "pairs a2a": _pairs_a2a,
-    "isend seq": _isend,
-    "isend all": _isend_all,
+    "the same by isend/irecv": _sends,
     "all_gather": _all_gather,
-    "pairs gather": _pairs_gather,
     "gather": _gather,
     "broadcast": _broadcast,
 }

@@ -149,9 +149,7 @@ class Training:
         self.settings = settings
         self.model = task.build_model().to(worker.device)
         self.optimizer = build_optimizer(self.model.parameters(), mode, options)
-        self.ddp_model = DistributedDataParallel(
-            self.model, device_ids=None if worker.device.type == "cpu" else [worker.device]
-        )
+        self.ddp_model = self.wrap()
         self.state = attach_state(self.ddp_model, self.optimizer, mode, options)
         self.held_out = tuple(part[worker.rank :: worker.world_size] for part in task.held_out())
         self.result = Run(
@@ -164,6 +162,13 @@ class Training:
             self.result.points = [Point(**point) for point in points]
         self.wire = Wire(self.result.dense_bytes_per_step, self.state)
         self.progress = Progress(self.result, task, options.steps, enabled=worker.is_main)
+
+    def wrap(self) -> DistributedDataParallel:
+        """The model in DDP; in a method of its own for benchmarks to put other hooks on it."""
+        on_cpu = self.worker.device.type == "cpu"
+        return DistributedDataParallel(
+            self.model, device_ids=None if on_cpu else [self.worker.device]
+        )
 
     def run(self) -> Run:
         """Train to the end.
