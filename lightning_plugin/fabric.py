@@ -50,6 +50,7 @@ class FabricStrategyMixin(Adaptable, Base):
         exact: Sequence[str] = ("1d",),
         warmup_steps: int = 0,
         enabled: bool = True,
+        auto: bool = False,
         scale_rule: str = "least_squares",
         precondition: bool = False,
         quantize_weights: bool = False,
@@ -65,6 +66,7 @@ class FabricStrategyMixin(Adaptable, Base):
             "exact": exact,
             "warmup_steps": warmup_steps,
             "enabled": enabled,
+            "auto": auto,
             "scale_rule": scale_rule,
         }
         mode_options: dict[str, Any] = {

@@ -30,15 +30,18 @@ def check_hook_options(options: Mapping[str, Any], mode_options: Mapping[str, An
     """Check the options of the exchange as far as that is possible without a process group.
 
     Args:
-        options: Those of :class:`effadam_hook.EfficientAdamState`.
+        options: Those of :class:`effadam_hook.EfficientAdamState`, and ``auto`` of
+            :func:`effadam_hook.attach`.
         mode_options: ``precondition`` and ``quantize_weights`` of :func:`effadam_hook.attach`.
 
     Raises:
         ValueError: If an option has no such value.
         TypeError: If an option has the wrong type.
     """
-    EfficientAdamState(**options)
-    for name, value in mode_options.items():
+    EfficientAdamState(**{name: value for name, value in options.items() if name != "auto"})
+    if options["auto"] and not options["enabled"]:
+        raise ValueError("Invalid enabled: False with auto=True. Must be True: auto decides.")
+    for name, value in {"auto": options["auto"], **mode_options}.items():
         if not isinstance(value, bool):
             raise TypeError(f"Invalid {name}: {value!r}. Must be True or False.")
     if all(mode_options.values()):

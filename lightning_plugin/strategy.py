@@ -53,12 +53,15 @@ class StrategyMixin(Adaptable, Base):
         worker_quantizer: The uplink's, if it is to differ.
         server_quantizer: The downlink's, if it is to differ.
         block_size: Elements that share a scale, a power of two from 16 to 4096.
-        topology: ``"rank0"`` (rank 0 is the server) or ``"sharded"`` (every rank, for its share).
+        topology: ``"rank0"`` (rank 0 is the server), ``"sharded"`` (every rank, for its share) or
+            ``"auto"`` (whichever is faster on this link).
         error_feedback: Whether what quantization dropped is added to the next step, on both sides.
         exact: Rules for parameters that travel uncompressed: ``"1d"``, ``"<N"`` (fewer than N
             elements), or shell patterns for names, such as ``"*.norm*"``.
         warmup_steps: Backward passes with a dense all-reduce before compression starts.
         enabled: Whether to compress at all; see ``hook_state.enabled`` for switching later.
+        auto: Whether to time some dense and some compressed steps first and keep the faster kind, see
+            :func:`effadam_hook.attach`.
         scale_rule: How a block finds its scale, ``"least_squares"`` or ``"absmax"``.
         precondition: Whether to quantize the gradient in units of the root of the second moment of
             the model's ``torch.optim.Adam`` or ``AdamW``, which is worth about one bit.
@@ -87,6 +90,7 @@ class StrategyMixin(Adaptable, Base):
         exact: Sequence[str] = ("1d",),
         warmup_steps: int = 0,
         enabled: bool = True,
+        auto: bool = False,
         scale_rule: str = "least_squares",
         precondition: bool = False,
         quantize_weights: bool = False,
@@ -102,6 +106,7 @@ class StrategyMixin(Adaptable, Base):
             "exact": exact,
             "warmup_steps": warmup_steps,
             "enabled": enabled,
+            "auto": auto,
             "scale_rule": scale_rule,
         }
         mode_options: dict[str, Any] = {
@@ -179,7 +184,8 @@ class StrategyMixin(Adaptable, Base):
             f"down {config.server_quantizer}, topology {config.topology}."
         )
         if before is not None and model_before is self.lightning_module:
-            state.enabled = before.enabled
+            if not self._hook_options["auto"]:
+                state.enabled = before.enabled
             if not self._weights_replaced:
                 self._hand_on(before, state)  # [4]
         self._trained = weakref.ref(self.lightning_module)

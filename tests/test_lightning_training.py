@@ -246,6 +246,23 @@ def test_update_mode_and_others_that_know_the_optimizer() -> None:
         assert all(bool(w.isfinite().all()) for w in one)
 
 
+def by_measurement(rank: int, world_size: int) -> tuple[list[Tensor], str]:
+    pose_as_torchrun(rank, world_size)
+    family = load_family(FAMILIES[0])
+    module = make_module(family)
+    trainer = make_trainer(family, strategy(topology="auto", auto=True), ".", max_epochs=20)
+    trainer.fit(module, loader())
+    trainer.fit_loop.max_epochs = 40
+    trainer.fit(module, loader())  # has a trial of its own
+    return weights(module), trainer.strategy.hook_state.summary()
+
+
+def test_a_trainer_can_leave_the_choice_to_measurements() -> None:
+    (first, summary), (second, _) = run_ranks(by_measurement, 2)
+    assert same(first, second)
+    assert "chosen: " in summary and ": a step takes" in summary
+
+
 def train_in(rank: int, world_size: int, precision: str) -> tuple[list[Tensor], float, float]:
     """A step of rank 1 overflows; with a gradient scaler it must be skipped everywhere."""
     pose_as_torchrun(rank, world_size)
