@@ -350,21 +350,28 @@ class Engine:
             if self.mode.max_grad_norm is not None:
                 self._waiting.append((plan, passage))
             else:
-                self._exchange.submit(plan, passage)
+                self._submit(plan, passage)
         assert future is not None
         return future
+
+    def _submit(self, plan: BucketPlan, passage: Passage) -> None:
+        assert self._exchange is not None
+        try:
+            self._exchange.submit(plan, passage)
+        except Exception as error:  # which backward then raises, like that of a lane
+            self.watch.broke(passage, error)
 
     def _release_waiting(self) -> None:
         """Bound the gradient's norm over all buckets, now that the last one is here."""
         if not self._waiting:
             return
-        assert self.mode.max_grad_norm is not None and self._exchange is not None
+        assert self.mode.max_grad_norm is not None
         buckets = [plan.bucket for plan, _ in self._waiting]
         norm = torch.stack([bucket.float().norm() for bucket in buckets]).norm()
         factor = (self.mode.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for plan, passage in self._waiting:
             plan.bucket.mul_(factor.to(plan.bucket.dtype))
-            self._exchange.submit(plan, passage)
+            self._submit(plan, passage)
         self._waiting.clear()
 
     def _plan(self, index: int, buffer: Tensor, parameters: Sequence[Tensor]) -> list[BucketPlan]:

@@ -16,7 +16,7 @@ from effadam_hook._version import STATE_VERSION, __version__
 from effadam_hook.config import Config
 from effadam_hook.engine import Engine
 from effadam_hook.errors import StateMismatchError
-from effadam_hook.exchange.compat import gather_bytes
+from effadam_hook.exchange.compat import device_of, gather_bytes
 from effadam_hook.layout import share_of
 from effadam_hook.modes import Mode
 from effadam_hook.saved import check_fits, check_saved, merge_saved, share_saved
@@ -302,8 +302,7 @@ class EfficientAdamState:
         group = self._engine.group
         file = io.BytesIO()
         torch.save(self.state_dict(), file)
-        device = self._engine.parameters.device()
-        files = gather_bytes(file.getvalue(), group, device, everywhere=False)
+        files = gather_bytes(file.getvalue(), group, device_of(group), everywhere=False)
         if not files:
             return {}
         states = [
@@ -360,11 +359,10 @@ class EfficientAdamState:
                 raise StateMismatchError(
                     f"The saved state has version {saved['version']!r}. Must be {STATE_VERSION}."
                 )
-            merged = merge_saved(saved["ranks"])
             own: Mapping[str, Any] = saved["ranks"][group.rank() % len(saved["ranks"])]
             if (own["world_size"], own["servers"], own["block_size"]) != here:
                 own = share_saved(
-                    merged,
+                    merge_saved(saved["ranks"]),
                     rank=group.rank(),
                     world_size=group.size(),
                     servers=servers,

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from effadam_hook import attach
 from effadam_hook.exchange import watchdog
@@ -368,6 +368,30 @@ def test_a_new_process_group_and_attach_in_one_process(tmp_path: Path) -> None:
         assert threads == []
         for grads in lives[1:]:
             assert all(torch.equal(a, b) for a, b in zip(grads, lives[0], strict=True))
+
+
+def train_many(rank: int, world_size: int) -> tuple[list[list[Tensor]], list[int]]:
+    results, groups, kept = [], [], []
+    for life in range(6):
+        model = ddp(ChosenGradients())
+        state = attach(model, quantizer="lloyd2", topology=TOPOLOGIES[life % 2])
+        for step in range(3):
+            backward(model, rank, step)
+        results.append([p.grad.clone() for p in model.parameters()])
+        groups.append(len(dist.distributed_c10d._world.pg_map))
+        # In the fourth life the exchange ends on one rank only, and its groups cannot be taken.
+        if life != 3 or rank == 0:
+            state.close()
+        else:
+            kept.append((model, state))
+    return results, groups
+
+
+def test_exchanges_that_follow_one_another_share_their_groups() -> None:
+    for results, groups in run_ranks(train_many, 3):
+        assert groups == [3, 3, 3, 3, 5, 5]
+        for grads in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(grads, results[0], strict=True))
 
 
 def time_out_of_lanes(rank: int, world_size: int, folder: str) -> list[float]:

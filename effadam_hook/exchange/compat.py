@@ -17,6 +17,7 @@ __all__ = [
     "abandon",
     "all_gather_flat",
     "backend_of",
+    "device_of",
     "gather_bytes",
     "gather_to_first",
     "new_group_like",
@@ -102,6 +103,13 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
     """Name of the backend that a group uses for tensors on a device, in lower case."""
     name: str = group._get_backend(device).name()
     return name.lower()
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """A device whose tensors a group can send: the CPU where it can."""
+    if any(device.type == "cpu" for device in group._device_types):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:

@@ -55,7 +55,12 @@ class DenseExchange:
             self._lane = Lane("effadam-dense", _finish, self._watch)
             self._watch.on_failure(lambda: abandon(group))
             self._watch.on_close(self._lane.close)
-        self._lane.put(passage, self._start(buffer, also))
+        try:
+            works = self._start(buffer, also)
+        except Exception as error:  # which backward then raises, like one of waiting
+            self._watch.broke(passage, error)
+        else:
+            self._lane.put(passage, works)
         return passage.future
 
     def _start(self, buffer: Tensor, also: Sequence[Tensor]) -> list[dist.Work]:

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from effadam_hook.exchange.compat import abandon, new_group_like
+from effadam_hook.exchange.compat import abandon
 from effadam_hook.exchange.dense import start_average
+from effadam_hook.exchange.groups import borrow_groups
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lane import Lane
 from effadam_hook.exchange.topology import Topology
@@ -47,14 +48,19 @@ class LaneExchange:
         # With more ranks every peer's share of a part is smaller.
         self.part_numel: int | None = _PART_NUMEL * max(1, group.size() // 8)
         self._topology = topology
-        self._up_group = up = new_group_like(group)
-        self._down_group = down = new_group_like(group)
+        pair = borrow_groups(group)
+        self._up_group, self._down_group = up, down = pair.up, pair.down
         self._up = Lane("effadam-up", self._step_up, watch)
         self._across = Lane("effadam-across", self._step_across, watch)
         self._down = Lane("effadam-down", self._step_down, watch)
         watch.on_failure(lambda: abandon(up, down))
         for lane in (self._up, self._across, self._down):
             watch.on_close(lane.close)
+
+        def give_back() -> None:
+            pair.is_free = watch.failure is None and not watch.pending
+
+        watch.on_close(give_back)
 
     def new_future(self) -> Future[Tensor]:
         """A future for a job, to be handed to DDP."""

@@ -45,7 +45,7 @@ def complaint(path: Path, settings: str) -> str | None:
     """Why the checkpoint at `path` cannot be resumed with these settings; None if it can."""
     try:
         then = json.loads(torch.load(path, map_location="cpu", weights_only=True)["settings"])
-    except (KeyError, TypeError, RuntimeError, ValueError, UnpicklingError):
+    except (EOFError, KeyError, TypeError, RuntimeError, ValueError, UnpicklingError):
         return f"{path} is not a checkpoint of this program"
     now = json.loads(settings)
     differences = [
