@@ -47,6 +47,11 @@ METHODS = {
     "pre lloyd3": (6e-3, f"{_OURS} preconditioned --quantizer lloyd3", ""),
     "update lloyd3": (12e-3, f"{_OURS} update --quantizer lloyd3", ""),
     "update lloyd2": (12e-3, f"{_OURS} update --quantizer lloyd2", ""),
+    "shared lloyd2": (
+        6e-3,
+        f"{_OURS} update --quantizer lloyd2 --second-moment shared --refresh-every 64",
+        "",
+    ),
 }
 """Learning rate, options of `examples/train_text.py`, and another library's hook, if any."""
 
@@ -58,6 +63,7 @@ class Curve:
     Attributes:
         method: Its name.
         link: The link's.
+        lr: Learning rate.
         steps: Optimizer steps at every validation.
         losses: Validation losses, nats.
         seconds: Training time until then.
@@ -66,6 +72,7 @@ class Curve:
 
     method: str
     link: str
+    lr: float
     steps: list[int]
     losses: list[float]
     seconds: list[float]
@@ -125,12 +132,16 @@ class _Measured(Training):
         return total
 
 
-def _run_rank(worker: Worker, names: list[str], common: list[str], link: str, out: Path) -> None:
+def _run_rank(
+    worker: Worker, names: list[str], lr: float | None, common: list[str], link: str, out: Path
+) -> None:
     curves: list[dict[str, Any]] = []
     for name in names:
-        lr, options, hook = METHODS[name]
+        own_lr, options, hook = METHODS[name]
         parser = build_parser()
-        arguments = parser.parse_args(["--no-plot", f"--lr={lr}", *shlex.split(options), *common])
+        arguments = parser.parse_args(
+            ["--no-plot", f"--lr={lr or own_lr}", *shlex.split(options), *common]
+        )
         parsed = read(parser, arguments)
         task = Text(read_text_options(parser, arguments))
         kind = type("Measured", (_Measured,), {"hook": hook})
@@ -140,6 +151,7 @@ def _run_rank(worker: Worker, names: list[str], common: list[str], link: str, ou
             {
                 "method": name,
                 "link": link,
+                "lr": lr or own_lr,
                 "steps": [point.step for point in points],
                 "losses": [point.loss for point in points],
                 "seconds": [point.seconds for point in points],
@@ -161,7 +173,7 @@ def report(curves: list[Curve], target: float) -> str:
         steps, seconds, megabytes = curve.until(target)
         ratio = seconds / dense.get(curve.link, math.nan)
         lines.append(
-            f"{curve.link:<10}{curve.method:<16}{METHODS[curve.method][0]:>8g}"
+            f"{curve.link:<10}{curve.method:<16}{curve.lr:>8g}"
             f"{curve.losses[-1]:>9.4f}{steps:>8.0f}{seconds:>9.1f}{ratio:>8.2f}{megabytes:>10.1f}"
         )
     return "\n".join(lines)
@@ -204,6 +216,7 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=4, metavar="N")
     parser.add_argument("--rate", action="append", help="of each link, as in 200mbit; repeatable")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--lr", type=float, help="for all methods, in place of each one's own")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--validate-every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
@@ -218,7 +231,7 @@ def main() -> int:
             *(f"--steps={args.steps}", f"--seed={args.seed}"),
             f"--validate-every={args.validate_every}",
         ]
-        launch(_run_rank, args.hosts, "cpu", args.methods, common, rates[0], args.rank_out)
+        launch(_run_rank, args.hosts, "cpu", args.methods, args.lr, common, rates[0], args.rank_out)
         return 0
     curves = []
     try:
@@ -231,6 +244,7 @@ def main() -> int:
                 options = ["--hosts", args.hosts, "--rate", rate, "--methods", *args.methods]
                 options += ["--steps", args.steps, "--validate-every", args.validate_every]
                 options += ["--seed", args.seed, "--rank-out", out]
+                options += ["--lr", args.lr] if args.lr is not None else []
                 run_in_lab(lab, [sys.executable, __file__, *map(str, options)])
                 curves += [Curve(**curve) for curve in json.loads(out.read_text())]
     except (LabError, RankError, ValueError) as error:
