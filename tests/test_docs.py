@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import inspect
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach
 from effadam_hook.quantizers import QUANTIZERS, SCALE_BYTES
@@ -77,6 +80,24 @@ def test_programs_run_on_two_ranks(
     run_ranks(run_program, 2, str(path), port, backend=None)
     assert re.search(r"x (less|fewer)|compressed", capsys.readouterr().out)
     assert code.startswith(f"# {title}\n")
+
+
+def run_fragments(rank: int, world_size: int) -> int:
+    from lightning.pytorch import Trainer
+
+    fragments = [code for title, code in blocks(ROOT / "README.md") if not title]
+    for code in fragments:
+        names = {
+            "args": argparse.Namespace(effadam=True),
+            "ddp_model": DistributedDataParallel(nn.Linear(4, 4)),
+            "Trainer": Trainer,
+        }
+        exec(code, names)
+    return len(fragments)
+
+
+def test_the_fragments_of_the_readme_run() -> None:
+    assert run_ranks(run_fragments, 1) == [3]
 
 
 @in_every_document
@@ -173,6 +194,12 @@ def test_the_pages_of_the_site_are_in_its_navigation() -> None:
     site = (ROOT / "mkdocs.yml").read_text()
     for page in ROOT.glob("docs/*.md"):
         assert f": {page.name}" in site, page.name
+
+
+@in_every_document
+def test_tests_that_are_named_exist(document: Path) -> None:
+    for module, function in re.findall(r"`(test_\w+)::(test_\w+)`", document.read_text()):
+        assert f"def {function}(" in (ROOT / "tests" / f"{module}.py").read_text(), function
 
 
 @in_every_document
