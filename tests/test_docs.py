@@ -199,12 +199,6 @@ def test_files_and_make_targets_that_are_named_exist(document: Path) -> None:
         assert (ROOT / name).is_file(), name
 
 
-def test_the_pages_of_the_site_are_in_its_navigation() -> None:
-    site = (ROOT / "mkdocs.yml").read_text()
-    for page in ROOT.glob("docs/*.md"):
-        assert f": {page.name}" in site, page.name
-
-
 @in_every_document
 def test_tests_that_are_named_exist(document: Path) -> None:
     for module, function in re.findall(r"`(test_\w+)::(test_\w+)`", document.read_text()):
