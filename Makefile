@@ -11,12 +11,13 @@ KERNEL_SOURCES := $(wildcard effadam_hook/kernels/csrc/*.[ch])
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check fuzz soak bench bench-gpu sanitize fmt clean
+.PHONY: help venv demo test check docs docs-serve fuzz soak bench bench-gpu sanitize fmt clean
 
 help:
 	@echo "make demo    train a small GPT on 2 local workers, dense and compressed, and compare"
 	@echo "make test    run the test suite"
-	@echo "make check   ruff and mypy"
+	@echo "make check   ruff, mypy, and the documentation with warnings as errors"
+	@echo "make docs    build the documentation into build/site; make docs-serve shows it while you write"
 	@echo "make fuzz    draw random runs and faults for MINUTES=30, renew the table in docs/reliability.md"
 	@echo "make soak    10,000 steps of a tiny model on three ranks"
 	@echo "make bench   time the kernels"
@@ -39,10 +40,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)
 
-check: $(STAMP)
+check: docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict $(PACKAGES)
+
+# The variable silences an advertisement of the theme's.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve --strict $(ARGS)
 
 MINUTES ?= 30
 
