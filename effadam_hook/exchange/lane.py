@@ -7,7 +7,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from effadam_hook.exchange.watchdog import Passage, Watch
+from effadam_hook.exchange.watchdog import END_S, Passage, Watch
 
 __all__ = ["Lane"]
 
@@ -39,7 +39,7 @@ class Lane(Generic[T]):
         """End the thread; a collective under way is left to its group's time-out."""
         self._queue.put(None)
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=1.0)
+            self._thread.join(timeout=END_S)
 
 
 def _run(

@@ -37,12 +37,14 @@ from torch.futures import Future
 from effadam_hook.errors import DisagreementError, EffAdamError
 from effadam_hook.exchange.compat import DefaultStore, wait_while
 
-__all__ = ["Passage", "Watch"]
+__all__ = ["END_S", "Passage", "Watch"]
 
 PATIENCE_S = 3.0
 """How long a bucket may be under way before the other ranks are asked."""
 ANSWER_S = 2.5
 """How long a failing rank waits for what the others know, before it raises."""
+END_S = 5.0
+"""How long to wait for a thread that has been asked to end, as it does at once on an idle machine."""
 
 _BUSY_TICK_S = 0.5
 _IDLE_TICK_S = 2.0
@@ -173,6 +175,7 @@ class Watch:
         self._round_done = threading.Condition()
         self._wake = threading.Event()
         self._closing = False
+        self._closing_once = threading.Lock()
         self._warned = -1
         self._errors = 0
         self._store = DefaultStore(f"effadam/{word}")
@@ -281,16 +284,17 @@ class Watch:
 
     def close(self) -> None:
         """End the threads. The other ranks learn that this one has left if they wait for it."""
-        if self._closing:
-            return
-        self._closing = True
+        with self._closing_once:
+            is_first, self._closing = not self._closing, True
         self._wake.set()
-        if self.pending:
-            self._run_actions(self._on_failure)
-        self._run_actions(self._on_close)
+        if is_first:
+            if self.pending:
+                self._run_actions(self._on_failure)
+            self._run_actions(self._on_close)
+        # Also if the thread itself has begun to close: the interpreter must not end before it.
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=1.0)
-        _open_watches.discard(self)
+            self._thread.join(timeout=END_S)
+            _open_watches.discard(self)
 
     # Stopping
 
