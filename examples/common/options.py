@@ -74,6 +74,7 @@ class Options:
     optimizer: str
     lr: float
     lr_warmup: int
+    betas: list[float]
     weight_decay: float
     steps: int
     stop_after: int | None
@@ -178,6 +179,14 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         type=int,
         help="steps of linear warm-up; cosine decay to 0 follows (default %(default)s)",
     )
+    training.add_argument(
+        "--betas",
+        type=float,
+        nargs=2,
+        default=[0.9, 0.999],
+        metavar="B",
+        help="Adam's (default 0.9 0.999)",
+    )
     training.add_argument("--weight-decay", type=float, default=0.01, help="default %(default)s")
     training.add_argument("--steps", type=int, help="default %(default)s")
     training.add_argument("--batch-size", type=int, help="per worker (default %(default)s)")
@@ -244,6 +253,8 @@ def _complaint(options: Options) -> str | None:
             return f"--{name.replace('_', '-')} must be at least {least}, got {value}"
     if not options.lr > 0:
         return f"--lr must be positive, got {options.lr}"
+    if not all(0 <= beta < 1 for beta in options.betas):
+        return f"--betas must be at least 0 and below 1, got {options.betas}"
     if under_torchrun() and options.workers != int(os.environ["WORLD_SIZE"]):
         return (
             f"--workers {options.workers} contradicts torchrun's world size"

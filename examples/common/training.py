@@ -260,6 +260,7 @@ def build_optimizer(
         return EfficientAdam(
             parameters,
             lr=options.lr,
+            betas=(options.betas[0], options.betas[1]),
             weight_decay=options.weight_decay,
             second_moment=options.second_moment,
             refresh_every=options.refresh_every,
@@ -269,7 +270,12 @@ def build_optimizer(
             parameters, lr=options.lr, momentum=0.9, weight_decay=options.weight_decay
         )
     adam = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
-    return adam(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    return adam(
+        parameters,
+        lr=options.lr,
+        betas=(options.betas[0], options.betas[1]),
+        weight_decay=options.weight_decay,
+    )
 
 
 def lr_factor(step: int, options: Options) -> float:
