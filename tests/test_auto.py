@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effadam_hook import DisagreementError, EfficientAdam, attach
-from effadam_hook.exchange import probe
+from effadam_hook.exchange import choice
 from effadam_hook.plan import BucketPlan
 from effadam_hook.trial import Trial
 from harness import run_ranks
@@ -131,7 +131,7 @@ def choose(rank: int, world_size: int, times_s: tuple[float, float]) -> tuple[st
     with pytest.MonkeyPatch.context() as monkeypatch:
         # The slowest rank's times decide.
         own = iter(times_s if rank == 1 else (0.0, 0.0))
-        monkeypatch.setattr(probe, "_time", lambda *_: next(own))
+        monkeypatch.setattr(choice, "_time", lambda *_: next(own))
         model = ddp(ChosenGradients())
         state = attach(model, topology="auto", quantizer="lloyd3")
         assert "topology     auto" in state.summary()

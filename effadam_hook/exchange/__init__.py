@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook.errors import UnsupportedBackendError
+from effadam_hook.exchange.choice import agree_on_topology, slowest
 from effadam_hook.exchange.compat import backend_of
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lanes import LaneExchange
-from effadam_hook.exchange.probe import agree_on_topology, slowest
 from effadam_hook.exchange.rank0 import Rank0
 from effadam_hook.exchange.sharded import Sharded
 from effadam_hook.exchange.stream import StreamExchange

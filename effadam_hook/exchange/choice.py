@@ -1,4 +1,4 @@
-"""Short measurements between the ranks, on whose results they agree."""
+"""Who is faster, and what is slowest: measurements on whose results all ranks agree."""
 
 from __future__ import annotations
 
