@@ -329,8 +329,10 @@ def misuse(rank: int, world_size: int) -> dict[str, str]:
     attempt("warmup", lambda: attach(wrapped, warmup_steps=-1))
     attach(wrapped)
     attempt("twice", lambda: attach(wrapped))
-    complex_model = nn.Linear(3, 3, dtype=torch.complex64)
-    attempt("complex", lambda: attach(ddp(complex_model, init_sync=False)))
+    # Not every version of torch can broadcast a complex parameter, as DDP does at the start.
+    complex_model = ddp(ChosenGradients())
+    complex_model.module.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    attempt("complex", lambda: attach(complex_model))
     unnamed = ddp(ChosenGradients())
     unnamed.register_comm_hook(EfficientAdamState(exact=("weights.*",)), efficient_adam_hook)
     attempt("unnamed", lambda: gradients_of(unnamed, rank, 0))
