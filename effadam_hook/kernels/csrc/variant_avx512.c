@@ -245,7 +245,7 @@ static void fused_sum(const Quantizer *quantizer, int count, int onto, const uin
 enum { CELLS = 16, LOWEST_OCTAVE = 127 - 8 };
 
 /* How a cell is found: it has a constant width, or is an octave; with at most one threshold there is but
- * one cell, and for linear levels there are none. */
+ * one cell. Integer levels up to the largest magnitude need none. */
 typedef enum { CELL_WIDTH, CELL_OCTAVE, CELL_ONLY, CELL_NONE } CellKind;
 
 /* Per cell, the thresholds in lower cells and the threshold inside. Ratios are in cell widths. */
@@ -284,10 +284,11 @@ static int find_cells(const Quantizer *quantizer, Cells *cells) {
         cells->inside[0] = quantizer->magnitudes == 2 ? quantizer->thresholds[0] : INFINITY;
         return 1;
     }
-    if (quantizer->magnitudes > TABLE_THRESHOLDS) {
+    if (quantizer->linear && quantizer->spread == 0) {
         cells->kind = CELL_NONE;
-        return quantizer->linear;
+        return 1;
     }
+    if (quantizer->magnitudes > TABLE_THRESHOLDS) return 0;
     cells->kind = CELL_WIDTH;
     for (; cells->per_unit <= 16; cells->per_unit *= 2)
         if (fill_cells(quantizer, cells)) return 1;
@@ -317,12 +318,14 @@ quantize_row(CellKind kind, int absmax, Quantizing *state, const float *value, _
     __m512 ratio = _mm512_mul_ps(_mm512_abs_ps(y), state->inverse);
     __mmask16 negative = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ);
     __m512i chosen;
+    __m512 q;
     if (kind == CELL_NONE) {
-        __m512i index = _mm512_cvttps_epi32(ratio);
-        __m512 rest = _mm512_sub_ps(ratio, _mm512_cvtepi32_ps(index));
-        __mmask16 above = _mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.5f), _CMP_GT_OQ);
-        index = _mm512_min_epi32(_mm512_mask_add_epi32(index, above, index, one), state->top);
-        chosen = _mm512_add_epi32(index, state->top);
+        /* Halves go down. A ratio exceeds the top level by no more than rounding does. */
+        __m512 half_less = _mm512_sub_ps(ratio, _mm512_set1_ps(0.5f));
+        chosen = _mm512_cvt_roundps_epi32(half_less, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+        chosen = _mm512_mask_sub_epi32(chosen, negative, _mm512_setzero_si512(), chosen);
+        q = _mm512_cvtepi32_ps(chosen);
+        chosen = _mm512_add_epi32(chosen, state->top);
     } else if (kind == CELL_ONLY) {
         __mmask16 above = _mm512_cmp_ps_mask(ratio, state->inside, _CMP_GT_OQ);
         chosen = _mm512_mask_add_epi32(state->below, above, state->below, one);
@@ -339,9 +342,10 @@ quantize_row(CellKind kind, int absmax, Quantizing *state, const float *value, _
         chosen = _mm512_permutexvar_epi32(cell, state->below);
         chosen = _mm512_mask_add_epi32(chosen, above, chosen, one);
     }
-    chosen = _mm512_mask_sub_epi32(chosen, negative, state->both_signs, chosen);
-    __m512 q = kind == CELL_NONE ? _mm512_cvtepi32_ps(_mm512_sub_epi32(chosen, state->top))
-                                 : _mm512_permutexvar_ps(chosen, state->levels);
+    if (kind != CELL_NONE) {
+        chosen = _mm512_mask_sub_epi32(chosen, negative, state->both_signs, chosen);
+        q = _mm512_permutexvar_ps(chosen, state->levels);
+    }
     q = _mm512_maskz_mov_ps(live, q);
     _mm512_storeu_ps(level, q);
     if (!absmax) {
