@@ -222,3 +222,14 @@ def test_allocates_nothing_that_stays() -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Invalid variant: 'mmx'\. Must be one of .*plain"):
         compiled("mmx")
+
+
+@pytest.mark.parametrize("index", [-(2**31), -1, 3, 2**31 - 1])
+def test_an_instruction_set_out_of_range_is_replaced_by_plain_code(index: int) -> None:
+    layout = layout_of((300,), "lloyd4")
+    x = values_like_gradients(300)
+    kernels = compiled()
+    assert kernels._library.effadam_variant_name(index) is None
+    kernels._variant_index = index
+    payload = encode(kernels, layout.uplink, x)
+    assert torch.equal(payload, encode(reference, layout.uplink, x))
