@@ -38,8 +38,9 @@ static const Variant *variant_at(int32_t index) {
         &effadam_avx512, &effadam_avx2,
 #endif
         &effadam_plain};
+    int32_t seen = 0;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (runs_here(all[i]) && index-- == 0) return all[i];
+        if (runs_here(all[i]) && seen++ == index) return all[i];
     return NULL;
 }
 
