@@ -65,6 +65,19 @@ def test_makes_the_bits_of_the_reference_for_every_block_size(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("count", [1, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", ["uniform8", "lloyd2", "ternary", "sign"])
+def test_makes_the_bits_of_the_reference_for_every_number_of_workers(
+    name: str, count: int, variant: str
+) -> None:
+    layout = layout_of((1300, 64), name)
+    workers = [values_like_gradients(layout.numel) for _ in range(count)]
+    workers[0][:256] *= 1e-37
+    made = exchanged(compiled(variant), layout, torch.float32, workers)
+    assert_same(made, exchanged(reference, layout, torch.float32, workers))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("up", "down"), [("lloyd4", "log4"), ("none", "lloyd2"), ("sign", "none")])
 def test_makes_the_bits_of_the_reference_for_every_dtype(
