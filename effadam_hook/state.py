@@ -17,6 +17,7 @@ from effadam_hook.config import Config
 from effadam_hook.engine import Engine
 from effadam_hook.errors import StateMismatchError
 from effadam_hook.exchange.compat import device_of, gather_bytes
+from effadam_hook.kernels import describe
 from effadam_hook.layout import share_of
 from effadam_hook.modes import Mode
 from effadam_hook.saved import check_fits, check_saved, merge_saved, share_saved
@@ -223,7 +224,7 @@ class EfficientAdamState:
         exact = [slot for slot in slots if slot.exact]
         kernels = "not chosen before the first backward"
         if engine.kernels is not None:
-            kernels = engine.kernels.name
+            kernels = describe(engine.kernels, engine.parameters.device())
         status = "on" if self.enabled else "off (dense all-reduce)"
         topology = config.topology
         if topology == "auto" and engine.has_topology:

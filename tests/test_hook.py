@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_warm_up_and_switching_use_the_dense_all_reduce() -> None:
         assert stats["dense_bytes"] == 8 * 2 * 4 * numel
         assert stats["uplink_bytes"] == stats["downlink_bytes"] < 4 * 4 * numel + 4 * numel
         assert "lloyd2" in result["summary"] and "exact        3 of 8" in result["summary"]
+
+
+def run_the_reference(rank: int, world_size: int) -> str:
+    os.environ["EFFADAM_KERNELS"] = "reference"
+    model = ddp(ChosenGradients())
+    state = attach(model)
+    gradients_of(model, rank, 0)
+    return state.summary()
+
+
+def test_the_summary_says_why_the_reference_runs() -> None:
+    (summary,) = run_ranks(run_the_reference, 1)
+    assert "  kernels      reference (as EFFADAM_KERNELS demands)\n" in summary
 
 
 def register_by_hand(rank: int, world_size: int) -> list[list[Tensor]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from effadam_hook import kernels
-from effadam_hook.kernels import KERNELS_VARIABLE, choose, cpu, select
+from effadam_hook.kernels import KERNELS_VARIABLE, choose, cpu, describe, reference, select
 from kernel_cases import needs_library
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -45,6 +45,8 @@ def test_without_a_library_the_reference_runs_and_says_so_once(
         warnings.simplefilter("error")
         assert select(CPU).name == "reference"
     assert choose(CPU).reason == "reference: no compiled library _cpu*.so in /somewhere"
+    said = describe(select(CPU), CPU)
+    assert said.startswith("reference (no compiled library _cpu*.so in /somewhere. Install a C com")
     monkeypatch.setenv(KERNELS_VARIABLE, "cpu")
     with pytest.raises(ImportError, match=r"EFFADAM_KERNELS=cpu was given, but no compiled"):
         select(CPU)
@@ -56,6 +58,16 @@ def test_without_triton_the_reference_runs_on_cuda_and_says_so(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.warns(RuntimeWarning, match=r"Triton is not installed\. Install it"):
         assert select(CUDA).name == "reference"
+
+
+@needs_library
+def test_the_description_follows_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe(select(CPU), CPU) == "cpu"
+    assert describe(reference, CPU) == "reference"
+    monkeypatch.setenv(KERNELS_VARIABLE, "reference")
+    assert describe(select(CPU), CPU) == "reference (as EFFADAM_KERNELS demands)"
+    monkeypatch.setenv(KERNELS_VARIABLE, "fast")
+    assert describe(reference, CPU) == "reference"
 
 
 @needs_library

@@ -65,6 +65,19 @@ def test_makes_the_bits_of_the_reference_for_every_block_size(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("count", [1, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", ["uniform8", "lloyd2", "ternary", "sign"])
+def test_makes_the_bits_of_the_reference_for_every_number_of_workers(
+    name: str, count: int, variant: str
+) -> None:
+    layout = layout_of((1300, 64), name)
+    workers = [values_like_gradients(layout.numel) for _ in range(count)]
+    workers[0][:256] *= 1e-37
+    made = exchanged(compiled(variant), layout, torch.float32, workers)
+    assert_same(made, exchanged(reference, layout, torch.float32, workers))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("up", "down"), [("lloyd4", "log4"), ("none", "lloyd2"), ("sign", "none")])
 def test_makes_the_bits_of_the_reference_for_every_dtype(
@@ -222,3 +235,14 @@ def test_allocates_nothing_that_stays() -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Invalid variant: 'mmx'\. Must be one of .*plain"):
         compiled("mmx")
+
+
+@pytest.mark.parametrize("index", [-(2**31), -1, 3, 2**31 - 1])
+def test_an_instruction_set_out_of_range_is_replaced_by_plain_code(index: int) -> None:
+    layout = layout_of((300,), "lloyd4")
+    x = values_like_gradients(300)
+    kernels = compiled()
+    assert kernels._library.effadam_variant_name(index) is None
+    kernels._variant_index = index
+    payload = encode(kernels, layout.uplink, x)
+    assert torch.equal(payload, encode(reference, layout.uplink, x))

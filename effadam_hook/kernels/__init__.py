@@ -6,6 +6,7 @@ one: ``reference``, ``cpu`` or ``triton``. What is missing is never replaced sil
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import warnings
@@ -19,7 +20,7 @@ from effadam_hook.kernels import reference
 from effadam_hook.kernels.sources import AdamSource, Preconditioner
 from effadam_hook.layout import Wire
 
-__all__ = ["KERNELS_VARIABLE", "Choice", "Kernels", "choose", "select"]
+__all__ = ["KERNELS_VARIABLE", "Choice", "Kernels", "choose", "describe", "select"]
 
 KERNELS_VARIABLE = "EFFADAM_KERNELS"
 """Environment variable that forces an implementation by its name."""
@@ -138,6 +139,25 @@ def select(device: torch.device) -> Kernels:
             stacklevel=2,
         )
     return choice.kernels
+
+
+def describe(kernels: Kernels, device: torch.device) -> str:
+    """What runs, for ``summary()``: its name first, and why, where it is the reference.
+
+    Args:
+        kernels: The implementation that runs.
+        device: Where the buckets live.
+
+    Returns:
+        One line; for the reference with the reason and the remedy, if there is one.
+    """
+    if kernels is reference:
+        with contextlib.suppress(ImportError, ValueError):  # the variable has changed since
+            choice = choose(device)
+            if choice.kernels is reference:
+                why = choice.remedy or choice.reason.removeprefix("reference: ")
+                return f"{kernels.name} ({why})"
+    return kernels.name
 
 
 _warned: set[str] = set()

@@ -12,6 +12,7 @@ Two things besides ``x + residual`` can be what is quantized:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def check_arguments(
     if residual is not None:
         _check("residual", residual, (compute,), (numel,), device)
     if payloads is not None and uplink is not None and server is not None:
-        _check_pair(uplink, wire, server)
+        _check_pair(uplink, wire)
         shape = (max(1, len(payloads)), uplink.stride_bytes)
         _check("payloads", payloads, (torch.uint8,), shape, device)
     if preconditioner is not None:
@@ -163,18 +164,25 @@ def _check(
         )
 
 
-def _check_pair(uplink: Wire, downlink: Wire, server: int) -> None:
+_pairs: WeakKeyDictionary[Wire, WeakSet[Wire]] = WeakKeyDictionary()
+
+
+def _check_pair(uplink: Wire, downlink: Wire) -> None:
+    """Compare the pieces of two wires, once: there may be hundreds."""
+    known = _pairs.setdefault(uplink, WeakSet())
+    if downlink in known:
+        return
     same = uplink.block_size == downlink.block_size and len(uplink.chunks) == len(downlink.chunks)
-    if same:
-        up, down = uplink.chunks[server].pieces, downlink.chunks[server].pieces
-        same = len(up) == len(down) and all(
-            (a.local, a.numel, a.slot) == (b.local, b.numel, b.slot)
-            for a, b in zip(up, down, strict=True)
-        )
+    same = same and all(
+        [(p.local, p.numel, p.slot) for p in up.pieces]
+        == [(p.local, p.numel, p.slot) for p in down.pieces]
+        for up, down in zip(uplink.chunks, downlink.chunks, strict=True)
+    )
     if not same:
         raise ValueError(
             "Invalid uplink: its pieces differ from the downlink's. Both must be of one BucketLayout."
         )
+    known.add(downlink)
 
 
 def _check_moments(

@@ -31,27 +31,22 @@ static int runs_here(const Variant *variant) {
 
 EXPORT int32_t effadam_abi_version(void) { return ABI_VERSION; }
 
-/* The variants of this build that this processor runs, best first; NULL past the last. */
-EXPORT const char *effadam_variant_name(int32_t index) {
-    static const Variant *const all[] = {
-#if defined(__x86_64__)
-        &effadam_avx512, &effadam_avx2,
-#endif
-        &effadam_plain};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (runs_here(all[i]) && index-- == 0) return all[i]->name;
-    return NULL;
-}
-
+/* The variants of this build that this processor runs, best first; NULL for any other index. */
 static const Variant *variant_at(int32_t index) {
     static const Variant *const all[] = {
 #if defined(__x86_64__)
         &effadam_avx512, &effadam_avx2,
 #endif
         &effadam_plain};
+    int32_t seen = 0;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        if (runs_here(all[i]) && index-- == 0) return all[i];
-    return &effadam_plain;
+        if (runs_here(all[i]) && seen++ == index) return all[i];
+    return NULL;
+}
+
+EXPORT const char *effadam_variant_name(int32_t index) {
+    const Variant *variant = variant_at(index);
+    return variant ? variant->name : NULL;
 }
 
 static void *run_share(void *argument) {
@@ -60,10 +55,13 @@ static void *run_share(void *argument) {
     return NULL;
 }
 
-/* Splits the blocks evenly. Threads live for one call, so nothing is left to go wrong after a fork;
+/* Runs a job on a variant; plain C, which runs everywhere, stands in for one that there is not.
+ *
+ * Splits the blocks evenly. Threads live for one call, so nothing is left to go wrong after a fork;
  * one that cannot be started has its share run here. */
 EXPORT void effadam_run(const Job *job, int32_t variant, int32_t is_double, int32_t threads) {
     const Variant *chosen = variant_at(variant);
+    if (!chosen) chosen = &effadam_plain;
     Engine engine = is_double ? chosen->f64 : chosen->f32;
     int64_t blocks = 0, numel = 0;
     for (int64_t p = 0; p < job->wire->count; p++) {
