@@ -1,0 +1,429 @@
+"""What a training step costs: wire bytes, exchange time and step time, from a few measured numbers.
+
+With N ranks, a payload of U bytes up and D bytes down, and S bytes of gradients, the busiest rank's
+link carries, in its busier direction:
+
+====================  ==========================  =====================
+way                   up                          down
+====================  ==========================  =====================
+dense ring            ``2 S (N-1)/N``, both ways together
+``sharded``           ``U (N-1)/N``               ``D (N-1)/N``
+``rank0``             ``U (N-1)``, into rank 0    ``D``, out of rank 0
+====================  ==========================  =====================
+
+In ``sharded`` every byte that goes out has one that comes in, so both legs share both directions of
+the link; in ``rank0`` the uplink fills one direction and the downlink the other. A leg takes
+``rounds × latency + bytes / (bandwidth × efficiency) × slowdown``. Kernels take a time per element,
+and the reduction one per element and payload. :mod:`effadam_hook.pipeline` lets the buckets overlap
+one another and backward, sharing link and processor.
+
+This module is integers and floats only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from effadam_hook.layout import SEAL_BYTES, share_of
+from effadam_hook.pipeline import Passing, Work, run_pipeline
+from effadam_hook.quantizers import SCALE_BYTES, get_quantizer
+from effadam_hook.scheme import Scheme
+
+__all__ = [
+    "TCP_EFFICIENCY",
+    "Cluster",
+    "Compute",
+    "Leg",
+    "Link",
+    "Parameter",
+    "Prediction",
+    "Speed",
+    "legs_of",
+    "make_buckets",
+    "payload_bytes",
+    "predict",
+    "square_model",
+]
+
+TCP_EFFICIENCY = 0.947
+"""Part of a link's bytes that are payload: TCP over Ethernet with frames of 1500 bytes, measured."""
+
+_FIRST_BUCKET_MB, _BUCKET_MB = 1.0, 25.0
+_MB = 1 << 20
+_ITEM_BYTES = 4
+_ALIGN_BYTES = 8
+_MOST_SHARES = 200_000
+
+
+@dataclass(frozen=True)
+class Link:
+    """A rank's full-duplex link.
+
+    Attributes:
+        bandwidth_bytes_s: Bytes a second in each direction, headers included.
+        latency_s: From a message's begin to its arrival on the other side, if it is empty.
+        efficiency: Part of the bytes that are payload.
+        slowdown: By name of a leg, what a collective takes over what the link alone would. 1 for
+            those that are not named.
+        cpu_s_per_byte: Processor time of a rank for a byte that it sends and one that it receives.
+    """
+
+    bandwidth_bytes_s: float
+    latency_s: float = 0.0
+    efficiency: float = TCP_EFFICIENCY
+    slowdown: Mapping[str, float] = field(default_factory=dict)
+    cpu_s_per_byte: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.bandwidth_bytes_s > 0:
+            raise ValueError(
+                f"Invalid bandwidth_bytes_s: {self.bandwidth_bytes_s}. Must be above 0."
+            )
+        if not 0 < self.efficiency <= 1:
+            raise ValueError(f"Invalid efficiency: {self.efficiency}. Must be above 0, at most 1.")
+        for name, value in (
+            ("latency_s", self.latency_s),
+            ("cpu_s_per_byte", self.cpu_s_per_byte),
+        ):
+            if not value >= 0:
+                raise ValueError(f"Invalid {name}: {value}. Must be 0 or more.")
+
+    @property
+    def payload_bytes_s(self) -> float:
+        """Payload bytes a second in each direction."""
+        return self.bandwidth_bytes_s * self.efficiency
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the arithmetic of a scheme takes, in seconds.
+
+    Attributes:
+        encode_s: Per element, before the uplink.
+        reduce_s: Per element that a server reduces.
+        reduce_payload_s: Per element that a server reduces and payload that it has of it.
+        decode_s: Per element, after the downlink.
+        call_s: Per bucket and kernel.
+    """
+
+    encode_s: float = 0.0
+    reduce_s: float = 0.0
+    reduce_payload_s: float = 0.0
+    decode_s: float = 0.0
+    call_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a step takes without communication, in seconds.
+
+    Attributes:
+        forward_s: Forward, and all that comes before backward.
+        backward_s: Backward, which communication overlaps.
+        rest_s: What comes after: the optimizer's step.
+    """
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    rest_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The ranks.
+
+    Attributes:
+        world_size: How many.
+        link: Every rank's link.
+        cores: How many of a rank's threads go on at once at the speeds that are given.
+    """
+
+    world_size: int
+    link: Link
+    cores: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"Invalid world_size: {self.world_size}. Must be 1 or more.")
+        if not self.cores > 0:
+            raise ValueError(f"Invalid cores: {self.cores}. Must be above 0.")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model.
+
+    Attributes:
+        numel: Number of elements.
+        rows: Its first dimension; 0 for a parameter of at most one dimension, which travels exactly.
+    """
+
+    numel: int
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One collective, as the link of the busiest rank sees it.
+
+    Attributes:
+        name: What :attr:`Link.slowdown` and the probes call it.
+        out_bytes: Payload bytes that leave that rank.
+        in_bytes: Payload bytes that arrive there.
+        rounds: Messages that must follow one another.
+    """
+
+    name: str
+    out_bytes: float
+    in_bytes: float
+    rounds: int
+
+    @property
+    def busiest_bytes(self) -> float:
+        """Bytes in the busier direction."""
+        return max(self.out_bytes, self.in_bytes)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of a scheme.
+
+    Attributes:
+        scheme: The scheme.
+        step_s: A training step.
+        exchange_s: The exchange alone, with all gradients ready at its begin.
+        exposed_s: What a step takes longer than without communication.
+        floor_s: What the busiest direction of the busiest link takes for the bytes.
+        busiest_bytes: Those bytes, headers included.
+    """
+
+    scheme: Scheme
+    step_s: float
+    exchange_s: float
+    exposed_s: float
+    floor_s: float
+    busiest_bytes: float
+
+
+def square_model(numel: int, width: int = 1024) -> list[Parameter]:
+    """A stand-in for a model of which only the size is known: square matrices without biases.
+
+    Args:
+        numel: Number of elements.
+        width: Rows and columns of all but the last.
+
+    Returns:
+        Its parameters.
+    """
+    if numel < 1:
+        raise ValueError(f"Invalid numel: {numel}. Must be 1 or more.")
+    full, rest = divmod(numel, width * width)
+    tail = [Parameter(rest, min(width, rest))] if rest else []
+    return [Parameter(width * width, width)] * full + tail
+
+
+def make_buckets(
+    parameters: Sequence[Parameter], bucket_mb: float | None = None
+) -> list[list[Parameter]]:
+    """The buckets that DDP makes, in the order in which they become ready.
+
+    Args:
+        parameters: In the model's order.
+        bucket_mb: DDP's ``bucket_cap_mb``; None is its default: a first bucket of 1 MiB, then 25.
+
+    Returns:
+        The parameters of each bucket. A bucket is closed by the parameter with which it is full.
+    """
+    if bucket_mb is not None and not bucket_mb > 0:
+        raise ValueError(f"Invalid bucket_mb: {bucket_mb}. Must be above 0.")
+    limit = (_FIRST_BUCKET_MB if bucket_mb is None else bucket_mb) * _MB
+    buckets: list[list[Parameter]] = [[]]
+    size = 0
+    for parameter in reversed(parameters):
+        if size >= limit:
+            buckets.append([])
+            size, limit = 0, (_BUCKET_MB if bucket_mb is None else bucket_mb) * _MB
+        buckets[-1].append(parameter)
+        size += parameter.numel * _ITEM_BYTES
+    return buckets
+
+
+def payload_bytes(
+    bucket: Sequence[Parameter], quantizer: str, servers: int, block_size: int = 256
+) -> int:
+    """Bytes of a bucket's payload for all servers together.
+
+    Args:
+        bucket: Its parameters.
+        quantizer: Name of the quantizer.
+        servers: How many chunks the payload has.
+        block_size: Elements that share a scale.
+
+    Returns:
+        What :func:`effadam_hook.layout.plan_bucket` would say. Where parameters times servers are very
+        many, all servers count as equal: so many odd blocks spread evenly.
+    """
+    return _payload_bytes(tuple(bucket), quantizer, servers, block_size)
+
+
+@lru_cache(maxsize=4096)
+def _payload_bytes(
+    bucket: tuple[Parameter, ...], quantizer: str, servers: int, block_size: int
+) -> int:
+    chosen = get_quantizer(quantizer)
+
+    def size(parameter: Parameter, numel: int) -> int:
+        if parameter.rows == 0 or chosen.is_raw:
+            return numel * _ITEM_BYTES
+        full, rest = divmod(numel, block_size)
+        scales = (full + (rest > 0)) * SCALE_BYTES
+        return scales + full * chosen.code_bytes(block_size) + chosen.code_bytes(rest)
+
+    if servers * len(bucket) > _MOST_SHARES:
+        longest = -(-sum(size(each, each.numel) for each in bucket) // servers)
+    else:
+        longest = max(
+            sum(
+                size(each, share_of(each.numel, order, block_size, server, servers)[1])
+                for order, each in enumerate(bucket)
+            )
+            for server in range(servers)
+        )
+    return servers * (-(-longest // _ALIGN_BYTES) * _ALIGN_BYTES + SEAL_BYTES)
+
+
+def legs_of(scheme: Scheme, bucket: Sequence[Parameter], world_size: int) -> list[Leg]:
+    """The collectives of one bucket.
+
+    Args:
+        scheme: How it is averaged.
+        bucket: Its parameters.
+        world_size: Number of ranks.
+
+    Returns:
+        In their order; none for one rank, or without communication.
+    """
+    n = world_size
+    if n == 1 or scheme.kind == "none":
+        return []
+    numel = sum(parameter.numel for parameter in bucket)
+    if scheme.kind in ("dense", "cast"):
+        return [_ring(numel * (_ITEM_BYTES if scheme.kind == "dense" else 2), n)]
+    if scheme.kind == "powersgd":
+        matrices = [p for p in bucket if p.rows]
+        rank = scheme.rank
+        sizes = [sum(p.numel for p in bucket if not p.rows)]
+        sizes.append(sum(p.rows * min(rank, p.rows) for p in matrices))
+        sizes.append(sum(p.numel // p.rows * min(rank, p.rows) for p in matrices))
+        return [_ring(size * _ITEM_BYTES, n) for size in sizes]
+    servers = n if scheme.topology == "sharded" else 1
+    size = payload_bytes(bucket, scheme.quantizer, servers)
+    if scheme.topology == "sharded":
+        share = size * (n - 1) / n
+        return [Leg("up/sharded", share, share, 1), Leg("down/sharded", share, share, 1)]
+    return [Leg("up/rank0", 0, size * (n - 1), 1), Leg("down/rank0", size, 0, 1 if n == 2 else 2)]
+
+
+def _ring(size: int, n: int) -> Leg:
+    share = 2 * size * (n - 1) / n
+    return Leg("all_reduce", share, share, 2 * (n - 1))
+
+
+def predict(
+    scheme: Scheme,
+    parameters: Sequence[Parameter],
+    cluster: Cluster,
+    speed: Speed | None = None,
+    compute: Compute | None = None,
+) -> Prediction:
+    """Predict a step.
+
+    Args:
+        scheme: How gradients are averaged.
+        parameters: The model's, in its order.
+        cluster: The ranks.
+        speed: Of the scheme's arithmetic; None takes no time.
+        compute: The step without communication; None takes no time.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        ValueError: If a value is out of range, or the quantizer is unknown.
+    """
+    speed, compute = speed or Speed(), compute or Compute()
+    cap = math.inf if scheme.kind == "powersgd" else scheme.bucket_mb
+    buckets = make_buckets(parameters, cap)
+    total = sum(parameter.numel for parameter in parameters)
+    passings: list[Passing] = []
+    ready = 0
+    sent = received = 0.0
+    for bucket in buckets:
+        ready += sum(parameter.numel for parameter in bucket)
+        legs = legs_of(scheme, bucket, cluster.world_size)
+        sent += sum(leg.out_bytes for leg in legs)
+        received += sum(leg.in_bytes for leg in legs)
+        works = _works(scheme, bucket, legs, cluster, speed)
+        passings.append(Passing(ready / total, works))
+    capacity = {"out": 1.0, "in": 1.0, "cpu": cluster.cores}
+    backward = Work("backward", compute.backward_s, {"cpu": 1.0})
+    overlapped_s, _ = run_pipeline(backward, passings, capacity)
+    exchange_s, _ = run_pipeline(Work("backward", 0.0), passings, capacity)
+    busiest = max(sent, received) / cluster.link.efficiency
+    return Prediction(
+        scheme,
+        compute.forward_s + overlapped_s + compute.rest_s,
+        exchange_s,
+        overlapped_s - compute.backward_s,
+        busiest / cluster.link.bandwidth_bytes_s,
+        busiest,
+    )
+
+
+def _works(
+    scheme: Scheme,
+    bucket: Sequence[Parameter],
+    legs: Sequence[Leg],
+    cluster: Cluster,
+    speed: Speed,
+) -> list[Work]:
+    """What is done with one bucket, in order."""
+    if scheme.kind == "none":
+        return []
+    numel = sum(parameter.numel for parameter in bucket)
+    transfers = [work for leg in legs for work in _transfer(leg, cluster.link)]
+    if not scheme.is_ours:
+        before, after = speed.encode_s * numel, speed.decode_s * numel
+        return [_arithmetic("encode", before), *transfers, _arithmetic("decode", after)]
+    n = cluster.world_size
+    reduced = numel / n if scheme.topology == "sharded" else numel
+    reduce_s = reduced * (speed.reduce_s + n * speed.reduce_payload_s) + speed.call_s
+    split = len(transfers) // 2
+    return [
+        _arithmetic("encode", speed.encode_s * numel + speed.call_s),
+        *transfers[:split],
+        _arithmetic("reduce", reduce_s),
+        *transfers[split:],
+        _arithmetic("decode", speed.decode_s * numel + speed.call_s),
+    ]
+
+
+def _arithmetic(stage: str, seconds: float) -> Work:
+    return Work(stage, seconds, {"cpu": 1.0})
+
+
+def _transfer(leg: Leg, link: Link) -> list[Work]:
+    """A leg as a stage's work, and the time that its messages are under way."""
+    alone_s = leg.busiest_bytes / link.payload_bytes_s
+    seconds = alone_s * link.slowdown.get(leg.name, 1.0)
+    if not seconds:
+        return [Work("", leg.rounds * link.latency_s)]
+    uses = {
+        "out": leg.out_bytes / link.payload_bytes_s / seconds,
+        "in": leg.in_bytes / link.payload_bytes_s / seconds,
+        "cpu": leg.busiest_bytes * link.cpu_s_per_byte / seconds,
+    }
+    return [Work(leg.name, seconds, uses), Work("", leg.rounds * link.latency_s)]
