@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from effadam_hook.layout import SEAL_BYTES, share_of
@@ -60,7 +60,9 @@ _MOST_SHARES = 200_000
 
 @dataclass(frozen=True)
 class Link:
-    """A rank's full-duplex link.
+    """A rank's full-duplex link, and what the collectives make of it.
+
+    What is told by name of a leg is what :mod:`effadam_hook.exchange.probe` measures.
 
     Attributes:
         bandwidth_bytes_s: Bytes a second in each direction, headers included.
@@ -68,14 +70,18 @@ class Link:
         efficiency: Part of the bytes that are payload.
         slowdown: By name of a leg, what a collective takes over what the link alone would. 1 for
             those that are not named.
-        cpu_s_per_byte: Processor time of a rank for a byte that it sends and one that it receives.
+        overhead_s: By name of a leg, what it takes when it is empty; rounds times latency for those
+            that are not named.
+        cpu_s_per_byte: By name of a leg, processor time of a rank for a byte in the leg's busier
+            direction; none for those that are not named.
     """
 
     bandwidth_bytes_s: float
     latency_s: float = 0.0
     efficiency: float = TCP_EFFICIENCY
     slowdown: Mapping[str, float] = field(default_factory=dict)
-    cpu_s_per_byte: float = 0.0
+    overhead_s: Mapping[str, float] = field(default_factory=dict)
+    cpu_s_per_byte: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.bandwidth_bytes_s > 0:
@@ -84,12 +90,8 @@ class Link:
             )
         if not 0 < self.efficiency <= 1:
             raise ValueError(f"Invalid efficiency: {self.efficiency}. Must be above 0, at most 1.")
-        for name, value in (
-            ("latency_s", self.latency_s),
-            ("cpu_s_per_byte", self.cpu_s_per_byte),
-        ):
-            if not value >= 0:
-                raise ValueError(f"Invalid {name}: {value}. Must be 0 or more.")
+        if not self.latency_s >= 0:
+            raise ValueError(f"Invalid latency_s: {self.latency_s}. Must be 0 or more.")
 
     @property
     def payload_bytes_s(self) -> float:
@@ -139,11 +141,14 @@ class Cluster:
         world_size: How many.
         link: Every rank's link.
         cores: How many of a rank's threads go on at once at the speeds that are given.
+        in_order: Whether a bucket's exchange waits for that of the bucket before, as on NCCL, where
+            all of it is issued on one stream.
     """
 
     world_size: int
     link: Link
     cores: float = math.inf
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
@@ -367,6 +372,8 @@ def predict(
         sent += sum(leg.out_bytes for leg in legs)
         received += sum(leg.in_bytes for leg in legs)
         works = _works(scheme, bucket, legs, cluster, speed)
+        if cluster.in_order:
+            works = [replace(work, stage="stream") for work in works]
         passings.append(Passing(ready / total, works))
     capacity = {"out": 1.0, "in": 1.0, "cpu": cluster.cores}
     backward = Work("backward", compute.backward_s, {"cpu": 1.0})
@@ -417,13 +424,14 @@ def _arithmetic(stage: str, seconds: float) -> Work:
 
 def _transfer(leg: Leg, link: Link) -> list[Work]:
     """A leg as a stage's work, and the time that its messages are under way."""
+    overhead_s = link.overhead_s.get(leg.name, leg.rounds * link.latency_s)
     alone_s = leg.busiest_bytes / link.payload_bytes_s
-    seconds = alone_s * link.slowdown.get(leg.name, 1.0)
+    seconds = alone_s * max(1.0, link.slowdown.get(leg.name, 1.0))
     if not seconds:
-        return [Work("", leg.rounds * link.latency_s)]
+        return [Work("", overhead_s)]
     uses = {
         "out": leg.out_bytes / link.payload_bytes_s / seconds,
         "in": leg.in_bytes / link.payload_bytes_s / seconds,
-        "cpu": leg.busiest_bytes * link.cpu_s_per_byte / seconds,
+        "cpu": leg.busiest_bytes * link.cpu_s_per_byte.get(leg.name, 0.0) / seconds,
     }
-    return [Work(leg.name, seconds, uses), Work("", leg.rounds * link.latency_s)]
+    return [Work(leg.name, seconds, uses), Work("", overhead_s)]

@@ -26,6 +26,7 @@ LADDER = (
         "effadam_hook.accumulation",
         "effadam_hook.idle",
         "effadam_hook.kernels",
+        "effadam_hook.log",
         "effadam_hook.parameters",
         "effadam_hook.residuals",
         "effadam_hook.saved",
