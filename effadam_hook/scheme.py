@@ -98,8 +98,9 @@ class Scheme:
         return cls(name, kind, quantizer, topology or "sharded", bucket_mb=bucket_mb)
 
     def with_buckets(self, bucket_mb: float | None) -> Scheme:
-        """The same with other buckets, unless the name says which."""
-        return self if self.bucket_mb is not None else replace(self, bucket_mb=bucket_mb)
+        """The same with other buckets, unless the name says which, or there is only ever one."""
+        fixed = self.bucket_mb is not None or self.kind == "powersgd"
+        return self if fixed else replace(self, bucket_mb=bucket_mb)
 
 
 def _unknown(name: str) -> ValueError:
