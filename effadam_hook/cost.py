@@ -13,8 +13,10 @@ dense ring            ``2 S (N-1)/N``, both ways together
 
 In ``sharded`` every byte that goes out has one that comes in, so both legs share both directions of
 the link; in ``rank0`` the uplink fills one direction and the downlink the other. A leg takes
-``rounds × latency + bytes / (bandwidth × efficiency) × slowdown``. Kernels take a time per element,
-and the reduction one per element and payload. :mod:`effadam_hook.pipeline` lets the buckets overlap
+
+    ``rounds × latency + messages × message time + bytes / (bandwidth × efficiency) × slowdown``.
+
+Kernels take a time per element, and the reduction one per element and payload. :mod:`effadam_hook.pipeline` lets the buckets overlap
 one another and backward, sharing link and processor.
 
 This module is integers and floats only.
@@ -67,17 +69,19 @@ class Link:
     Attributes:
         bandwidth_bytes_s: Bytes a second in each direction, headers included.
         latency_s: From a message's begin to its arrival on the other side, if it is empty.
+        message_s: What a rank is busy with a message, whatever its size.
         efficiency: Part of the bytes that are payload.
         slowdown: By name of a leg, what a collective takes over what the link alone would. 1 for
             those that are not named.
-        overhead_s: By name of a leg, what it takes when it is empty; rounds times latency for those
-            that are not named.
+        overhead_s: By name of a leg, what it takes when it is empty; what latency and messages make
+            for those that are not named.
         cpu_s_per_byte: By name of a leg, processor time of a rank for a byte in the leg's busier
             direction; none for those that are not named.
     """
 
     bandwidth_bytes_s: float
     latency_s: float = 0.0
+    message_s: float = 0.0
     efficiency: float = TCP_EFFICIENCY
     slowdown: Mapping[str, float] = field(default_factory=dict)
     overhead_s: Mapping[str, float] = field(default_factory=dict)
@@ -90,8 +94,9 @@ class Link:
             )
         if not 0 < self.efficiency <= 1:
             raise ValueError(f"Invalid efficiency: {self.efficiency}. Must be above 0, at most 1.")
-        if not self.latency_s >= 0:
-            raise ValueError(f"Invalid latency_s: {self.latency_s}. Must be 0 or more.")
+        for name, value in (("latency_s", self.latency_s), ("message_s", self.message_s)):
+            if not value >= 0:
+                raise ValueError(f"Invalid {name}: {value}. Must be 0 or more.")
 
     @property
     def payload_bytes_s(self) -> float:
@@ -141,6 +146,7 @@ class Cluster:
         world_size: How many.
         link: Every rank's link.
         cores: How many of a rank's threads go on at once at the speeds that are given.
+        tree: Whether an all-reduce takes ``2 log2 N`` rounds, see :func:`legs_of`.
         in_order: Whether a bucket's exchange waits for that of the bucket before, as on NCCL, where
             all of it is issued on one stream.
     """
@@ -148,6 +154,7 @@ class Cluster:
     world_size: int
     link: Link
     cores: float = math.inf
+    tree: bool = False
     in_order: bool = False
 
     def __post_init__(self) -> None:
@@ -179,12 +186,14 @@ class Leg:
         out_bytes: Payload bytes that leave that rank.
         in_bytes: Payload bytes that arrive there.
         rounds: Messages that must follow one another.
+        messages: Messages that the busiest rank sends or receives besides, at once.
     """
 
     name: str
     out_bytes: float
     in_bytes: float
     rounds: int
+    messages: int = 0
 
     @property
     def busiest_bytes(self) -> float:
@@ -300,13 +309,16 @@ def _payload_bytes(
     return servers * (-(-longest // _ALIGN_BYTES) * _ALIGN_BYTES + SEAL_BYTES)
 
 
-def legs_of(scheme: Scheme, bucket: Sequence[Parameter], world_size: int) -> list[Leg]:
+def legs_of(
+    scheme: Scheme, bucket: Sequence[Parameter], world_size: int, tree: bool = False
+) -> list[Leg]:
     """The collectives of one bucket.
 
     Args:
         scheme: How it is averaged.
         bucket: Its parameters.
         world_size: Number of ranks.
+        tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees, and not ``2 (N-1)``.
 
     Returns:
         In their order; none for one rank, or without communication.
@@ -316,25 +328,31 @@ def legs_of(scheme: Scheme, bucket: Sequence[Parameter], world_size: int) -> lis
         return []
     numel = sum(parameter.numel for parameter in bucket)
     if scheme.kind in ("dense", "cast"):
-        return [_ring(numel * (_ITEM_BYTES if scheme.kind == "dense" else 2), n)]
+        return [_all_reduce(numel * (_ITEM_BYTES if scheme.kind == "dense" else 2), n, tree)]
     if scheme.kind == "powersgd":
         matrices = [p for p in bucket if p.rows]
         rank = scheme.rank
         sizes = [sum(p.numel for p in bucket if not p.rows)]
         sizes.append(sum(p.rows * min(rank, p.rows) for p in matrices))
         sizes.append(sum(p.numel // p.rows * min(rank, p.rows) for p in matrices))
-        return [_ring(size * _ITEM_BYTES, n) for size in sizes]
+        return [_all_reduce(size * _ITEM_BYTES, n, tree) for size in sizes]
     servers = n if scheme.topology == "sharded" else 1
     size = payload_bytes(bucket, scheme.quantizer, servers)
     if scheme.topology == "sharded":
         share = size * (n - 1) / n
-        return [Leg("up/sharded", share, share, 1), Leg("down/sharded", share, share, 1)]
-    return [Leg("up/rank0", 0, size * (n - 1), 1), Leg("down/rank0", size, 0, 1 if n == 2 else 2)]
+        return [
+            Leg("up/sharded", share, share, 1, n - 2),
+            Leg("down/sharded", share, share, 1, n - 2),
+        ]
+    return [
+        Leg("up/rank0", 0, size * (n - 1), 1, n - 2),
+        Leg("down/rank0", size, 0, 1 if n == 2 else 2, n - 2),
+    ]
 
 
-def _ring(size: int, n: int) -> Leg:
+def _all_reduce(size: int, n: int, tree: bool) -> Leg:
     share = 2 * size * (n - 1) / n
-    return Leg("all_reduce", share, share, 2 * (n - 1))
+    return Leg("all_reduce", share, share, 2 * ((n - 1).bit_length() if tree else n - 1))
 
 
 def predict(
@@ -368,7 +386,7 @@ def predict(
     sent = received = 0.0
     for bucket in buckets:
         ready += sum(parameter.numel for parameter in bucket)
-        legs = legs_of(scheme, bucket, cluster.world_size)
+        legs = legs_of(scheme, bucket, cluster.world_size, cluster.tree)
         sent += sum(leg.out_bytes for leg in legs)
         received += sum(leg.in_bytes for leg in legs)
         works = _works(scheme, bucket, legs, cluster, speed)
@@ -424,7 +442,8 @@ def _arithmetic(stage: str, seconds: float) -> Work:
 
 def _transfer(leg: Leg, link: Link) -> list[Work]:
     """A leg as a stage's work, and the time that its messages are under way."""
-    overhead_s = link.overhead_s.get(leg.name, leg.rounds * link.latency_s)
+    empty_s = leg.rounds * link.latency_s + leg.messages * link.message_s
+    overhead_s = link.overhead_s.get(leg.name, empty_s)
     alone_s = leg.busiest_bytes / link.payload_bytes_s
     seconds = alone_s * max(1.0, link.slowdown.get(leg.name, 1.0))
     if not seconds:

@@ -41,6 +41,14 @@ def test_a_dense_ring_carries_twice_the_gradients_less_one_nth() -> None:
     assert predicted.exchange_s == pytest.approx(2 * 4 * NUMEL * 3 / 4 / 25e6)
 
 
+def test_an_all_reduce_waits_for_every_round_of_its_ring_or_tree() -> None:
+    late, model = link(1e6, latency_s=0.001), [Parameter(1024)]
+    for tree, rounds in ((False, 30), (True, 8)):
+        cluster = Cluster(16, late, tree=tree)
+        exchange_s = predict(Scheme.parse("fp32"), model, cluster).exchange_s
+        assert exchange_s == pytest.approx(rounds * 0.001, rel=1e-3)
+
+
 def test_half_the_bytes_take_half_the_time() -> None:
     cluster = Cluster(4, link())
     dense, half = (predict(Scheme.parse(name), MLP, cluster) for name in ("fp32", "fp16"))
@@ -55,6 +63,7 @@ def test_rank_0_takes_in_n_minus_1_payloads_and_sends_one() -> None:
     assert (up.out_bytes, up.in_bytes, up.rounds) == (0, 3 * size, 1)
     assert (down.out_bytes, down.in_bytes, down.rounds) == (size, 0, 2)
     assert legs_of(Scheme.parse("lloyd4/rank0"), bucket, 2)[1].rounds == 1
+    assert (up.messages, down.messages) == (2, 2)
 
 
 def test_sharded_sends_what_is_not_its_own_and_gets_as_much_in_both_legs() -> None:
@@ -221,6 +230,7 @@ def test_a_model_of_which_the_size_is_known_has_that_size() -> None:
         (lambda: Link(0.0), "bandwidth_bytes_s: 0.0"),
         (lambda: Link(1.0, efficiency=1.5), "efficiency: 1.5"),
         (lambda: Link(1.0, latency_s=-1.0), "latency_s: -1.0"),
+        (lambda: Link(1.0, message_s=-1.0), "message_s: -1.0"),
         (lambda: Cluster(0, Link(1.0)), "world_size: 0"),
         (lambda: Cluster(1, Link(1.0), cores=0), "cores: 0"),
         (lambda: make_buckets(MLP, -1.0), "bucket_mb: -1.0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ class Timing:
 
     Attributes:
         seconds: Median over the repeats of the time on the rank where it took longest.
+        best_s: The shortest of those.
         cpu_s: Processor time of one transfer, mean over the ranks.
     """
 
     seconds: float
+    best_s: float
     cpu_s: float
 
 
@@ -65,48 +67,58 @@ class Probe:
         gathered = gather_bytes(data, self._group, self._device, everywhere=True)
         return [json.loads(text) for text in gathered]
 
-    def time_link(self, size: int, repeats: int) -> Timing:
+    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
         """Time a transfer from every rank to the next one, all at once.
 
         Args:
             size: Bytes that every rank sends.
             repeats: How often.
+            depth: Transfers that are under way together.
 
         Returns:
-            What one took.
+            What one took, of those that are under way together.
         """
         here, n = self.rank, self.world_size
         ranks = dist.get_process_group_ranks(self._group)
-        sent, received = self._bytes(size), self._bytes(size)
-        ways = (
-            dist.P2POp(dist.isend, sent, ranks[(here + 1) % n], self._group),
-            dist.P2POp(dist.irecv, received, ranks[(here - 1) % n], self._group),
-        )
-        return self._time(lambda: list(dist.batch_isend_irecv(list(ways))), repeats)
 
-    def time_leg(self, name: str, size: int, repeats: int) -> Timing:
+        def transfer() -> Start:
+            ways = [
+                dist.P2POp(dist.isend, self._bytes(size), ranks[(here + 1) % n], self._group),
+                dist.P2POp(dist.irecv, self._bytes(size), ranks[(here - 1) % n], self._group),
+            ]
+            return lambda: list(dist.batch_isend_irecv(ways))
+
+        return self._time([transfer() for _ in range(depth)], repeats)
+
+    def time_leg(self, name: str, size: int, repeats: int, depth: int = 1) -> Timing:
         """Time a collective.
 
         Args:
             name: One of :data:`LEGS`.
             size: Bytes of the gradients for ``"all_reduce"``, else of a whole payload.
             repeats: How often.
+            depth: How many are under way together, as those of several buckets are. On a busy machine
+                a single one shows how long ranks wait for a core rather than what the link carries.
 
         Returns:
-            What one took.
+            What one took, of those that are under way together.
         """
+        return self._time([self._leg(name, size) for _ in range(depth)], repeats)
+
+    def _leg(self, name: str, size: int) -> Start:
+        """A collective with buffers of its own."""
         if name == "all_reduce":
             buffer = torch.zeros(max(1, size // 4), device=self._device)
-            return self._time(lambda: [start_average(buffer, self._group)], repeats)
+            return lambda: [start_average(buffer, self._group)]
         direction, _, kind = name.partition("/")
         topology = make_topology(kind, self._group)
         payload = self._bytes(topology.servers, max(1, size // topology.servers))
         if direction == "up":
             rows = self.world_size if topology.serves is not None else 0
             received = self._bytes(rows, payload.shape[1])
-            return self._time(lambda: [topology.send_up(payload, received, self._group)], repeats)
+            return lambda: [topology.send_up(payload, received, self._group)]
         outgoing = topology.outgoing(payload)
-        return self._time(lambda: [topology.send_down(outgoing, payload, self._group)], repeats)
+        return lambda: [topology.send_down(outgoing, payload, self._group)]
 
     def time_busy(self, call: Callable[[], None], seconds: float = 0.1) -> float:
         """Time a computation while every rank does the same.
@@ -133,22 +145,23 @@ class Probe:
     def _bytes(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.uint8, device=self._device)
 
-    def _time(self, start: Start, repeats: int) -> Timing:
+    def _time(self, starts: Sequence[Start], repeats: int) -> Timing:
         took: list[list[float]] = []
         for _ in range(repeats + 1):
             self.share(None)
             cpu = time.process_time()
             begin = time.perf_counter()
-            for work in start():
+            for work in [work for start in starts for work in start()]:
                 if work is not None:
                     work.wait()
             self.synchronize()
             seconds = time.perf_counter() - begin
-            took.append([seconds, time.process_time() - cpu])
+            spent = (seconds, time.process_time() - cpu)
+            took.append([each / len(starts) for each in spent])
         timings = self.share(took[1:])  # the first makes connections
         slowest = [max(each[0] for each in ranks) for ranks in zip(*timings, strict=True)]
         cpu_s = statistics.fmean(each[1] for rank in timings for each in rank)
-        return Timing(statistics.median(slowest), cpu_s)
+        return Timing(statistics.median(slowest), min(slowest), cpu_s)
 
     def synchronize(self) -> None:
         """Wait for this rank's device."""
