@@ -16,8 +16,9 @@ the link; in ``rank0`` the uplink fills one direction and the downlink the other
 
     ``rounds × latency + messages × message time + bytes / (bandwidth × efficiency) × slowdown``.
 
-Kernels take a time per element, and the reduction one per element and payload. :mod:`effadam_hook.pipeline` lets the buckets overlap
-one another and backward, sharing link and processor.
+Kernels take a time per element, and the reduction one per element and payload.
+:mod:`effadam_hook.pipeline` lets the buckets overlap one another and backward, sharing link and
+processor.
 
 This module is integers and floats only.
 """

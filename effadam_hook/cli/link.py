@@ -18,7 +18,7 @@ _LONG_ENOUGH_S = 0.1
 _LEG_S = 0.4
 _DEPTH = 4
 _EMPTY_BYTES = 64
-_REPEATS = 3
+_REPEATS = 4
 _EMPTY_REPEATS = 20
 
 
@@ -29,8 +29,9 @@ class LegFound:
     Attributes:
         name: Its name, see :data:`effadam_hook.exchange.probe.LEGS`.
         busiest_bytes: Bytes in the busier direction of the busiest link, in the measurement.
-        seconds: What one took, of several under way together.
-        overhead_s: What it takes when it is as good as empty.
+        seconds: What one took, of several under way together; the best of a few tries, as others
+            on the machine only ever make it slower.
+        overhead_s: What one takes alone when it is as good as empty, likewise.
         slowdown: ``seconds`` over what the link alone takes for the bytes.
         cpu_s_per_byte: Processor time of a rank.
     """
@@ -140,9 +141,9 @@ def _measure_leg(
     return LegFound(
         name,
         busiest,
-        full.seconds,
-        empty.seconds,
-        max(1.0, full.seconds * rate / busiest),
+        full.best_s,
+        empty.best_s,
+        max(1.0, full.best_s * rate / busiest),
         max(0.0, full.cpu_s - empty.cpu_s) / busiest,
     )
 
