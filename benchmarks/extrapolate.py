@@ -116,7 +116,7 @@ def draw(found: dict[tuple[str, str], list[list[float]]], path: Path) -> None:
     )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=65)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
