@@ -5,6 +5,9 @@
 
 For every rate, in one lab: the plan; the exchange of all gradients by itself; and steps of training, as
 ``end_to_end.py`` measures them. The goals: exchange times within 20 %, step times within 25 %.
+
+All hosts share the machine's cores, so on a busy machine a step's computing takes now this long and now
+that. With ``--sleep-ms`` it sleeps instead, without an optimizer, and the plan is told how long.
 """
 
 from __future__ import annotations
@@ -54,11 +57,13 @@ class Compared:
 def check(args: argparse.Namespace, link: Link) -> tuple[list[Compared], dict[str, object]]:
     """Predict and measure at one rate."""
     methods = tuple(expand_names(args.methods))
-    workload = Workload(args.layers, args.width, args.rows)
+    sleeps = args.sleep_ms >= 0
+    workload = Workload(args.layers, args.width, args.rows, args.sleep_ms)
     with tempfile.TemporaryDirectory(prefix="netlab-") as folder, NetLab(args.hosts, link) as lab:
         sizes = (args.layers, args.width, args.rows)
         plan = ["-m", "effadam_hook.cli", "plan", "--json", "--methods", ",".join(methods)]
         plan += ["--mlp", "x".join(map(str, sizes))]
+        plan += ["--compute-ms", str(args.sleep_ms)] if sleeps else []
         printed = run_in_lab(lab, [sys.executable, *plan], quiet=True)[0]
         planned = json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1])
         out = Path(folder) / "exchange.json"
@@ -66,7 +71,7 @@ def check(args: argparse.Namespace, link: Link) -> tuple[list[Compared], dict[st
         command += [",".join(map(str, sizes)), str(args.repeats), str(out)]
         run_in_lab(lab, command, quiet=True)
         exchanges = json.loads(out.read_text())
-        steps = Plan(methods, args.rounds, args.warmup, args.steps, workload)
+        steps = Plan(methods, args.rounds, args.warmup, args.steps, workload, not sleeps)
         rows = {row.method: row for row in table(measure(steps, lab, quiet=True), link)}
     compared = [
         Compared(
@@ -114,6 +119,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--sleep-ms", type=float, default=-1.0, help="see workloads.py")
     parser.add_argument("--repeats", type=int, default=6, help="of the exchange by itself")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+import torch.distributed as dist
+
 import effadam_hook
 from effadam_hook.cli.bench import add_bench, run_bench
 from effadam_hook.cli.env import add_env, run_env
@@ -56,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (EffAdamError, KernelsError) as error:
         sys.stderr.write(f"effadam {args.command}: {error}\n")
+        return 1
+    except dist.DistError as error:
+        sys.stderr.write(
+            f"effadam {args.command}: the ranks do not reach one another: {error}. MASTER_ADDR and "
+            "MASTER_PORT must be those of rank 0, reachable from every host, and GLOO_SOCKET_IFNAME, "
+            "if set, the interface between them.\n"
+        )
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from effadam_hook.scheme import Scheme, expand_names
 __all__ = ["add_plan", "run_plan"]
 
 _METHODS = "fp32,fp16,powersgd4,{lloyd4,lloyd3,lloyd2}/{sharded,rank0},update:lloyd2/sharded"
-_COMPUTE_S = 1.0
+_WINDOWS, _WINDOW_S = 5, 0.3
 _FORWARD_SHARE = 1 / 3
 
 
@@ -152,11 +154,9 @@ def _compute(
         return Compute()
     batch = to_device(workload.batch(ranks.probe.rank), ranks.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
-    took = [0.0, 0.0, 0.0]
-    steps = 0
+    parts: list[list[float]] = []
 
     def one_step() -> None:
-        nonlocal steps
         times = [time.perf_counter()]
         loss = workload.loss(model, batch)
         ranks.probe.synchronize()
@@ -168,14 +168,17 @@ def _compute(
         optimizer.zero_grad()
         ranks.probe.synchronize()
         times.append(time.perf_counter())
-        if steps:  # the first makes buffers
-            for part in range(3):
-                took[part] += times[part + 1] - times[part]
-        steps += 1
+        parts.append([end - begin for begin, end in pairwise(times)])
 
-    ranks.probe.time_busy(one_step, _COMPUTE_S)
-    means = ranks.probe.share([part / max(1, steps - 1) for part in took])
-    return Compute(*(sum(parts) / len(parts) for parts in zip(*means, strict=True)))
+    one_step()  # makes buffers
+    found = []
+    for _ in range(_WINDOWS):
+        parts.clear()
+        ranks.probe.time_busy(one_step, _WINDOW_S, windows=1)
+        shared = [part for rank in ranks.probe.share(parts) for part in rank]
+        found.append(Compute(*(statistics.fmean(part) for part in zip(*shared, strict=True))))
+    # The window in which others on the machine disturbed least.
+    return min(found, key=lambda one: one.forward_s + one.backward_s + one.rest_s)
 
 
 def _show(

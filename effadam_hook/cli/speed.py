@@ -113,7 +113,7 @@ def _quantized(probe: Probe, scheme: Scheme, device: torch.device) -> Speed:
         return {"encode": encode, "reduce": reduce, "decode": decode}
 
     few, many = calls(_NUMEL, _FEW), calls(_NUMEL, _MANY)
-    call_s = probe.time_busy(calls(_TINY, _FEW)["encode"], seconds=0.05)
+    call_s = probe.time_busy(calls(_TINY, _FEW)["encode"])
     reduce_few_s = probe.time_busy(few["reduce"])
     reduce_many_s = probe.time_busy(many["reduce"])
     each_s = max(0.0, reduce_many_s - reduce_few_s) / (_MANY - _FEW)
