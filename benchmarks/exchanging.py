@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from effadam_hook import EfficientAdamState
 from effadam_hook.cli.workloads import Workload
-from effadam_hook.cost import Parameter, make_buckets
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import Parameter, make_buckets
 
 Exchange = Callable[[], None]
 

@@ -14,8 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from effadam_hook.cost import Cluster, Compute, Link, Speed, predict, square_model
+from effadam_hook.cost import Cluster, Compute, Link, Speed, predict
 from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import square_model
 
 RANKS = (64, 128, 256, 512, 1024)
 GBITS = (1, 2.5, 5, 10, 25, 50, 100, 200, 400)

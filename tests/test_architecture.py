@@ -21,6 +21,7 @@ LADDER = (
     ("effadam_hook.errors", "effadam_hook._version"),
     ("effadam_hook.config", "effadam_hook.quantizers", "effadam_hook.layout"),
     ("effadam_hook.scheme", "effadam_hook.pipeline"),
+    ("effadam_hook.traffic",),
     ("effadam_hook.cost",),
     (
         "effadam_hook.accumulation",
@@ -56,6 +57,7 @@ TORCH_FREE = {
     "effadam_hook.layout",
     "effadam_hook.pipeline",
     "effadam_hook.scheme",
+    "effadam_hook.traffic",
 }
 
 # Everything that all ranks of a group must call in the same order.

@@ -25,9 +25,10 @@ from effadam_hook.cli.report import read_log
 from effadam_hook.cli.rows import rows_of
 from effadam_hook.cli.ui import CommandError
 from effadam_hook.cli.workloads import UserModel, describe, parse_count, to_device
-from effadam_hook.cost import Parameter, Prediction
+from effadam_hook.cost import Prediction
 from effadam_hook.log import RunLog
 from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import Parameter
 from harness import run_ranks
 
 TIMEOUT = 120.0

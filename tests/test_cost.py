@@ -8,22 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effadam_hook.cost import (
-    Cluster,
-    Compute,
-    Link,
-    Parameter,
-    Speed,
-    legs_of,
-    make_buckets,
-    payload_bytes,
-    predict,
-    square_model,
-)
+from effadam_hook.cost import Cluster, Compute, Link, Speed, predict
 from effadam_hook.layout import Slot, plan_bucket
 from effadam_hook.pipeline import Passing, Work, run_pipeline
 from effadam_hook.quantizers import get_quantizer
 from effadam_hook.scheme import Scheme, expand_names
+from effadam_hook.traffic import Parameter, legs_of, make_buckets, payload_bytes, square_model
 
 MLP = [parameter for _ in range(6) for parameter in (Parameter(1 << 20, 1024), Parameter(1024))]
 NUMEL = 6 * ((1 << 20) + 1024)

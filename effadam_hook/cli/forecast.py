@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from effadam_hook.cost import Cluster, Compute, Parameter, Prediction, Speed, predict
+from effadam_hook.cost import Cluster, Compute, Prediction, Speed, predict
 from effadam_hook.quantizers import get_quantizer
 from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import Parameter
 
 __all__ = ["Advice", "advise", "code_for", "forecast"]
 

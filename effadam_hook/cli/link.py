@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from effadam_hook.cost import Leg, Link, Parameter, legs_of, make_buckets
+from effadam_hook.cost import Link
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets
 
 __all__ = ["LegFound", "LinkFound", "measure_link", "parts_of_link"]
 

@@ -17,17 +17,10 @@ from effadam_hook.cli.ranks import Ranks, join_ranks, rank_here
 from effadam_hook.cli.speed import measure_speed
 from effadam_hook.cli.ui import CommandError, Screen
 from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count, to_device
-from effadam_hook.cost import (
-    Cluster,
-    Compute,
-    Parameter,
-    Prediction,
-    Speed,
-    predict,
-    square_model,
-)
+from effadam_hook.cost import Cluster, Compute, Prediction, Speed, predict
 from effadam_hook.kernels import choose
 from effadam_hook.scheme import Scheme, expand_names
+from effadam_hook.traffic import Parameter, square_model
 
 __all__ = ["add_plan", "run_plan"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from effadam_hook.cli.ui import CommandError
-from effadam_hook.cost import Parameter
+from effadam_hook.traffic import Parameter
 
 __all__ = ["Trained", "UserModel", "Workload", "describe", "parse_count", "to_device"]
 
