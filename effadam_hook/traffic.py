@@ -1,4 +1,4 @@
-"""What travels: a model's parameters, DDP's buckets of them, their payloads and the legs that carry them.
+"""What travels: parameters, DDP's buckets of them, their payloads, and the legs that carry them.
 
 With N ranks, a payload of U bytes up and D bytes down, and S bytes of gradients, the busiest rank's
 link carries, in its busier direction:
