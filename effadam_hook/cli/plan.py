@@ -158,7 +158,8 @@ def _compute(
         ranks.probe.synchronize()
         times.append(time.perf_counter())
         optimizer.step()
-        optimizer.zero_grad()
+        # DDP's buckets keep the gradients' memory from step to step: so must this.
+        optimizer.zero_grad(set_to_none=False)
         ranks.probe.synchronize()
         times.append(time.perf_counter())
         parts.append([end - begin for begin, end in pairwise(times)])
