@@ -10,7 +10,7 @@ what the busiest direction of the busiest link takes to carry them: no program t
 over these links can be faster.
 
 There is no report if a method of ours ran on the reference kernels, or if the compiled ones were
-built anew while it ran: see ``check_kernels`` in ``stepping.py``.
+built anew while it ran: see ``check_kernels`` in ``effadam_hook/cli/stepping.py``.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from environment import environment
-from methods import names
 from netlab import LabError, Link, NetLab, RankError, run_in_lab
 from stepping import Cell, Plan
-from workloads import Workload
+
+from effadam_hook.cli.environment import environment
+from effadam_hook.cli.rows import Row as Measured
+from effadam_hook.cli.rows import rows_of
+from effadam_hook.cli.workloads import Workload
+from effadam_hook.scheme import expand_names
 
 __all__ = ["Row", "measure", "table"]
 
@@ -41,33 +43,14 @@ _ALL = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Measured):
     """What came out for one method.
 
     Attributes:
-        method: Its name.
-        median_ms: Median time of a step over all rounds.
-        p20_ms: A fifth of the steps took no longer than this.
-        p80_ms: A fifth of the steps took no less than this.
-        ratio: Against ``fp32``: the median over the rounds of the ratio of the round's medians.
         floor_ms: What the busiest link takes for its bytes.
-        busiest_mb: Megabytes a step on the busiest link in its busiest direction.
-        total_mb: Megabytes a step that all hosts sent.
-        cpu_ms: Processor time of a step, all ranks together; divided by the cores that they share, it
-            is another floor.
-        slowest_round_ms: The largest of the rounds' medians.
     """
 
-    method: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    ratio: float
     floor_ms: float
-    busiest_mb: float
-    total_mb: float
-    cpu_ms: float
-    slowest_round_ms: float
 
 
 def measure(plan: Plan, lab: NetLab, quiet: bool = False) -> list[Cell]:
@@ -101,37 +84,10 @@ def table(cells: Sequence[Cell], link: Link) -> list[Row]:
     Returns:
         The rows, in the methods' order.
     """
-    by_method: dict[str, dict[int, Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell["round"]):
-        by_method.setdefault(cell["method"], {})[cell["round"]] = cell
-    dense = by_method.get("fp32", {})
-    rows = []
-    for method, rounds in by_method.items():
-        steps = sorted(1e3 * s for cell in rounds.values() for s in cell["step_s"])
-        medians = {number: _median_s(cell) for number, cell in rounds.items()}
-        ratios = [medians[n] / _median_s(dense[n]) for n in medians if n in dense]
-        last = rounds[max(rounds)]
-        sent, received = last["sent_bytes"], last["received_bytes"]
-        busiest = max(*sent, *received)
-        rows.append(
-            Row(
-                method,
-                statistics.median(steps),
-                steps[len(steps) // 5],
-                steps[len(steps) * 4 // 5],
-                statistics.median(ratios) if ratios else float("nan"),
-                1e3 * link.seconds(busiest),
-                busiest / 1e6,
-                sum(sent) / 1e6,
-                1e3 * statistics.median(cell["cpu_s"] for cell in rounds.values()),
-                1e3 * max(medians.values()),
-            )
-        )
-    return rows
-
-
-def _median_s(cell: Cell) -> float:
-    return statistics.median(cell["step_s"])
+    return [
+        Row(**vars(row), floor_ms=1e3 * link.seconds(row.busiest_mb * 1e6))
+        for row in rows_of(cells)
+    ]
 
 
 def show(rows: Sequence[Row], link: Link, hosts: int) -> str:
@@ -155,20 +111,20 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=4, metavar="N")
     parser.add_argument("--rate", default="1gbit", help="of each link, as in 200mbit")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one way, host to host")
-    parser.add_argument("--methods", default=_ALL, help="see methods.py; {a,b} stands for either")
+    parser.add_argument("--methods", default=_ALL, help="see scheme.py; {a,b} stands for either")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured in each cell")
     parser.add_argument("--warmup", type=int, default=5, help="steps before those")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=32, help="of input, on each rank")
-    parser.add_argument("--sleep-ms", type=float, default=-1.0, help="see workloads.py")
+    parser.add_argument("--sleep-ms", type=float, default=-1.0, help="see cli/workloads.py")
     parser.add_argument("--no-optimizer", action="store_true", help="leave out optimizer.step()")
     parser.add_argument("--csv", type=Path, help="append the table to this file")
     parser.add_argument("--json", type=Path, help="write every step's time to this file")
     args = parser.parse_args()
     workload = Workload(args.layers, args.width, args.rows, args.sleep_ms)
-    methods = tuple(names(args.methods))
+    methods = tuple(expand_names(args.methods))
     plan = Plan(methods, args.rounds, args.warmup, args.steps, workload, not args.no_optimizer)
     try:
         link = Link.parse(args.rate, args.delay_ms)

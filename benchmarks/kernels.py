@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from environment import environment
 from torch import Tensor
 
+from effadam_hook.cli.environment import environment
 from effadam_hook.kernels import Kernels, choose, reference
 from effadam_hook.layout import BucketLayout, Slot, plan_bucket
 from effadam_hook.quantizers import QUANTIZERS, get_quantizer

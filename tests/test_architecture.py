@@ -20,10 +20,14 @@ PACKAGES = ("effadam_hook", "lightning_plugin")
 LADDER = (
     ("effadam_hook.errors", "effadam_hook._version"),
     ("effadam_hook.config", "effadam_hook.quantizers", "effadam_hook.layout"),
+    ("effadam_hook.scheme", "effadam_hook.pipeline"),
+    ("effadam_hook.traffic",),
+    ("effadam_hook.cost",),
     (
         "effadam_hook.accumulation",
         "effadam_hook.idle",
         "effadam_hook.kernels",
+        "effadam_hook.log",
         "effadam_hook.parameters",
         "effadam_hook.residuals",
         "effadam_hook.saved",
@@ -47,7 +51,15 @@ OUTSIDE = {"examples", "benchmarks", "tests", "harness", "conftest"}
 TRITON_HOME = "effadam_hook.kernels.triton_kernels"
 GRAD_BUCKET_HOME = "effadam_hook.hook"
 COLLECTIVES_HOME = "effadam_hook.exchange"
-TORCH_FREE = {"effadam_hook.errors", "effadam_hook.layout", "effadam_hook._version"}
+TORCH_FREE = {
+    "effadam_hook._version",
+    "effadam_hook.cost",
+    "effadam_hook.errors",
+    "effadam_hook.layout",
+    "effadam_hook.pipeline",
+    "effadam_hook.scheme",
+    "effadam_hook.traffic",
+}
 
 # Everything that all ranks of a group must call in the same order.
 COLLECTIVES = {

@@ -10,11 +10,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from end_to_end import table
-from environment import kernel_build
-from methods import Method, names
 from netlab import Link
 from stepping import Cell, KernelsError, KernelsUsed, Plan, check_kernels
-from workloads import Workload
+
+from effadam_hook.cli.environment import kernel_build
+from effadam_hook.cli.workloads import Workload
+from effadam_hook.scheme import Scheme, expand_names
 
 FUSED = KernelsUsed("cpu", "abc", "abc")
 
@@ -92,7 +93,7 @@ def test_every_round_measures_every_method_and_starts_with_another_one() -> None
 
 def test_names_with_braces_stand_for_each_of_them() -> None:
     text = "fp32,{lloyd4,sign}/{sharded,rank0}@1, update:lloyd2/sharded"
-    assert list(names(text)) == [
+    assert list(expand_names(text)) == [
         "fp32",
         "lloyd4/sharded@1",
         "lloyd4/rank0@1",
@@ -103,12 +104,12 @@ def test_names_with_braces_stand_for_each_of_them() -> None:
 
 
 def test_a_name_says_the_method_and_its_buckets() -> None:
-    ours = Method.parse("update:lloyd2/rank0@5")
+    ours = Scheme.parse("update:lloyd2/rank0@5")
     assert (ours.kind, ours.quantizer, ours.topology, ours.bucket_mb) == (
         "update",
         "lloyd2",
         "rank0",
         5.0,
     )
-    assert Method.parse("fp32").bucket_mb is None
-    assert Method.parse("powersgd4").rank == 4
+    assert Scheme.parse("fp32").bucket_mb is None
+    assert Scheme.parse("powersgd4").rank == 4

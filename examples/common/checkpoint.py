@@ -32,6 +32,7 @@ _IRRELEVANT = {  # options that do not change the steps a run takes
     "plot",
     "json",
     "csv",
+    "log",
 }
 
 

@@ -86,6 +86,7 @@ class Options:
     plot: Path | None
     json: Path | None
     csv: Path | None
+    log: Path | None
 
     @property
     def modes(self) -> list[Mode]:
@@ -220,6 +221,12 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
     files.add_argument("--no-plot", dest="plot", action="store_const", const=None)
     files.add_argument("--json", type=Path, metavar="PATH", help="curves, settings and environment")
     files.add_argument("--csv", type=Path, metavar="PATH", help="curves, one row per validation")
+    files.add_argument(
+        "--log",
+        type=Path,
+        metavar="PATH",
+        help="one JSON line per step, for `effadam report`; with --compare, one file for each mode",
+    )
     parser.set_defaults(**defaults)
 
 

@@ -26,6 +26,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from effadam_hook import EfficientAdamState
+    from effadam_hook.log import RunLog
 
 EVALUATION_CHUNK = 64  # held-out samples per forward
 
@@ -161,6 +162,7 @@ class Training:
             points = checkpoint.load(options.resume, worker, self.model, self.optimizer, self.state)
             self.result.points = [Point(**point) for point in points]
         self.wire = Wire(self.result.dense_bytes_per_step, self.state)
+        self.log = open_log(mode, options, worker)
         self.progress = Progress(self.result, task, options.steps, enabled=worker.is_main)
 
     def wrap(self) -> DistributedDataParallel:
@@ -185,6 +187,9 @@ class Training:
         for step in range(first, last):
             losses.append(self._step(step))
             self.progress.step(step + 1, losses[-1], self.wire)
+            if self.log is not None:
+                stats = self.state.stats() if self.state else {}
+                self.log.write(step + 1, losses[-1].item(), **stats)
             if (step + 1) % self.options.validate_every and step + 1 != last:
                 continue
             train_loss = mean_over_workers(torch.stack(losses).double().mean())
@@ -196,6 +201,8 @@ class Training:
             losses.clear()
             clock = time.perf_counter()
         self.progress.close()
+        if self.log is not None:
+            self.log.close()
         if self.state is not None:
             self.state.close()
         return self.result
@@ -228,6 +235,18 @@ class Training:
                 self.optimizer,
                 self.state,
             )
+
+
+def open_log(mode: Mode, options: Options, worker: Worker) -> RunLog | None:
+    """The main worker's log, if one is asked for; of each mode its own if several are compared."""
+    if options.log is None or not worker.is_main:
+        return None
+    from effadam_hook.log import RunLog
+
+    path = options.log
+    if options.compare:
+        path = path.with_suffix(f".{mode.label.replace('/', '-')}{path.suffix}")
+    return RunLog(path, append=options.resume is not None)
 
 
 def attach_state(

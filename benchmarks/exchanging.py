@@ -1,0 +1,104 @@
+"""One rank's side of :mod:`model_check`: how long the exchange of a whole model takes by itself.
+
+All buckets are handed over at once, as if backward took no time; the clock runs until the last rank
+has the last result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from effadam_hook import EfficientAdamState
+from effadam_hook.cli.workloads import Workload
+from effadam_hook.exchange.probe import Probe
+from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import Parameter, make_buckets
+
+Exchange = Callable[[], None]
+
+
+def buckets_of(model: nn.Module, bucket_mb: float | None) -> list[list[Tensor]]:
+    """The model's parameters in DDP's buckets."""
+    parameters = [p.detach() for p in model.parameters()]
+    shapes = [Parameter(p.numel(), p.shape[0] if p.ndim > 1 else 0) for p in parameters]
+    rest = list(reversed(parameters))
+    return [[rest.pop(0) for _ in bucket] for bucket in make_buckets(shapes, bucket_mb)]
+
+
+def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Exchange:
+    """The exchange of a scheme as a call that returns when it is done on this rank."""
+    buffers = [torch.randn(sum(p.numel() for p in bucket)) for bucket in buckets]
+    if scheme.is_ours:
+        state = EfficientAdamState(quantizer=scheme.quantizer, topology=scheme.topology)
+
+        def ours() -> None:
+            last = len(buckets) - 1
+            futures = [
+                state.run_bucket(i, buffer, bucket, i == last)
+                for i, (buffer, bucket) in enumerate(zip(buffers, buckets, strict=True))
+            ]
+            for future in futures:
+                future.wait()
+
+        return ours
+
+    def dense() -> None:
+        sent = [buffer.half() if scheme.kind == "cast" else buffer for buffer in buffers]
+        works = [dist.all_reduce(each.div_(dist.get_world_size()), async_op=True) for each in sent]
+        for work, each, buffer in zip(works, sent, buffers, strict=True):
+            work.wait()
+            if scheme.kind == "cast":
+                buffer.copy_(each)
+
+    return dense
+
+
+def measure(name: str, workload: Workload, repeats: int) -> float:
+    """Median seconds of an exchange."""
+    scheme = Scheme.parse(name)
+    run = make_exchange(scheme, buckets_of(workload.model(), scheme.bucket_mb))
+    group = dist.group.WORLD
+    assert group is not None
+    probe = Probe(group, torch.device("cpu"))
+    took = []
+    for index in range(repeats + 2):
+        probe.share(None)
+        begin = time.perf_counter()
+        run()
+        seconds = max(probe.share(time.perf_counter() - begin))
+        if index >= 2:
+            took.append(seconds)
+    return statistics.median(took)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("methods")
+    parser.add_argument("workload", help="of three numbers: layers,width,rows")
+    parser.add_argument("repeats", type=int)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    workload = Workload(*map(int, args.workload.split(",")))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    found = {name: measure(name, workload, args.repeats) for name in args.methods.split(",")}
+    if dist.get_rank() == 0:
+        args.out.write_text(json.dumps(found))
+    dist.destroy_process_group()
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

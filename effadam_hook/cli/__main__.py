@@ -1,0 +1,7 @@
+"""``python -m effadam_hook.cli`` is the ``effadam`` command."""
+
+import sys
+
+from effadam_hook.cli import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""``effadam bench``: trains by every method on the ranks that there are, and compares."""
+
+from __future__ import annotations
+
+import argparse
+
+from effadam_hook.cli.environment import environment
+from effadam_hook.cli.interface import InterfaceCounter
+from effadam_hook.cli.ranks import check_launched, pick_device, rank_here
+from effadam_hook.cli.rows import Row, rows_of
+from effadam_hook.cli.stepping import Cell, Plan, run_cells
+from effadam_hook.cli.ui import CommandError, Screen
+from effadam_hook.cli.workloads import Trained, UserModel, Workload
+from effadam_hook.scheme import Scheme, expand_names
+
+__all__ = ["add_bench", "run_bench"]
+
+_METHODS = "none,fp32,fp16,{lloyd4,lloyd2}/sharded"
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    parser.add_argument("--methods", default=_METHODS, help="names (default %(default)s)")
+    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="your model, see the docs")
+    parser.add_argument("--layers", type=int, default=6, help="of the perceptron without --model")
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=32, help="of input, on each rank")
+    parser.add_argument("--rounds", type=int, default=3, help="each method is measured so often")
+    parser.add_argument("--steps", type=int, default=10, help="on the clock, in each round")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before those")
+    parser.add_argument("--bucket-mb", type=float, help="where the method's name does not say")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Measure and compare."""
+    check_launched("bench")
+    screen = Screen(args.json, rank_here())
+    methods = tuple(_full_name(name, args.bucket_mb) for name in expand_names(args.methods))
+    for name in ("rounds", "steps", "warmup", "layers", "width", "rows"):
+        if getattr(args, name) < 1:
+            raise CommandError(f"Invalid --{name}: {getattr(args, name)}. Must be 1 or more.")
+    workload: Trained = Workload(args.layers, args.width, args.rows)
+    if args.model is not None:
+        user = UserModel(args.model)
+        user.model()
+        if not user.can_step:
+            raise CommandError(
+                f"{args.model} returned a model alone. To train it, return (model, loss_function) or "
+                "(model, batch)."
+            )
+        workload = user
+    device = pick_device(args.device)
+    counter = InterfaceCounter()
+    plan = Plan(methods, args.rounds, args.warmup, args.steps, workload)
+    cells: list[Cell] = []
+    with screen.progress("training", len(plan.cells())) as advance:
+        names = iter([name for _, name in plan.cells()][1:])
+        advance(methods[0])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        for cell in run_cells(plan, backend, device, counter):
+            cells.append(cell)
+            advance(next(names, "done"))
+    rows = rows_of(cells)
+    _show(screen, rows, counter)
+    screen.result(
+        {
+            "environment": environment(),
+            "counted": counter.what,
+            "methods": [vars(row) for row in rows],
+            "cells": cells,
+        }
+    )
+    return 0
+
+
+def _full_name(name: str, bucket_mb: float | None) -> str:
+    scheme = Scheme.parse(name)
+    if scheme.bucket_mb is not None or bucket_mb is None or scheme.kind == "powersgd":
+        return name
+    return f"{name}@{bucket_mb:g}"
+
+
+def _show(screen: Screen, rows: list[Row], counter: InterfaceCounter) -> None:
+    screen.table(
+        "a step",
+        ("method", "ms", "p20", "p80", "x fp32", "MB, busiest", "MB, all", "cpu ms"),
+        [
+            (
+                row.method,
+                f"{row.median_ms:.1f}",
+                f"{row.p20_ms:.1f}",
+                f"{row.p80_ms:.1f}",
+                f"{row.ratio:.3f}",
+                f"{row.busiest_mb:.3f}",
+                f"{row.total_mb:.2f}",
+                f"{row.cpu_ms:.1f}",
+            )
+            for row in rows
+        ],
+    )
+    screen.note(counter.what)

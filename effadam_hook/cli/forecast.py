@@ -1,0 +1,134 @@
+"""From what was measured to predicted steps, and to a recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from effadam_hook.cost import Cluster, Compute, Prediction, Speed, predict
+from effadam_hook.quantizers import get_quantizer
+from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import Parameter
+
+__all__ = ["Advice", "advise", "code_for", "forecast"]
+
+_LEAST_GAIN = 0.10
+"""A step must get this much shorter before another kind of exchange is worth its trouble."""
+_LEAST_GAIN_OF_FEWER_BITS = 0.15
+_NEAR_DENSE_BITS = 4.0
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do.
+
+    Attributes:
+        best: The recommended scheme's prediction.
+        dense: That of the dense all-reduce.
+        reason: Why, in words.
+    """
+
+    best: Prediction
+    dense: Prediction
+    reason: str
+
+    @property
+    def pays(self) -> bool:
+        """Whether anything but the dense all-reduce is recommended."""
+        return self.best.scheme != self.dense.scheme
+
+
+def forecast(
+    schemes: Sequence[Scheme],
+    parameters: Sequence[Parameter],
+    cluster: Cluster,
+    speeds: Mapping[str, Speed],
+    compute: Compute,
+) -> list[Prediction]:
+    """Predict every scheme.
+
+    Args:
+        schemes: Which.
+        parameters: The model's.
+        cluster: The ranks.
+        speeds: By :attr:`Scheme.arithmetic <effadam_hook.scheme.Scheme.arithmetic>`.
+        compute: The step without communication.
+
+    Returns:
+        In the same order.
+    """
+    return [
+        predict(scheme, parameters, cluster, speeds.get(scheme.arithmetic), compute)
+        for scheme in schemes
+    ]
+
+
+def advise(predictions: Sequence[Prediction], dense: Prediction) -> Advice:
+    """Recommend the scheme that changes training least among those that are about the fastest.
+
+    Dense is kept unless a step gets 10 % shorter; fewer than four bits are taken only where they
+    make it 15 % shorter than four bits and more do. Update mode and PowerSGD change what is trained,
+    not only how it is sent: they are predicted and never recommended.
+
+    Args:
+        predictions: Of the schemes to choose from.
+        dense: Of the dense all-reduce with buckets of the same size.
+
+    Returns:
+        The advice.
+    """
+    fine = [p for p in predictions if _bits(p.scheme) >= _NEAR_DENSE_BITS]
+    coarse = [p for p in predictions if 0 < _bits(p.scheme) < _NEAR_DENSE_BITS]
+    best = dense
+    for candidates, gain in ((fine, _LEAST_GAIN), (coarse, _LEAST_GAIN_OF_FEWER_BITS)):
+        fastest = min(candidates, key=lambda p: p.step_s, default=dense)
+        if fastest.step_s < (1 - gain) * best.step_s:
+            best = fastest
+    share = dense.exposed_s / dense.step_s
+    if best is dense:
+        return Advice(
+            dense,
+            dense,
+            f"Compression does not pay here: a step waits {1e3 * dense.exposed_s:.1f} ms of "
+            f"{1e3 * dense.step_s:.1f} ms for the dense all-reduce ({share:.0%}), and no method makes "
+            f"it {_LEAST_GAIN:.0%} shorter. Leave DDP as it is.",
+        )
+    return Advice(
+        best,
+        dense,
+        f"{best.scheme.name} makes a step of {1e3 * best.step_s:.1f} ms out of one of "
+        f"{1e3 * dense.step_s:.1f} ms, {best.step_s / dense.step_s:.2f} times as long. The dense step "
+        f"waits {1e3 * dense.exposed_s:.1f} ms for the network ({share:.0%}).",
+    )
+
+
+def _bits(scheme: Scheme) -> float:
+    """Bits of an element, of the schemes that can be recommended; 0 for the others."""
+    if scheme.kind == "cast":
+        return 16.0
+    return get_quantizer(scheme.quantizer).bits if scheme.kind == "gradient" else 0.0
+
+
+def code_for(scheme: Scheme) -> str:
+    """The lines to paste.
+
+    Args:
+        scheme: What was recommended.
+
+    Returns:
+        Python; a comment for what needs no line.
+    """
+    cap = "" if scheme.bucket_mb is None else f", bucket_cap_mb={scheme.bucket_mb:g}"
+    wrap = f"ddp_model = DistributedDataParallel(model{cap})\n" if cap else ""
+    if scheme.kind == "cast":
+        hook = f"{scheme.quantizer}_compress_hook"
+        return (
+            f"{wrap}ddp_model.register_comm_hook(None, torch.distributed.algorithms."
+            f"ddp_comm_hooks.default_hooks.{hook})"
+        )
+    if scheme.kind == "gradient":
+        return (
+            f'{wrap}state = effadam_hook.attach(ddp_model, quantizer="{scheme.quantizer}", '
+            f'topology="{scheme.topology}")'
+        )
+    return f"{wrap}# nothing to add: DDP's own all-reduce"

@@ -1,0 +1,156 @@
+"""Measures the link and the collectives, as the cost model wants to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from effadam_hook.cost import Link
+from effadam_hook.exchange.probe import Probe
+from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets
+
+__all__ = ["LegFound", "LinkFound", "measure_link", "parts_of_link"]
+
+_FIRST_BYTES = 1 << 18
+_MOST_BYTES = 1 << 26
+_LONG_ENOUGH_S = 0.1
+_LEG_S = 0.4
+_DEPTH = 4
+_EMPTY_BYTES = 64
+_REPEATS = 4
+_EMPTY_REPEATS = 20
+
+
+@dataclass(frozen=True)
+class LegFound:
+    """What one collective does.
+
+    Attributes:
+        name: Its name, see :data:`effadam_hook.exchange.probe.LEGS`.
+        busiest_bytes: Bytes in the busier direction of the busiest link, in the measurement.
+        seconds: What one took, of several under way together; the best of a few tries, as others
+            on the machine only ever make it slower.
+        overhead_s: What one takes alone when it is as good as empty, likewise.
+        slowdown: ``seconds`` over what the link alone takes for the bytes.
+        cpu_s_per_byte: Processor time of a rank.
+    """
+
+    name: str
+    busiest_bytes: float
+    seconds: float
+    overhead_s: float
+    slowdown: float
+    cpu_s_per_byte: float
+
+
+@dataclass(frozen=True)
+class LinkFound:
+    """What the link does.
+
+    Attributes:
+        payload_bytes_s: Bytes a second that every rank sends to another while it receives as many.
+        latency_s: What a message of one byte takes, from one program to the other.
+        legs: What the collectives do.
+    """
+
+    payload_bytes_s: float
+    latency_s: float
+    legs: Sequence[LegFound]
+
+    def as_link(self) -> Link:
+        """For the cost model. Bytes are payload bytes: what was measured has no headers in it."""
+        return Link(
+            self.payload_bytes_s,
+            latency_s=self.latency_s,
+            efficiency=1.0,
+            slowdown={leg.name: leg.slowdown for leg in self.legs},
+            overhead_s={leg.name: leg.overhead_s for leg in self.legs},
+            cpu_s_per_byte={leg.name: leg.cpu_s_per_byte for leg in self.legs},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "payload_bytes_s": self.payload_bytes_s,
+            "latency_s": self.latency_s,
+            "legs": [vars(leg) for leg in self.legs],
+        }
+
+
+def parts_of_link(schemes: Sequence[Scheme]) -> int:
+    """How often :func:`measure_link` calls its ``advance``."""
+    return 1 + len(_examples(schemes))
+
+
+def measure_link(
+    probe: Probe,
+    schemes: Sequence[Scheme],
+    parameters: Sequence[Parameter],
+    advance: Callable[[str], None],
+) -> LinkFound:
+    """Measure the link, then every collective that the schemes use; a collective operation.
+
+    Args:
+        probe: The ranks.
+        schemes: What will be predicted.
+        parameters: The model's. Collectives are measured with messages as large as its own are.
+        advance: Called with a description when a part begins.
+
+    Returns:
+        What was found.
+    """
+    advance("link")
+    size = _FIRST_BYTES
+    while (took := probe.time_link(size, 1).seconds) < _LONG_ENOUGH_S and size < _MOST_BYTES:
+        size = min(_MOST_BYTES, max(2 * size, int(size * _LONG_ENOUGH_S / max(took, 1e-6))))
+    latency_s = probe.time_link(1, _EMPTY_REPEATS).seconds
+    # The best of them: what disturbs a transfer never makes it faster.
+    rate = size / max(probe.time_link(size, _REPEATS, _DEPTH).best_s, 1e-9)
+    legs = []
+    for name, scheme in _examples(schemes).items():
+        advance(name)
+        legs.append(_measure_leg(probe, name, scheme, parameters, rate))
+    return LinkFound(rate, latency_s, legs)
+
+
+def _examples(schemes: Sequence[Scheme]) -> Mapping[str, Scheme]:
+    """For every collective, the scheme that sends most by it."""
+    tiny = [Parameter(1 << 16, 1 << 8)]
+    found: dict[str, tuple[float, Scheme]] = {}
+    for scheme in schemes:
+        for leg in legs_of(scheme, tiny, 2):
+            if leg.name not in found or leg.busiest_bytes > found[leg.name][0]:
+                found[leg.name] = (leg.busiest_bytes, scheme)
+    return {name: scheme for name, (_, scheme) in found.items()}
+
+
+def _measure_leg(
+    probe: Probe, name: str, scheme: Scheme, parameters: Sequence[Parameter], rate: float
+) -> LegFound:
+    n = probe.world_size
+    bucket = max(
+        make_buckets(parameters, scheme.bucket_mb), key=lambda each: sum(p.numel for p in each)
+    )
+    leg = next(leg for leg in legs_of(scheme, bucket, n) if leg.name == name)
+    size = int(leg.busiest_bytes / _share(leg, n))
+    size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _LEG_S / _share(leg, n))))
+    busiest = size * _share(leg, n)
+    empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
+    full = probe.time_leg(name, size, _REPEATS, _DEPTH)
+    return LegFound(
+        name,
+        busiest,
+        full.best_s,
+        empty.best_s,
+        max(1.0, full.best_s * rate / busiest),
+        max(0.0, full.cpu_s - empty.cpu_s) / busiest,
+    )
+
+
+def _share(leg: Leg, n: int) -> float:
+    """Bytes in the busier direction, for a byte of payload or gradient."""
+    if leg.name == "all_reduce":
+        return 2 * (n - 1) / n
+    return {"up/rank0": float(n - 1), "down/rank0": 1.0}.get(leg.name, (n - 1) / n)

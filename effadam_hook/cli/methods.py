@@ -1,0 +1,83 @@
+"""A scheme made real: the model wrapped in DDP, with the optimizer and hook that the scheme says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from effadam_hook import EfficientAdam, EfficientAdamState, attach
+from effadam_hook.scheme import Scheme
+
+__all__ = ["Prepared", "prepare"]
+
+_ONE_BUCKET_MB = 1 << 16
+
+# DDP refuses torch's own hook by its name unless NCCL runs it. It does no harm on Gloo.
+_CASTS: dict[str, Any] = {
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket),  # noqa: PLW0108
+}
+
+
+@dataclass
+class Prepared:
+    """A model ready to be trained by a scheme.
+
+    Attributes:
+        model: The DDP model.
+        optimizer: Its optimizer.
+        scope: What every step runs in.
+        close: Ends what the scheme has started.
+        state: Ours: the hook's state; None for the others.
+    """
+
+    model: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    scope: Callable[[], Any]
+    close: Callable[[], None]
+    state: EfficientAdamState | None = None
+
+
+def prepare(scheme: Scheme, model: nn.Module, lr: float = 1e-4) -> Prepared:
+    """Wrap a model; a collective operation.
+
+    Args:
+        scheme: How its gradients are averaged.
+        model: The bare model, equal on all ranks, on its device.
+        lr: Learning rate of Adam, which every scheme uses.
+
+    Returns:
+        What to train.
+    """
+    cap = _ONE_BUCKET_MB if scheme.kind == "powersgd" else scheme.bucket_mb
+    ddp = DistributedDataParallel(model, bucket_cap_mb=cap, gradient_as_bucket_view=True)
+    if scheme.kind == "update":
+        optimizer: torch.optim.Optimizer = EfficientAdam(ddp.parameters(), lr=lr)
+    else:
+        optimizer = torch.optim.Adam(ddp.parameters(), lr=lr, fused=True)
+    close: Callable[[], None] = _nothing
+    ours: EfficientAdamState | None = None
+    if scheme.kind == "cast":
+        ddp.register_comm_hook(None, _CASTS[scheme.quantizer])
+    elif scheme.kind == "powersgd":
+        state = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=scheme.rank, start_powerSGD_iter=3
+        )
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    elif scheme.is_ours:
+        given: dict[str, Any] = {"optimizer": optimizer} if scheme.kind == "update" else {}
+        ours = attach(ddp, quantizer=scheme.quantizer, topology=scheme.topology, **given)
+        close = ours.close
+    scope = ddp.no_sync if scheme.kind == "none" else contextlib.nullcontext
+    return Prepared(ddp, optimizer, scope, close, ours)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,268 @@
+"""``effadam plan``: measures link and kernels, predicts every method's step, recommends one."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from effadam_hook.cli.forecast import Advice, advise, code_for, forecast
+from effadam_hook.cli.link import LinkFound, measure_link, parts_of_link
+from effadam_hook.cli.ranks import Ranks, join_ranks, rank_here
+from effadam_hook.cli.speed import measure_speed
+from effadam_hook.cli.ui import CommandError, Screen
+from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count, to_device
+from effadam_hook.cost import Cluster, Compute, Prediction, Speed, predict
+from effadam_hook.kernels import choose
+from effadam_hook.scheme import Scheme, expand_names
+from effadam_hook.traffic import Parameter, square_model
+
+__all__ = ["add_plan", "run_plan"]
+
+_METHODS = "fp32,fp16,powersgd4,{lloyd4,lloyd3,lloyd2}/{sharded,rank0},update:lloyd2/sharded"
+_WINDOWS, _WINDOW_S = 5, 0.3
+_FORWARD_SHARE = 1 / 3
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    model = parser.add_argument_group("model: one of these")
+    model.add_argument("--parameters", metavar="N", help="how many, as in 6.3M or 1.5B")
+    model.add_argument("--model", metavar="MODULE:FUNCTION", help="returns the model, see the docs")
+    model.add_argument("--mlp", metavar="LAYERSxWIDTHxROWS", help="a perceptron, as in 6x1024x32")
+    parser.add_argument(
+        "--compute-ms",
+        type=float,
+        help="of a step without communication; measured if the model can be run",
+    )
+    parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb (default: 1, then 25)")
+    parser.add_argument("--methods", default=_METHODS, help="names (default %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Measure, predict, recommend."""
+    screen = Screen(args.json, rank_here())
+    schemes = _schemes(args)
+    workload, parameters = _model(args)
+    with join_ranks("plan", args.device) as ranks:
+        if ranks.probe.world_size == 1:
+            raise CommandError(
+                "There is only one rank, and nothing to exchange. Start at least two, for example "
+                "with torchrun --nproc-per-node 2."
+            )
+        found, speeds, compute = _measure(args, screen, ranks, schemes, parameters, workload)
+        cluster = Cluster(
+            ranks.probe.world_size,
+            found.as_link(),
+            cores=max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0,
+            in_order=ranks.device.type == "cuda",
+        )
+        predictions = forecast(schemes, parameters, cluster, speeds, compute)
+        dense = predict(
+            replace(Scheme.parse("fp32"), bucket_mb=args.bucket_mb),
+            parameters,
+            cluster,
+            None,
+            compute,
+        )
+        advice = advise(predictions, _same(predictions, dense))
+        _show(screen, ranks, found, predictions, advice, compute)
+        screen.result(_result(ranks, found, speeds, compute, predictions, advice, parameters))
+    return 0
+
+
+def _schemes(args: argparse.Namespace) -> list[Scheme]:
+    if args.bucket_mb is not None and not args.bucket_mb > 0:
+        raise CommandError(f"Invalid --bucket-mb: {args.bucket_mb}. Must be above 0.")
+    if args.compute_ms is not None and not args.compute_ms >= 0:
+        raise CommandError(f"Invalid --compute-ms: {args.compute_ms}. Must be 0 or more.")
+    schemes = [Scheme.parse(name) for name in expand_names(args.methods)]
+    return [scheme.with_buckets(args.bucket_mb) for scheme in schemes]
+
+
+def _same(predictions: list[Prediction], dense: Prediction) -> Prediction:
+    """The dense prediction among those that were asked for, if it is there."""
+    return next((p for p in predictions if p.scheme == dense.scheme), dense)
+
+
+def _model(args: argparse.Namespace) -> tuple[Workload | UserModel | None, list[Parameter]]:
+    given = [name for name in ("parameters", "model", "mlp") if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise CommandError(
+            f"Given: {', '.join('--' + name for name in given) or 'no model'}. Must be exactly one of "
+            "--parameters, --model and --mlp, as in --parameters 124M."
+        )
+    if args.parameters is not None:
+        return None, square_model(parse_count(args.parameters))
+    if args.model is not None:
+        user = UserModel(args.model)
+        return user, describe(user.model())
+    try:
+        layers, width, rows = (int(part) for part in args.mlp.split("x"))
+    except ValueError as error:
+        raise CommandError(
+            f"Invalid --mlp: {args.mlp!r}. Must be LAYERSxWIDTHxROWS, as in 6x1024x32."
+        ) from error
+    perceptron = Workload(layers, width, rows)
+    return perceptron, describe(perceptron.model())
+
+
+def _measure(
+    args: argparse.Namespace,
+    screen: Screen,
+    ranks: Ranks,
+    schemes: list[Scheme],
+    parameters: list[Parameter],
+    workload: Workload | UserModel | None,
+) -> tuple[LinkFound, dict[str, Speed], Compute]:
+    kinds = {scheme.arithmetic: scheme for scheme in schemes if scheme.arithmetic}
+    total = parts_of_link(schemes) + len(kinds) + 1
+    with screen.progress("measuring", total) as advance:
+        found = measure_link(ranks.probe, schemes, parameters, advance)
+        speeds = {}
+        for name, scheme in kinds.items():
+            advance(name)
+            speeds[name] = measure_speed(ranks.probe, scheme, ranks.device)
+        advance("compute")
+        return found, speeds, _compute(args, ranks, workload)
+
+
+def _compute(
+    args: argparse.Namespace, ranks: Ranks, workload: Workload | UserModel | None
+) -> Compute:
+    if args.compute_ms is not None:
+        seconds = args.compute_ms / 1e3
+        return Compute(seconds * _FORWARD_SHARE, seconds * (1 - _FORWARD_SHARE))
+    if workload is None:
+        return Compute()
+    model = workload.model().to(ranks.device)
+    if isinstance(workload, UserModel) and not workload.can_step:
+        return Compute()
+    batch = to_device(workload.batch(ranks.probe.rank), ranks.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
+    parts: list[list[float]] = []
+
+    def one_step() -> None:
+        times = [time.perf_counter()]
+        loss = workload.loss(model, batch)
+        ranks.probe.synchronize()
+        times.append(time.perf_counter())
+        loss.backward()  # type: ignore[no-untyped-call]
+        ranks.probe.synchronize()
+        times.append(time.perf_counter())
+        optimizer.step()
+        # DDP's buckets keep the gradients' memory from step to step: so must this.
+        optimizer.zero_grad(set_to_none=False)
+        ranks.probe.synchronize()
+        times.append(time.perf_counter())
+        parts.append([end - begin for begin, end in pairwise(times)])
+
+    one_step()  # makes buffers
+    found = []
+    for _ in range(_WINDOWS):
+        parts.clear()
+        ranks.probe.time_busy(one_step, _WINDOW_S, windows=1)
+        shared = [part for rank in ranks.probe.share(parts) for part in rank]
+        found.append(Compute(*(statistics.fmean(part) for part in zip(*shared, strict=True))))
+    # The window in which others on the machine disturbed least.
+    return min(found, key=lambda one: one.forward_s + one.backward_s + one.rest_s)
+
+
+def _show(
+    screen: Screen,
+    ranks: Ranks,
+    found: LinkFound,
+    predictions: list[Prediction],
+    advice: Advice,
+    compute: Compute,
+) -> None:
+    n = ranks.probe.world_size
+    screen.note(
+        f"{n} ranks over {ranks.backend}, {ranks.neighbours} on this machine, {ranks.device.type}; "
+        f"kernels {choose(ranks.device).reason}"
+    )
+    screen.note(
+        f"link: {found.payload_bytes_s * 8e-9:.3f} Gbit/s of payload each way at once, "
+        f"{1e3 * found.latency_s:.3f} ms a message"
+    )
+    screen.table(
+        "collectives",
+        ("", "MB on the busiest link", "ms", "ms if empty", "x the link alone"),
+        [
+            (
+                leg.name,
+                f"{leg.busiest_bytes / 1e6:.3f}",
+                f"{1e3 * leg.seconds:.2f}",
+                f"{1e3 * leg.overhead_s:.2f}",
+                f"{leg.slowdown:.2f}",
+            )
+            for leg in found.legs
+        ],
+    )
+    if compute == Compute():
+        screen.note("No compute time is known: a step is the exchange alone. Give --compute-ms.")
+    else:
+        parts = [1e3 * part for part in (compute.forward_s, compute.backward_s, compute.rest_s)]
+        screen.note(
+            f"compute: forward {parts[0]:.1f} ms, backward {parts[1]:.1f} ms, rest {parts[2]:.1f} ms"
+        )
+    dense_s = advice.dense.step_s
+    screen.table(
+        "predicted",
+        ("method", "step ms", "x fp32", "exchange ms", "waits ms", "wire floor ms", "MB"),
+        [
+            (
+                "off (fp32)" if p.scheme.kind == "dense" else p.scheme.name,
+                f"{1e3 * p.step_s:.1f}",
+                f"{p.step_s / dense_s:.3f}",
+                f"{1e3 * p.exchange_s:.1f}",
+                f"{1e3 * p.exposed_s:.1f}",
+                f"{1e3 * p.floor_s:.1f}",
+                f"{p.busiest_bytes / 1e6:.2f}",
+            )
+            for p in predictions
+        ],
+        marked=next((i for i, p in enumerate(predictions) if p is advice.best), None),
+    )
+    screen.note(advice.reason)
+    screen.code(code_for(advice.best.scheme))
+
+
+def _result(
+    ranks: Ranks,
+    found: LinkFound,
+    speeds: dict[str, Speed],
+    compute: Compute,
+    predictions: list[Prediction],
+    advice: Advice,
+    parameters: list[Parameter],
+) -> dict[str, Any]:
+    return {
+        "world_size": ranks.probe.world_size,
+        "ranks_on_this_machine": ranks.neighbours,
+        "cores_per_rank": ranks.cores,
+        "backend": ranks.backend,
+        "device": ranks.device.type,
+        "kernels": choose(ranks.device).reason,
+        "parameters": sum(p.numel for p in parameters),
+        "link": found.to_dict(),
+        "speeds": {name: vars(speed) for name, speed in speeds.items()},
+        "compute": vars(compute),
+        "predictions": [
+            {**vars(p), "scheme": p.scheme.name, "bucket_mb": p.scheme.bucket_mb}
+            for p in predictions
+        ],
+        "recommended": {
+            "method": advice.best.scheme.name,
+            "compression_pays": advice.pays,
+            "reason": advice.reason,
+            "code": code_for(advice.best.scheme),
+        },
+    }

@@ -1,0 +1,126 @@
+"""The ranks that torchrun has started: joining them, and what they share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from effadam_hook.cli.ui import CommandError
+from effadam_hook.exchange.probe import Probe
+
+__all__ = ["Ranks", "check_launched", "join_ranks", "pick_device", "rank_here"]
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of this run.
+
+    Attributes:
+        probe: What they measure together.
+        device: Where this rank computes.
+        backend: The process group's backend.
+        neighbours: How many of them share this machine, this one included.
+        cores: Cores that this rank's machine has for each of them.
+    """
+
+    probe: Probe
+    device: torch.device
+    backend: str
+    neighbours: int
+    cores: float
+
+
+def rank_here() -> int:
+    """This process's rank, 0 if no launcher has said."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_launched(command: str) -> None:
+    """Check that a launcher has started this process.
+
+    Args:
+        command: Name of the subcommand, for the message.
+
+    Raises:
+        CommandError: If not, with the command line that would.
+    """
+    missing = [name for name in _NEEDED if name not in os.environ]
+    if missing:
+        raise CommandError(
+            f"`effadam {command}` measures between ranks, and {', '.join(missing)} is not set. "
+            f"Start it on every host as you start training, for example: torchrun --nnodes 2 "
+            f"--nproc-per-node 1 --rdzv-endpoint HOST:29500 -m effadam_hook.cli {command} ..."
+        )
+
+
+@contextlib.contextmanager
+def join_ranks(command: str, device: str) -> Iterator[Ranks]:
+    """Join the process group that a launcher has prepared.
+
+    Args:
+        command: Name of the subcommand, for messages.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA if every local rank has a GPU.
+
+    Yields:
+        The ranks.
+
+    Raises:
+        CommandError: If there is no launcher's environment.
+    """
+    check_launched(command)
+    where = pick_device(device)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        probe = Probe(group, where)
+        machines = probe.share(_machine())
+        neighbours = machines.count(machines[probe.rank])
+        yield Ranks(probe, where, backend, neighbours, _cores() / neighbours)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of this rank.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+
+    Raises:
+        CommandError: If CUDA is asked for and not there.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = torch.cuda.device_count()
+    if device == "cuda" and found < here:
+        raise CommandError(
+            f"--device cuda: {here} ranks run here and torch sees {found} GPUs. There must be one "
+            "for each rank: start fewer, or take --device cpu."
+        )
+    if device == "cuda" or (device == "auto" and found >= here):
+        return torch.device("cuda", local)
+    return torch.device("cpu")
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else os.uname().nodename

@@ -1,0 +1,126 @@
+"""What the command prints: tables and notes for people, or one JSON object for machines."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+__all__ = ["CommandError", "Screen", "require"]
+
+_EXTRA = 'pip install "effadam-hook[cli]"'
+
+
+class CommandError(RuntimeError):
+    """The command cannot do what was asked; the message is for the user."""
+
+
+def require(package: str, purpose: str) -> None:
+    """Check that an optional package is there.
+
+    Args:
+        package: Its name.
+        purpose: What it is needed for.
+
+    Raises:
+        CommandError: If it is missing, with the remedy.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise CommandError(
+            f"The package {package!r} is not installed, and {purpose} needs it. Run {_EXTRA}."
+        )
+
+
+class Screen:
+    """Where output goes; silent on all ranks but the first.
+
+    Args:
+        as_json: Whether standard output gets nothing but the result as JSON.
+        rank: This process's rank.
+    """
+
+    def __init__(self, as_json: bool, rank: int = 0) -> None:
+        self._as_json = as_json
+        self._main = rank == 0
+        if self._main and not as_json:
+            require("rich", "showing tables")
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+        if self._main and not self._as_json:
+            from rich.console import Console
+
+            Console(soft_wrap=True, highlight=False, markup=False).print(text)
+
+    def code(self, text: str) -> None:
+        """Lines to paste, as they are."""
+        if self._main and not self._as_json:
+            sys.stdout.write(f"\n{text}\n\n")
+
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        marked: int | None = None,
+    ) -> None:
+        """A table for people.
+
+        Args:
+            title: Above it.
+            columns: Headers; all but the first column are aligned to the right.
+            rows: Cells.
+            marked: Index of a row to emphasise.
+        """
+        if not self._main or self._as_json:
+            return
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for index, row in enumerate(rows):
+            cells = [str(cell) for cell in row]
+            table.add_row(*cells, style="bold green" if index == marked else None)
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=200)
+        console.print(table)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """The whole result, for machines."""
+        if self._main and self._as_json:
+            sys.stdout.write(json.dumps(value, indent=2) + "\n")
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
+        """A progress bar on standard error.
+
+        Args:
+            label: What is going on.
+            total: Number of parts.
+
+        Yields:
+            To be called with a description when a part begins.
+        """
+        if not self._main or importlib.util.find_spec("rich") is None:
+            yield lambda part: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeElapsedColumn as Elapsed
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(label, total=total + 1)
+
+            def advance(part: str) -> None:
+                bar.update(task, advance=1, description=f"{label}: {part}")
+
+            yield advance

@@ -1,0 +1,367 @@
+"""The effadam command: its output, its errors, and its measurements on real ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from effadam_hook.cli import main
+from effadam_hook.cli.forecast import advise, code_for
+from effadam_hook.cli.interface import InterfaceCounter
+from effadam_hook.cli.methods import prepare
+from effadam_hook.cli.report import read_log
+from effadam_hook.cli.rows import rows_of
+from effadam_hook.cli.ui import CommandError
+from effadam_hook.cli.workloads import UserModel, describe, parse_count, to_device
+from effadam_hook.cost import Prediction
+from effadam_hook.log import RunLog
+from effadam_hook.scheme import Scheme
+from effadam_hook.traffic import Parameter
+from harness import run_ranks
+
+TIMEOUT = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def on_rank(rank: int, world_size: int, port: int, argv: list[str]) -> tuple[int, str, str]:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+def on_ranks(world_size: int, *argv: str) -> list[tuple[int, str, str]]:
+    return run_ranks(on_rank, world_size, free_port(), list(argv), timeout=TIMEOUT, backend=None)
+
+
+def tiny_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1))
+
+
+def tiny_with_batch() -> tuple[nn.Module, torch.Tensor]:
+    return tiny_model(), torch.randn(4, 64)
+
+
+def tiny_with_loss() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    x = torch.randn(4, 64)
+    return tiny_model(), lambda model: model(x).square().mean()
+
+
+def not_a_model() -> int:
+    return 3
+
+
+def test_plan_predicts_every_method_and_recommends_one() -> None:
+    code, out, _ = on_ranks(
+        2,
+        *("plan", "--json", "--mlp", "2x128x4", "--bucket-mb", "1"),
+        *("--methods", "fp32,bf16,powersgd2,{lloyd4,sign}/{sharded,rank0},update:ternary"),
+    )[0]
+    assert code == 0
+    found = json.loads(out)
+    assert (found["world_size"], found["backend"], found["parameters"]) == (2, "gloo", 33024)
+    assert found["ranks_on_this_machine"] == 2
+    names = [one["scheme"] for one in found["predictions"]]
+    assert names[3:5] == ["lloyd4/sharded", "lloyd4/rank0"] and len(names) == 8
+    assert {leg["name"] for leg in found["link"]["legs"]} == {
+        *("all_reduce", "up/sharded", "down/sharded", "up/rank0", "down/rank0")
+    }
+    compute_s = sum(found["compute"].values())
+    assert compute_s > 0
+    for one in found["predictions"]:
+        assert one["step_s"] >= compute_s * (1 - 1e-9)
+        assert one["exchange_s"] > 0 and one["busiest_bytes"] > 0
+        assert one["bucket_mb"] == (None if one["scheme"] == "powersgd2" else 1.0)
+    assert all(speed["encode_s"] > 0 for speed in found["speeds"].values())
+    assert found["recommended"]["reason"] and found["recommended"]["code"]
+
+
+def test_plan_shows_people_a_table_on_rank_0_alone() -> None:
+    (code, out, _), (other_code, other_out, _) = on_ranks(
+        2, "plan", "--parameters", "0.1M", "--compute-ms", "50", "--methods", "fp32,lloyd4/sharded"
+    )
+    assert (code, other_code, other_out) == (0, 0, "")
+    assert "off (fp32)" in out and "lloyd4/sharded" in out
+    # 0.1 M parameters over loopback are nothing beside 50 ms of computing.
+    assert "Compression does not pay here" in out and "nothing to add" in out
+
+
+def test_plan_on_one_rank_says_that_there_is_nothing_to_exchange() -> None:
+    code, _, err = on_ranks(1, "plan", "--parameters", "1M", "--json")[0]
+    assert code == 2 and "There is only one rank" in err
+
+
+def test_bench_trains_by_every_method_and_says_what_it_counted() -> None:
+    code, out, _ = on_ranks(
+        2,
+        *("bench", "--json", "--model", "test_cli:tiny_with_loss", "--rounds", "1"),
+        *("--steps", "2", "--warmup", "1", "--methods", "none,fp32,bf16,lloyd4/{sharded,rank0}@1"),
+    )[0]
+    assert code == 0
+    found = json.loads(out)
+    methods = ["none", "fp32", "bf16", "lloyd4/sharded@1", "lloyd4/rank0@1"]
+    assert [row["method"] for row in found["methods"]] == methods
+    by_name = {row["method"]: row for row in found["methods"]}
+    assert by_name["fp32"]["ratio"] == 1.0
+    assert all(row["median_ms"] > 0 for row in found["methods"])
+    assert "loopback" in found["counted"]
+    assert by_name["fp32"]["busiest_mb"] > 4 * 64 * 65 * 2 / 2 / 1e6
+    cells = {cell["method"]: cell for cell in found["cells"]}
+    assert "cpu" in cells["lloyd4/rank0@1"]["kernels"] and cells["fp32"]["kernels"] == ""
+
+
+def mean_by(rank: int, world_size: int, name: str) -> tuple[list[float], list[float]]:
+    torch.manual_seed(0)
+    prepared = prepare(Scheme.parse(name), nn.Linear(8, 8))
+    torch.manual_seed(1 + rank)
+    with prepared.scope():
+        prepared.model(torch.randn(4, 8)).square().mean().backward()
+    grad = prepared.model.module.weight.grad
+    prepared.close()
+    mean = grad.clone()
+    torch.distributed.all_reduce(mean)
+    return grad.flatten().tolist(), (mean / world_size).flatten().tolist()
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "lloyd4/rank0", "none"])
+def test_a_method_averages_unless_it_is_none(name: str) -> None:
+    (first, mean), (second, _) = run_ranks(mean_by, 2, name, timeout=TIMEOUT)
+    assert any(first)
+    if name == "none":
+        assert first != second
+    else:
+        assert first == second == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("command", ["plan --parameters 1M", "bench"])
+def test_without_a_launcher_the_command_line_that_would_is_shown(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(command.split()) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("plan", "no model. Must be exactly one of --parameters"),
+        ("plan --parameters 1M --mlp 1x1x1", "Given: --parameters, --mlp"),
+        ("plan --parameters many", "Invalid number: 'many'"),
+        ("plan --mlp 3x4", "Invalid --mlp: '3x4'"),
+        ("plan --parameters 1M --methods lloyd5", "Invalid method: 'lloyd5'"),
+        ("plan --parameters 1M --bucket-mb 0", "Invalid --bucket-mb: 0.0"),
+        ("plan --parameters 1M --compute-ms -1", "Invalid --compute-ms: -1.0"),
+        ("plan --model nowhere", "Must be module:function"),
+        ("plan --model nowhere_at_all:f", "No module named 'nowhere_at_all'"),
+        ("plan --model test_cli:missing", "no attribute 'missing'"),
+        ("plan --model test_cli:not_a_model", "returned a int. It must return an nn.Module"),
+        ("report no_such_file.jsonl", "There is no file 'no_such_file.jsonl'"),
+    ],
+)
+def test_what_cannot_be_asked_ends_with_2_and_the_rule(
+    command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_env_as_json_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["kernels"]["cpu"]["kernels"] in ("cpu", "reference")
+    assert found["kernels"]["cpu"]["reason"] and "gloo" in found["machine"]["backends"]
+
+
+def test_env_reports_kernels_that_are_demanded_and_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EFFADAM_KERNELS", "fast")
+    assert main(["env", "--json"]) == 1
+    cpu = json.loads(capsys.readouterr().out)["kernels"]["cpu"]
+    assert cpu["kernels"] == "error" and "Invalid EFFADAM_KERNELS: 'fast'" in cpu["reason"]
+
+
+def test_a_missing_extra_is_named_with_its_remedy_and_json_needs_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+
+    def without_rich(name: str, package: str | None = None) -> Any:
+        return None if name == "rich" else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_rich)
+    assert main(["env"]) == 2
+    assert 'pip install "effadam-hook[cli]"' in capsys.readouterr().err
+    assert main(["env", "--json"]) == 0
+
+
+def prediction(name: str, step_s: float) -> Prediction:
+    return Prediction(Scheme.parse(name), step_s, step_s, step_s / 2, 0.0, 0.0)
+
+
+def test_dense_is_kept_unless_a_step_gets_a_tenth_shorter() -> None:
+    dense = prediction("fp32", 1.0)
+    assert not advise([dense, prediction("lloyd4/sharded", 0.91)], dense).pays
+    advice = advise([dense, prediction("lloyd4/sharded", 0.89)], dense)
+    assert advice.pays and advice.best.scheme.name == "lloyd4/sharded"
+
+
+def test_fewer_bits_must_be_worth_it_and_other_trainings_are_never_recommended() -> None:
+    dense, four = prediction("fp32", 1.0), prediction("lloyd4/sharded", 0.5)
+    others = [prediction("powersgd4", 0.1), prediction("update:lloyd2", 0.1)]
+    near, far = prediction("lloyd2/sharded", 0.44), prediction("lloyd2/sharded", 0.42)
+    assert advise([dense, four, near, *others], dense).best is four
+    assert advise([dense, four, far, *others], dense).best is far
+
+
+def test_the_line_to_paste_is_python_and_says_the_buckets() -> None:
+    for name in ("fp32", "fp16", "lloyd4/sharded", "lloyd2/rank0@4"):
+        compile(code_for(Scheme.parse(name)), name, "exec")
+    assert code_for(Scheme.parse("lloyd2/rank0@4")).splitlines() == [
+        "ddp_model = DistributedDataParallel(model, bucket_cap_mb=4)",
+        'state = effadam_hook.attach(ddp_model, quantizer="lloyd2", topology="rank0")',
+    ]
+
+
+STATS = {"ratio": 7.5, "worker_residual_norm": 1.0, "server_residual_norm": 0.5, "exchange_s": 0.25}
+
+
+def test_report_makes_a_table_and_a_picture_of_a_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs" / "a.jsonl"
+    with RunLog(path) as log:
+        for step in range(1, 41):
+            log.write(step, 1 / step, **STATS)
+    assert main(["report", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["lines"], found["median_exchange_s"]) == (40, 0.25)
+    assert found["last"]["loss"] == 1 / 40 and found["last"]["ratio"] == 7.5
+    assert Path(found["png"]).read_bytes().startswith(b"\x89PNG")
+    assert main(["report", str(path), "--no-png"]) == 0
+    assert "x fewer bytes" in capsys.readouterr().out
+
+
+def test_a_log_of_a_killed_and_resumed_run_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with RunLog(path) as log:
+        log.write(1, math.nan, **STATS)
+    with RunLog(path, append=True) as log:
+        log.write(2, 0.5, **STATS)
+    with path.open("a") as file:
+        file.write('{"step": 3, "lo')
+    first, second = read_log(path)
+    assert "loss" not in first and second["loss"] == 0.5
+    assert "NaN" not in path.read_text()
+
+
+def test_a_log_that_is_left_to_another_rank_writes_nothing(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "a.jsonl", enabled=False) as log:
+        log.write(1, 0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lightning_s_metrics_are_read_and_the_lines_of_a_step_joined(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(
+        "effadam/ratio,effadam/exchange_s,epoch,step,train_loss\n"
+        "7.5,0.25,0,9,\n,,0,9,1.25\n7.6,0.5,0,19,nan\n"
+    )
+    first, second = read_log(path)
+    assert (first["ratio"], first["loss"], first["exchange_s"]) == (7.5, 1.25, 0.25)
+    assert second["step"] == 19 and "loss" not in second
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", "not json\n{}\n", "Line 1 of .* is no JSON"),
+        ("a.jsonl", '{"step": 1, "accuracy": 2}\n', "has no line with a step"),
+        ("a.csv", "step,accuracy\n1,2\n", "has no line with a step"),
+    ],
+)
+def test_what_is_no_log_is_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CommandError, match=said):
+        read_log(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("6.3M", 6_300_000), ("1.5B", 1_500_000_000), ("2k", 2000), ("12", 12)]
+)
+def test_numbers_are_read_as_people_write_them(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "1.2.3M", "-3", "0", "6T"])
+def test_other_numbers_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="Invalid number"):
+        parse_count(text)
+
+
+@pytest.mark.parametrize("function", ["tiny_with_batch", "tiny_with_loss"])
+def test_a_user_s_function_brings_the_model_and_what_makes_its_loss(function: str) -> None:
+    user = UserModel(f"test_cli:{function}")
+    model = user.model()
+    assert describe(model) == [
+        *(Parameter(64 * 64, 64), Parameter(64), Parameter(64, 1), Parameter(1))
+    ]
+    assert user.can_step and user.loss(model, user.batch(0)).ndim == 0
+
+
+def test_a_model_alone_can_be_described_and_not_stepped() -> None:
+    user = UserModel("test_cli:tiny_model")
+    assert len(describe(user.model())) == 4 and not user.can_step
+
+
+def test_batches_are_moved_however_nested() -> None:
+    batch = {"x": [torch.ones(1), (torch.ones(2), "name")]}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["x"][0].device.type == moved["x"][1][0].device.type == "meta"
+    assert moved["x"][1][1] == "name"
+
+
+def test_an_interface_that_no_one_knows_counts_nothing_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    assert "not counted" in InterfaceCounter().what
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert "loopback" in InterfaceCounter().what
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    assert "'eth9'" in InterfaceCounter().what
+
+
+def test_methods_that_were_not_compared_with_dense_have_no_ratio() -> None:
+    cell: Any = {"round": 0, "method": "fp16", "kernels": "", "step_s": [1.0], "cpu_s": 0.1}
+    (row,) = rows_of([{**cell, "sent_bytes": [2e6, 1e6], "received_bytes": [1e6, 2e6]}])
+    assert math.isnan(row.ratio) and (row.busiest_mb, row.total_mb) == (2.0, 3.0)
