@@ -360,10 +360,11 @@ class EfficientAdamState:
                 raise StateMismatchError(
                     f"The saved state has version {saved['version']!r}. Must be {STATE_VERSION}."
                 )
+            merged = merge_saved(saved["ranks"])  # also if not needed: it checks all of them
             own: Mapping[str, Any] = saved["ranks"][group.rank() % len(saved["ranks"])]
             if (own["world_size"], own["servers"], own["block_size"]) != here:
                 own = share_saved(
-                    merge_saved(saved["ranks"]),
+                    merged,
                     rank=group.rank(),
                     world_size=group.size(),
                     servers=servers,

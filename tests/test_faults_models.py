@@ -159,7 +159,9 @@ def use_python_reducer(rank: int, world_size: int) -> str:
     try:
         attach(model)
         run = torch.compile(model, backend="aot_eager")
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        compiled = torch._dynamo.compiled_autograd
+        enable = getattr(compiled, "_enable", None) or compiled.enable  # in torch 2.4
+        with enable(torch.compile(backend="aot_eager")):
             train(run, rank, 1)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
