@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from effadam_hook.pipeline import Passing, Work, run_pipeline
 from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets
+from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets, parts_of
 
 __all__ = [
     "TCP_EFFICIENCY",
@@ -191,13 +191,15 @@ def predict(
     sent = received = 0.0
     for bucket in buckets:
         ready += sum(parameter.numel for parameter in bucket)
-        legs = legs_of(scheme, bucket, cluster.world_size, cluster.tree)
-        sent += sum(leg.out_bytes for leg in legs)
-        received += sum(leg.in_bytes for leg in legs)
-        works = _works(scheme, bucket, legs, cluster, speed)
-        if cluster.in_order:
-            works = [replace(work, stage="stream") for work in works]
-        passings.append(Passing(ready / total, works))
+        parts = [bucket] if cluster.in_order else parts_of(scheme, bucket, cluster.world_size)
+        for part in parts:
+            legs = legs_of(scheme, part, cluster.world_size, cluster.tree)
+            sent += sum(leg.out_bytes for leg in legs)
+            received += sum(leg.in_bytes for leg in legs)
+            works = _works(scheme, part, legs, cluster, speed)
+            if cluster.in_order:
+                works = [replace(work, stage="stream") for work in works]
+            passings.append(Passing(ready / total, works))
     capacity = {"out": 1.0, "in": 1.0, "cpu": cluster.cores}
     backward = Work("backward", compute.backward_s, {"cpu": 1.0})
     overlapped_s, _ = run_pipeline(backward, passings, capacity)

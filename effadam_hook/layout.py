@@ -38,6 +38,7 @@ __all__ = [
     "Slot",
     "Wire",
     "cut",
+    "part_numel",
     "plan_bucket",
     "share_of",
 ]
@@ -223,19 +224,32 @@ def share_of(numel: int, order: int, block_size: int, server: int, servers: int)
     return first, max(0, last - first)
 
 
-def cut(numels: Sequence[int], part_numel: int | None) -> list[slice]:
+PART_NUMEL = 1 << 19
+"""Two megabytes of float32: some milliseconds on the wire, where a collective costs less than one."""
+
+
+def part_numel(world_size: int) -> int:
+    """Elements that make a part of a bucket worth its overhead, where parts overlap.
+
+    Args:
+        world_size: Number of ranks. With more of them every peer's share of a part is smaller.
+    """
+    return PART_NUMEL * max(1, world_size // 8)
+
+
+def cut(numels: Sequence[int], least: int | None) -> list[slice]:
     """Cut a bucket between parameters into parts that can be exchanged one after the other.
 
     Args:
         numels: Elements of each parameter, in the bucket's order.
-        part_numel: A part is complete as soon as it has so many elements; None leaves one part.
+        least: A part is complete as soon as it has so many elements; None leaves one part.
 
     Returns:
         Which parameters make up each part. A remainder of less than half a part stays with the last.
     """
     starts, here, left = [0], 0, sum(numels)
     for index, numel in enumerate(numels):
-        if part_numel is not None and here >= part_numel and 2 * left >= part_numel:
+        if least is not None and here >= least and 2 * left >= least:
             starts.append(index)
             here = 0
         here += numel

@@ -3,16 +3,17 @@
 With N ranks, a payload of U bytes up and D bytes down, and S bytes of gradients, the busiest rank's
 link carries, in its busier direction:
 
-====================  ==========================  =====================
+====================  ==========================  ===========================
 way                   up                          down
-====================  ==========================  =====================
+====================  ==========================  ===========================
 dense ring            ``2 S (N-1)/N``, both ways together
 ``sharded``           ``U (N-1)/N``               ``D (N-1)/N``
-``rank0``             ``U (N-1)``, into rank 0    ``D``, out of rank 0
-====================  ==========================  =====================
+``rank0``             ``U (N-1)``, into rank 0    ``D ⌈log2 N⌉``, out of rank 0
+====================  ==========================  ===========================
 
 In ``sharded`` every byte that goes out has one that comes in, so both legs share both directions of
-the link; in ``rank0`` the uplink fills one direction and the downlink the other.
+the link; in ``rank0`` the uplink fills one direction and the downlink the other. Gloo broadcasts by a
+tree that rank 0 is the root of; NCCL passes pieces on, and rank 0 sends D.
 
 This module is integers and floats only.
 """
@@ -23,11 +24,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from effadam_hook.layout import SEAL_BYTES, share_of
+from effadam_hook.layout import SEAL_BYTES, cut, part_numel, share_of
 from effadam_hook.quantizers import SCALE_BYTES, get_quantizer
 from effadam_hook.scheme import Scheme
 
-__all__ = ["Leg", "Parameter", "legs_of", "make_buckets", "payload_bytes", "square_model"]
+__all__ = [
+    "Leg",
+    "Parameter",
+    "legs_of",
+    "make_buckets",
+    "parts_of",
+    "payload_bytes",
+    "square_model",
+]
 
 _FIRST_BUCKET_MB, _BUCKET_MB = 1.0, 25.0
 _MB = 1 << 20
@@ -116,6 +125,24 @@ def make_buckets(
     return buckets
 
 
+def parts_of(
+    scheme: Scheme, bucket: Sequence[Parameter], world_size: int
+) -> list[Sequence[Parameter]]:
+    """What of a bucket travels together.
+
+    Args:
+        scheme: How it is averaged; only our exchange cuts buckets, and on Gloo only.
+        bucket: Its parameters.
+        world_size: Number of ranks.
+
+    Returns:
+        The parameters of each part.
+    """
+    if not scheme.is_ours:
+        return [bucket]
+    return [bucket[part] for part in cut([p.numel for p in bucket], part_numel(world_size))]
+
+
 def payload_bytes(
     bucket: Sequence[Parameter], quantizer: str, servers: int, block_size: int = 256
 ) -> int:
@@ -169,7 +196,8 @@ def legs_of(
         scheme: How it is averaged.
         bucket: Its parameters.
         world_size: Number of ranks.
-        tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees, and not ``2 (N-1)``.
+        tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees, and not ``2 (N-1)``, and
+            a broadcast sends its bytes once.
 
     Returns:
         In their order; none for one rank, or without communication.
@@ -195,9 +223,10 @@ def legs_of(
             Leg("up/sharded", share, share, 1, n - 2),
             Leg("down/sharded", share, share, 1, n - 2),
         ]
+    rounds = (n - 1).bit_length()
     return [
         Leg("up/rank0", 0, size * (n - 1), 1, n - 2),
-        Leg("down/rank0", size, 0, 1 if n == 2 else 2, n - 2),
+        Leg("down/rank0", size * (1 if tree else rounds), 0, rounds),
     ]
 
 

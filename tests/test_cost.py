@@ -13,7 +13,14 @@ from effadam_hook.layout import Slot, plan_bucket
 from effadam_hook.pipeline import Passing, Work, run_pipeline
 from effadam_hook.quantizers import get_quantizer
 from effadam_hook.scheme import Scheme, expand_names
-from effadam_hook.traffic import Parameter, legs_of, make_buckets, payload_bytes, square_model
+from effadam_hook.traffic import (
+    Parameter,
+    legs_of,
+    make_buckets,
+    parts_of,
+    payload_bytes,
+    square_model,
+)
 
 MLP = [parameter for _ in range(6) for parameter in (Parameter(1 << 20, 1024), Parameter(1024))]
 NUMEL = 6 * ((1 << 20) + 1024)
@@ -45,15 +52,30 @@ def test_half_the_bytes_take_half_the_time() -> None:
     assert half.exchange_s == pytest.approx(dense.exchange_s / 2)
 
 
-def test_rank_0_takes_in_n_minus_1_payloads_and_sends_one() -> None:
+def test_rank_0_takes_in_n_minus_1_payloads_and_is_the_root_of_a_tree() -> None:
     bucket = [Parameter(1 << 20, 1024)]
     size = payload_bytes(bucket, "lloyd4", servers=1)
     assert size == (1 << 20) // 2 + (1 << 20) // 256 * 2 + 16  # codes, scales, seal
     up, down = legs_of(Scheme.parse("lloyd4/rank0"), bucket, 4)
     assert (up.out_bytes, up.in_bytes, up.rounds) == (0, 3 * size, 1)
-    assert (down.out_bytes, down.in_bytes, down.rounds) == (size, 0, 2)
+    assert (down.out_bytes, down.in_bytes, down.rounds) == (2 * size, 0, 2)
     assert legs_of(Scheme.parse("lloyd4/rank0"), bucket, 2)[1].rounds == 1
-    assert (up.messages, down.messages) == (2, 2)
+    assert legs_of(Scheme.parse("lloyd4/rank0"), bucket, 8, tree=True)[1].out_bytes == size
+    assert (up.messages, down.messages) == (2, 0)
+
+
+def test_large_buckets_of_ours_travel_in_parts_but_not_on_one_stream() -> None:
+    bucket = [Parameter(1 << 20, 1024)] * 4
+    ours = Scheme.parse("lloyd4/sharded")
+    assert [len(part) for part in parts_of(ours, bucket, 4)] == [1, 1, 1, 1]
+    assert [len(part) for part in parts_of(ours, bucket, 32)] == [2, 2]
+    assert parts_of(Scheme.parse("fp32"), bucket, 4) == [bucket]
+    speed = Speed(encode_s=1e-8, decode_s=1e-8)
+    whole, parts = (
+        predict(ours, bucket, Cluster(4, link(), in_order=in_order), speed).exchange_s
+        for in_order in (True, False)
+    )
+    assert parts < 0.8 * whole
 
 
 def test_sharded_sends_what_is_not_its_own_and_gets_as_much_in_both_legs() -> None:

@@ -18,8 +18,8 @@ from effadam_hook import (
     EfficientAdamState,
     attach,
     efficient_adam_hook,
+    layout,
 )
-from effadam_hook.exchange import lanes
 from harness import run_ranks
 from training import (
     SHAPES,
@@ -91,9 +91,9 @@ def train_with(
     world_size: int,
     hook_options: dict[str, Any],
     ddp_options: dict[str, Any],
-    part_numel: int = lanes._PART_NUMEL,
+    part_numel: int = layout.PART_NUMEL,
 ) -> tuple[list[Tensor], int, dict[str, float]]:
-    lanes._PART_NUMEL = part_numel
+    layout.PART_NUMEL = part_numel
     weights, state = train_mlp(rank, world_size, 12, hook_options, ddp_options)
     return weights, len(state._engine.plans), state.stats()
 

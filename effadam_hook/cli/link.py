@@ -9,7 +9,7 @@ from typing import Any
 from effadam_hook.cost import Link
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets
+from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets, parts_of
 
 __all__ = ["LegFound", "LinkFound", "measure_link", "parts_of_link"]
 
@@ -130,10 +130,13 @@ def _measure_leg(
     probe: Probe, name: str, scheme: Scheme, parameters: Sequence[Parameter], rate: float
 ) -> LegFound:
     n = probe.world_size
-    bucket = max(
-        make_buckets(parameters, scheme.bucket_mb), key=lambda each: sum(p.numel for p in each)
-    )
-    leg = next(leg for leg in legs_of(scheme, bucket, n) if leg.name == name)
+    parts = [
+        part
+        for bucket in make_buckets(parameters, scheme.bucket_mb)
+        for part in parts_of(scheme, bucket, n)
+    ]
+    largest = max(parts, key=lambda part: sum(p.numel for p in part))
+    leg = next(leg for leg in legs_of(scheme, largest, n) if leg.name == name)
     size = int(leg.busiest_bytes / _share(leg, n))
     size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _LEG_S / _share(leg, n))))
     busiest = size * _share(leg, n)
@@ -153,4 +156,5 @@ def _share(leg: Leg, n: int) -> float:
     """Bytes in the busier direction, for a byte of payload or gradient."""
     if leg.name == "all_reduce":
         return 2 * (n - 1) / n
-    return {"up/rank0": float(n - 1), "down/rank0": 1.0}.get(leg.name, (n - 1) / n)
+    rank0 = {"up/rank0": float(n - 1), "down/rank0": float((n - 1).bit_length())}
+    return rank0.get(leg.name, (n - 1) / n)

@@ -28,11 +28,9 @@ from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lane import Lane
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog import Passage, Watch
+from effadam_hook.layout import part_numel
 
 __all__ = ["LaneExchange"]
-
-_PART_NUMEL = 1 << 19
-"""Two megabytes of float32: some milliseconds on the wire, where a collective costs less than one."""
 
 
 class LaneExchange:
@@ -45,8 +43,7 @@ class LaneExchange:
     """
 
     def __init__(self, topology: Topology, group: dist.ProcessGroup, watch: Watch) -> None:
-        # With more ranks every peer's share of a part is smaller.
-        self.part_numel: int | None = _PART_NUMEL * max(1, group.size() // 8)
+        self.part_numel: int | None = part_numel(group.size())
         self._topology = topology
         pair = borrow_groups(group)
         self._up_group, self._down_group = up, down = pair.up, pair.down

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from effadam_hook import EfficientAdam, EfficientAdamState, attach
-from effadam_hook.exchange import lanes, watchdog
+from effadam_hook import EfficientAdam, EfficientAdamState, attach, layout
+from effadam_hook.exchange import watchdog
 from effadam_hook.plan import BucketPlan
 from fuzz.cases import Case, Model, draw, gradients
 
@@ -67,7 +67,7 @@ def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[R
         case = draw(seed, world_size, ending)
         report = Report()
         reports.append(report)
-        lanes._PART_NUMEL = case.part_numel
+        layout.PART_NUMEL = case.part_numel
         with _delays(case, rank):
             _run(case, rank, report)
         if bool(report.error) != bool(case.ending):
