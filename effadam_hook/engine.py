@@ -31,7 +31,7 @@ from effadam_hook.exchange import (
 from effadam_hook.exchange.agreement import check_agreement
 from effadam_hook.exchange.dense import DenseExchange
 from effadam_hook.kernels import Kernels, select
-from effadam_hook.layout import Slot, cut, plan_bucket, share_of
+from effadam_hook.layout import Slot, cut, plan_bucket
 from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.parameters import ParameterTable
 from effadam_hook.plan import BucketPlan
@@ -96,7 +96,6 @@ class Engine:
         # The same on all ranks and new in every run; empty before the ranks have compared themselves.
         self._word = ""
         self._compressing = False
-        self._returns_residuals = False
         self._topology: Topology | None = None
         self._exchange: Exchange | None = None
         self._dense: DenseExchange | None = None
@@ -188,10 +187,10 @@ class Engine:
         """
         if index == 0:
             warm = self.counters.steps >= self.config.warmup_steps
-            if warm and self.trial is not None and self.trial.pays is None:
+            if warm and self.trial is not None and not self.trial.is_over:
                 self._continue_trial(self.trial, buffer.device)
             self._compressing = self.enabled and warm
-            if self.trial is not None and self.trial.pays is None:
+            if self.trial is not None and not self.trial.is_over:
                 self._compressing &= self.trial.compresses
             self._waiting.clear()
             self.clock.start(buffer.device)
@@ -216,7 +215,6 @@ class Engine:
             self.mode.notice_end_of_backward()
             self.clock.stop_after(future)
             self.counters.steps += 1
-            self._returns_residuals = False
         return future
 
     def _continue_trial(self, trial: Trial, device: torch.device) -> None:
@@ -227,7 +225,6 @@ class Engine:
             return
         trial.decide(*slowest(trial.medians_s(), self.group, device))
         self.enabled = bool(trial.pays)
-        self._returns_residuals = not trial.pays
         if self.group.rank() == 0:
             choice = "compresses" if trial.pays else "averages densely"
             _log.info(
@@ -286,36 +283,12 @@ class Engine:
             for tensor in parameters:
                 self.bypassed[self.parameters.find(tensor).name] = "sparse gradient"
             numel = buffer._values().numel()
-        elif self._returns_residuals and self.mode.units == "gradients":
-            self._return_residuals(buffer, parameters)
         size = numel * buffer.element_size()
         self.counters.count(size, size, size)
         if self._dense is None:
             self._dense = DenseExchange(self.group, self.watch)
         also = self.mode.averaged(parameters)
         return self._dense.submit(f"bucket {index}", buffer, also)
-
-    def _return_residuals(self, buffer: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Add what the residuals hold to the gradients, so that dense steps leave nothing behind."""
-        topology, world_size, start = self.topology, self.group.size(), 0
-        for tensor in parameters:
-            known = self.parameters.find(tensor)
-            gradient = buffer[start : start + tensor.numel()]
-            start += tensor.numel()
-            worker, server = self.worker.get(known.name), self.server.get(known.name)
-            if worker is not None:
-                gradient.add_(worker)
-                worker.zero_()
-            if server is not None and topology.serves is not None:
-                first, numel = share_of(
-                    tensor.numel(),
-                    known.order,
-                    self.config.block_size,
-                    topology.serves,
-                    topology.servers,
-                )
-                gradient[first : first + numel].add_(server, alpha=world_size)
-                server.zero_()
 
     def _run_compressed(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor]

@@ -80,7 +80,8 @@ def attach(
             can be switched with ``state.enabled``.
         auto: Whether to find out first if compression makes steps faster here: 8 dense and 8 compressed
             steps are made, 5 of each are timed, and on all ranks the faster kind stays. Says what it
-            chose and why in ``state.summary()`` and, at level INFO, in the log.
+            chose and why in ``state.summary()`` and, at level INFO, in the log. Where dense steps
+            win, what the compressed ones left in the residuals, about a step's gradient, stays there.
         optimizer: An :class:`EfficientAdam`, for update mode; or, with ``precondition``, the
             ``torch.optim.Adam`` or ``AdamW`` of the model.
         precondition: Whether to quantize the gradient in units of the root of ``optimizer``'s second
@@ -117,6 +118,11 @@ def attach(
         )
     if auto and not enabled:
         raise ValueError("Invalid enabled: False with auto=True. Must be True: auto decides.")
+    if auto and quantize_weights:
+        raise ValueError(
+            "Invalid auto: True with quantize_weights=True. Must be False: the model's weights are the "
+            "quantized ones from the first compressed step on, and dense steps could not take it back."
+        )
     state = EfficientAdamState(enabled=enabled, **options)
     if auto:
         state.try_out()

@@ -92,7 +92,11 @@ class EfficientAdamState:
 
     @property
     def enabled(self) -> bool:
-        """Whether steps are compressed; takes effect with the next backward."""
+        """Whether steps are compressed; takes effect with the next backward.
+
+        What the residuals hold when it is switched off stays there, and is sent when it is switched on.
+        Setting it ends a trial (see :func:`attach`).
+        """
         return self._engine.enabled
 
     @enabled.setter
@@ -100,6 +104,8 @@ class EfficientAdamState:
         if not isinstance(value, bool):
             raise TypeError(f"Invalid enabled: {value!r}. Must be True or False.")
         self._engine.enabled = value
+        if self._engine.trial is not None and not self._engine.trial.is_over:
+            self._engine.trial.break_off()
 
     @property
     def check_replicas(self) -> bool:
@@ -335,7 +341,8 @@ class EfficientAdamState:
                 f"The saved state is damaged: {type(error).__name__}: {error}. Use another checkpoint."
             ) from error
         if not self._engine.has_topology:
-            self._engine.saved_topology = "rank0" if own["servers"] == 1 else "sharded"
+            servers = _servers_of(saved, self._engine.group.size())
+            self._engine.saved_topology = "rank0" if servers == 1 else "sharded"
         self._engine.mode.load(own["moments"])
         self._engine.loss_scale = 1.0
         if self.config.error_feedback:
@@ -397,7 +404,7 @@ class EfficientAdamState:
 
 
 def _servers_of(saved: Mapping[str, Any], world_size: int) -> int:
-    """How many servers a saved state is for; one if it comes from another number of ranks."""
+    """How many servers the topology that a state was saved with has here."""
     own = saved["ranks"][0] if isinstance(saved, Mapping) and "ranks" in saved else saved
-    servers: int = own["servers"] if own["world_size"] == world_size else 1
-    return servers
+    is_sharded = own["servers"] > 1 or own["config"]["topology"] == "sharded"
+    return world_size if is_sharded else 1

@@ -20,11 +20,13 @@ class Trial:
     Attributes:
         pays: Whether compressed steps are faster; None until it is known.
         reason: The figures, for people; empty until they are known.
+        is_over: Whether there is nothing more to find out.
     """
 
     def __init__(self) -> None:
         self.pays: bool | None = None
         self.reason = ""
+        self.is_over = False
         self._starts_s: list[float] = []
 
     def begin_step(self, now_s: float) -> None:
@@ -38,19 +40,23 @@ class Trial:
     @property
     def compresses(self) -> bool:
         """Whether the step that has begun is to be compressed."""
-        return len(self._starts_s) > _SKIPPED + _TIMED if self.pays is None else self.pays
+        return len(self._starts_s) > _SKIPPED + _TIMED
 
     @property
     def is_complete(self) -> bool:
         """Whether all steps have been timed, and it remains to decide."""
-        return self.pays is None and len(self._starts_s) > 2 * (_SKIPPED + _TIMED)
+        return not self.is_over and len(self._starts_s) > 2 * (_SKIPPED + _TIMED)
 
     @property
     def verdict(self) -> str:
         """What was found, for people."""
         if self.pays is None:
-            return "being tried out"
+            return "broken off, as enabled was set" if self.is_over else "being tried out"
         return f"{'compressed' if self.pays else 'dense'}: {self.reason}"
+
+    def break_off(self) -> None:
+        """Find out nothing more, because the user has decided."""
+        self.is_over = True
 
     def medians_s(self) -> tuple[float, float]:
         """Median seconds of this rank's timed steps, dense and compressed."""
@@ -68,6 +74,7 @@ class Trial:
             dense_s: Seconds of a dense step on the slowest rank.
             compressed_s: Seconds of a compressed step on the slowest rank.
         """
+        self.is_over = True
         self.pays = compressed_s < _MARGIN * dense_s
         self.reason = (
             f"a step takes {1e3 * dense_s:.1f} ms dense, {1e3 * compressed_s:.1f} ms compressed "

@@ -41,6 +41,8 @@ def check_hook_options(options: Mapping[str, Any], mode_options: Mapping[str, An
     EfficientAdamState(**{name: value for name, value in options.items() if name != "auto"})
     if options["auto"] and not options["enabled"]:
         raise ValueError("Invalid enabled: False with auto=True. Must be True: auto decides.")
+    if options["auto"] and mode_options["quantize_weights"]:
+        raise ValueError("Invalid auto: True with quantize_weights=True. Must be False.")
     for name, value in {"auto": options["auto"], **mode_options}.items():
         if not isinstance(value, bool):
             raise TypeError(f"Invalid {name}: {value!r}. Must be True or False.")
