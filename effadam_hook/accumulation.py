@@ -20,7 +20,8 @@ class AccumulationCheck:
     """Looks at one parameter at the beginning and at the end of every backward that exchanges.
 
     Its versions tell: the weight has not been updated since the last exchange, and its gradient is the
-    same tensor, to which exactly one thing has been done. Reading them costs nothing on any device.
+    same tensor, to which backward has added once and nothing else was done. Reading them costs nothing
+    on any device.
 
     With ``gradient_as_bucket_view=True`` they tell the same of a gradient that was set to None, after
     which the optimizer made no step, as it does when a GradScaler skips one. So a parameter of the last
@@ -49,8 +50,11 @@ class AccumulationCheck:
         elif self._grad is not None and weight.grad is self._grad:
             version, grad_version = self._versions
             last = self._last() if self._last is not None else None
-            kept = last.grad is not None if last is not None else not self._grad._is_view()
-            if kept and (weight._version, self._grad._version) == (version, grad_version + 1):
+            is_view = self._grad._is_view()
+            kept = last.grad is not None if last is not None else not is_view
+            # Views of one bucket count their changes together.
+            written = len(parameters) if is_view else 1
+            if kept and (weight._version, self._grad._version) == (version, grad_version + written):
                 self._warned = True
                 warnings.warn(
                     "Gradients of the last backward were still there, averaged over all ranks, and "

@@ -24,6 +24,7 @@ from effadam_hook.exchange import (
     Topology,
     Watch,
     agree_on_topology,
+    check_backend,
     make_exchange,
     make_topology,
     slowest,
@@ -431,6 +432,7 @@ class Engine:
         if not self._word:
             self.agree(device)
         if not self.has_topology:
+            check_backend(self.group, device)
             name, self.topology_reason = agree_on_topology(
                 self.saved_topology,
                 self.config.uplink.code_bytes(_PROBED_NUMEL),

@@ -361,15 +361,16 @@ def accumulate_wrongly(
     return [str(w.message) for w in caught if "no_sync" in str(w.message)]
 
 
-@pytest.mark.parametrize("as_view", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.02}], ids=["own", "views"]
+)
 @pytest.mark.parametrize(
     ("how", "warned"),
     [("wrong", 1), ("no step", 1), ("zeros", 0), ("none", 0), ("no_sync", 0), ("skipped steps", 0)],
 )
 def test_accumulation_without_no_sync_is_warned_of_once(
-    how: str, warned: int, as_view: bool
+    how: str, warned: int, options: dict[str, Any]
 ) -> None:
-    options = {"gradient_as_bucket_view": as_view}
     for messages in run_ranks(accumulate_wrongly, 2, how, options):
         assert len(messages) == warned
 

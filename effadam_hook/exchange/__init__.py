@@ -26,6 +26,7 @@ __all__ = [
     "Topology",
     "Watch",
     "agree_on_topology",
+    "check_backend",
     "make_exchange",
     "make_topology",
     "slowest",
@@ -74,11 +75,27 @@ def make_exchange(
     Raises:
         UnsupportedBackendError: If the backend for that device is neither.
     """
-    backend = backend_of(group, device)
-    if device.type == "cpu" and backend == "gloo":
+    if check_backend(group, device) == "gloo":
         return LaneExchange(topology, group, watch)
-    if device.type == "cuda" and backend == "nccl":
-        return StreamExchange(topology, group, device)
+    return StreamExchange(topology, group, device)
+
+
+def check_backend(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Find out if there is an exchange for a group.
+
+    Args:
+        group: DDP's process group.
+        device: Where the buckets are.
+
+    Returns:
+        ``"gloo"`` for tensors on the CPU or ``"nccl"`` for those on CUDA.
+
+    Raises:
+        UnsupportedBackendError: If the backend for that device is neither.
+    """
+    backend = backend_of(group, device)
+    if (device.type, backend) in (("cpu", "gloo"), ("cuda", "nccl")):
+        return backend
     raise UnsupportedBackendError(
         f"The process group uses the backend {backend!r} for tensors on {device.type!r}. "
         "Must be gloo on cpu or nccl on cuda: start it with "

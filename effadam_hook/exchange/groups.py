@@ -2,8 +2,8 @@
 
 A process may train many models one after the other. Groups of its own for each of them would pile up:
 torch cannot make a Gloo group again after it was destroyed (see :func:`new_group_like`), so that they
-live as long as the process group. Which pair is free everywhere is agreed on by all ranks, as an
-exchange may have ended on some of them only.
+live until ``destroy_process_group()`` ends everything. Which pair is free everywhere is agreed on by
+all ranks, as an exchange may have ended on some of them only.
 """
 
 from __future__ import annotations

@@ -313,8 +313,13 @@ class Watch:
         self._ended.set()
 
     def _run_actions(self, actions: list[Callable[[], None]]) -> None:
-        while actions:
-            actions.pop()()
+        # A failing lane and whoever closes may both be here, and every action is for one of them.
+        while True:
+            try:
+                action = actions.pop()
+            except IndexError:
+                return
+            action()
 
     def _consult(self, kind: type[EffAdamError], message: str) -> EffAdamError:
         """An error with what the others know, who are asked for once."""
