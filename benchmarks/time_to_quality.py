@@ -38,20 +38,16 @@ from common.training import Training
 from train_text import Text, build_parser, read_text_options
 
 _ONE_BUCKET_MB = 1 << 16
+_DENSE = "--no-effadam --betas .8 .999"
 _OURS = "--topology sharded --exchange"
 METHODS = {
-    "fp32": (6e-3, "--no-effadam", ""),
-    "fp16": (6e-3, "--no-effadam", "fp16"),
-    "powersgd4": (6e-3, "--no-effadam", "powersgd4"),
-    "lloyd4": (6e-3, f"{_OURS} gradient --quantizer lloyd4", ""),
-    "pre lloyd3": (6e-3, f"{_OURS} preconditioned --quantizer lloyd3", ""),
-    "update lloyd3": (12e-3, f"{_OURS} update --quantizer lloyd3", ""),
-    "update lloyd2": (12e-3, f"{_OURS} update --quantizer lloyd2", ""),
-    "shared lloyd2": (
-        6e-3,
-        f"{_OURS} update --quantizer lloyd2 --second-moment shared --refresh-every 64",
-        "",
-    ),
+    "fp32": (9e-3, _DENSE, ""),
+    "fp16": (9e-3, _DENSE, "fp16"),
+    "powersgd4": (9e-3, _DENSE, "powersgd4"),
+    "lloyd4": (9e-3, f"{_OURS} gradient --quantizer lloyd4 --betas .8 .999", ""),
+    "update lloyd3": (9e-3, f"{_OURS} update --quantizer lloyd3 --betas .6 .999", ""),
+    "update lloyd2": (9e-3, f"{_OURS} update --quantizer lloyd2 --betas .6 .999", ""),
+    "update sign": (9e-3, f"{_OURS} update --quantizer sign --betas .2 .999", ""),
 }
 """Learning rate, options of `examples/train_text.py`, and another library's hook, if any."""
 
@@ -220,7 +216,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--validate-every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", type=float, default=1.65, help="nats, default %(default)s")
+    parser.add_argument("--target", type=float, default=1.6, help="nats, default %(default)s")
     parser.add_argument("--plot", type=Path, default=Path("outputs/time_to_quality.png"))
     parser.add_argument("--csv", type=Path, help="write every validation to this file")
     parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
