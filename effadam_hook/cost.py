@@ -191,8 +191,7 @@ def predict(
     sent = received = 0.0
     for bucket in buckets:
         ready += sum(parameter.numel for parameter in bucket)
-        parts = [bucket] if cluster.in_order else parts_of(scheme, bucket, cluster.world_size)
-        for part in parts:
+        for part in parts_of(scheme, bucket, cluster.world_size, nccl=cluster.in_order):
             legs = legs_of(scheme, part, cluster.world_size, cluster.tree)
             sent += sum(leg.out_bytes for leg in legs)
             received += sum(leg.in_bytes for leg in legs)

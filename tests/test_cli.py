@@ -20,15 +20,19 @@ from torch import nn
 from effadam_hook.cli import main
 from effadam_hook.cli.forecast import advise, code_for
 from effadam_hook.cli.interface import InterfaceCounter
+from effadam_hook.cli.link import measure_link
 from effadam_hook.cli.methods import prepare
+from effadam_hook.cli.plan import _cluster
+from effadam_hook.cli.ranks import Ranks
 from effadam_hook.cli.report import read_log
 from effadam_hook.cli.rows import rows_of
 from effadam_hook.cli.ui import CommandError
 from effadam_hook.cli.workloads import UserModel, describe, parse_count, to_device
-from effadam_hook.cost import Prediction
+from effadam_hook.cost import Prediction, predict
+from effadam_hook.exchange.probe import Timing
 from effadam_hook.log import RunLog
 from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Parameter
+from effadam_hook.traffic import Parameter, payload_bytes
 from harness import run_ranks
 
 TIMEOUT = 120.0
@@ -365,3 +369,57 @@ def test_methods_that_were_not_compared_with_dense_have_no_ratio() -> None:
     cell: Any = {"round": 0, "method": "fp16", "kernels": "", "step_s": [1.0], "cpu_s": 0.1}
     (row,) = rows_of([{**cell, "sent_bytes": [2e6, 1e6], "received_bytes": [1e6, 2e6]}])
     assert math.isnan(row.ratio) and (row.busiest_mb, row.total_mb) == (2.0, 3.0)
+
+
+def test_plan_times_the_dense_all_reduce_also_where_only_ours_is_asked_for() -> None:
+    code, out, _ = on_ranks(
+        2, "plan", "--json", "--parameters", "0.1M", "--methods", "lloyd4/sharded@1"
+    )[0]
+    assert code == 0
+    found = json.loads(out)
+    (all_reduce,) = [leg for leg in found["link"]["legs"] if leg["name"] == "all_reduce"]
+    assert all_reduce["seconds"] > 0
+    assert [(one["scheme"], one["bucket_mb"]) for one in found["dense"]] == [("fp32", 1.0)]
+    # One message after another: what was measured, and not what latency alone would make of it.
+    assert found["dense"][0]["exchange_s"] >= all_reduce["overhead_s"]
+
+
+def test_a_method_is_compared_with_dense_of_its_own_buckets_and_must_beat_the_fastest() -> None:
+    dense, small = prediction("fp32", 1.0), prediction("fp32@5", 2.0)
+    ours = prediction("lloyd4/sharded@5", 0.8)
+    advice = advise([dense, ours], dense, small)
+    assert advice.best is ours and advice.dense is small
+    slow = prediction("lloyd4/sharded@5", 1.5)
+    assert advise([dense, slow], dense, small).best is dense
+
+
+class FakeProbe:
+    """Stands for four ranks; remembers the sizes that were timed."""
+
+    rank, world_size = 0, 4
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
+        return Timing(1.0, size / 1e12, 0.0)
+
+    def time_leg(self, name: str, size: int, repeats: int, depth: int = 1) -> Timing:
+        self.sizes[name] = size
+        return Timing(1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("backend", "parts", "sends"), [("gloo", 4, 2), ("nccl", 1, 1)])
+def test_the_backend_decides_alike_what_is_measured_and_what_is_predicted(
+    backend: str, parts: int, sends: int
+) -> None:
+    scheme, model = Scheme.parse("lloyd4/rank0@64"), [Parameter(1 << 20, 1024)] * 4
+    probe: Any = FakeProbe()
+    ranks = Ranks(probe, torch.device("cpu"), backend, 1, 2.0)
+    found = measure_link(probe, [scheme], model, lambda part: None, ranks.on_nccl)
+    payload = payload_bytes(model[: 4 // parts], "lloyd4", servers=1)
+    assert probe.sizes == {"up/rank0": payload, "down/rank0": payload}
+    down = next(leg for leg in found.legs if leg.name == "down/rank0")
+    assert down.busiest_bytes == sends * payload
+    predicted = predict(scheme, model, _cluster(ranks, found))
+    assert predicted.busiest_bytes == max(3, sends) * payload * parts

@@ -39,6 +39,11 @@ class Ranks:
     neighbours: int
     cores: float
 
+    @property
+    def on_nccl(self) -> bool:
+        """Whether NCCL runs the collectives, and not Gloo."""
+        return self.backend == "nccl"
+
 
 def rank_here() -> int:
     """This process's rank, 0 if no launcher has said."""
