@@ -180,9 +180,13 @@ def predict(
         The prediction.
 
     Raises:
-        ValueError: If a value is out of range, or the quantizer is unknown.
+        ValueError: If a value is out of range, the quantizer is unknown, or there are no parameters.
     """
     speed, compute = speed or Speed(), compute or Compute()
+    if not parameters:
+        raise ValueError(
+            "Invalid parameters: none. Must be at least one, of those that are trained."
+        )
     cap = math.inf if scheme.kind == "powersgd" else scheme.bucket_mb
     buckets = make_buckets(parameters, cap)
     total = sum(parameter.numel for parameter in parameters)

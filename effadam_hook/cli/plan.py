@@ -19,13 +19,14 @@ from effadam_hook.cli.forecast import (
     forecast,
 )
 from effadam_hook.cli.link import LinkFound, measure_link, parts_of_link
+from effadam_hook.cli.methods import read_methods
 from effadam_hook.cli.ranks import Ranks, join_ranks, rank_here
 from effadam_hook.cli.speed import measure_speed
 from effadam_hook.cli.ui import CommandError, Screen
 from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count, to_device
 from effadam_hook.cost import Cluster, Compute, Prediction, Speed
 from effadam_hook.kernels import choose
-from effadam_hook.scheme import Scheme, expand_names
+from effadam_hook.scheme import Scheme
 from effadam_hook.traffic import Parameter, square_model
 
 __all__ = ["add_plan", "run_plan"]
@@ -58,20 +59,13 @@ def run_plan(args: argparse.Namespace) -> int:
     schemes = _schemes(args)
     workload, parameters = _model(args)
     with join_ranks("plan", args.device) as ranks:
-        if ranks.probe.world_size == 1:
-            raise CommandError(
-                "There is only one rank, and nothing to exchange. Start at least two, for example "
-                "with torchrun --nproc-per-node 2."
-            )
         off = dense_schemes(schemes, args.bucket_mb)
         found, speeds, compute = _measure(
             args, screen, ranks, [*schemes, *off], parameters, workload
         )
         cluster = _cluster(ranks, found)
         predictions = forecast(schemes, parameters, cluster, speeds, compute)
-        dense = [
-            _same(predictions, one) for one in forecast(off, parameters, cluster, {}, compute)
-        ]
+        dense = [_same(predictions, one) for one in forecast(off, parameters, cluster, {}, compute)]
         advice = advise(predictions, *dense)
         _show(screen, ranks, found, predictions, dense, advice, compute)
         result = _result(ranks, found, speeds, compute, predictions, advice, parameters)
@@ -90,12 +84,9 @@ def _cluster(ranks: Ranks, found: LinkFound) -> Cluster:
 
 
 def _schemes(args: argparse.Namespace) -> list[Scheme]:
-    if args.bucket_mb is not None and not args.bucket_mb > 0:
-        raise CommandError(f"Invalid --bucket-mb: {args.bucket_mb}. Must be above 0.")
     if args.compute_ms is not None and not args.compute_ms >= 0:
         raise CommandError(f"Invalid --compute-ms: {args.compute_ms}. Must be 0 or more.")
-    schemes = [Scheme.parse(name) for name in expand_names(args.methods)]
-    return [scheme.with_buckets(args.bucket_mb) for scheme in schemes]
+    return read_methods(args.methods, args.bucket_mb)
 
 
 def _same(predictions: list[Prediction], dense: Prediction) -> Prediction:
@@ -166,7 +157,7 @@ def _compute(
         loss = workload.loss(model, batch)
         ranks.probe.synchronize()
         times.append(time.perf_counter())
-        loss.backward()  # type: ignore[no-untyped-call]
+        workload.backward(loss)
         ranks.probe.synchronize()
         times.append(time.perf_counter())
         optimizer.step()

@@ -51,13 +51,13 @@ def rank_here() -> int:
 
 
 def check_launched(command: str) -> None:
-    """Check that a launcher has started this process.
+    """Check that a launcher has started this process, and not it alone.
 
     Args:
         command: Name of the subcommand, for the message.
 
     Raises:
-        CommandError: If not, with the command line that would.
+        CommandError: If not, with the command line that would; or if it is the only rank.
     """
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
@@ -65,6 +65,11 @@ def check_launched(command: str) -> None:
             f"`effadam {command}` measures between ranks, and {', '.join(missing)} is not set. "
             f"Start it on every host as you start training, for example: torchrun --nnodes 2 "
             f"--nproc-per-node 1 --rdzv-endpoint HOST:29500 -m effadam_hook.cli {command} ..."
+        )
+    if os.environ["WORLD_SIZE"] == "1":
+        raise CommandError(
+            "There is only one rank, and nothing to exchange. Start at least two, for example "
+            "with torchrun --nproc-per-node 2."
         )
 
 

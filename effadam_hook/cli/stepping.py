@@ -124,7 +124,7 @@ def step(prepared: Prepared, workload: Trained, batch: Any, optimize: bool = Tru
     with prepared.scope():
         loss = workload.loss(prepared.model, batch)
     with prepared.scope():
-        loss.backward()  # type: ignore[no-untyped-call]
+        workload.backward(loss)
     if optimize:
         prepared.optimizer.step()
     prepared.optimizer.zero_grad()
