@@ -324,6 +324,46 @@ def test_a_table_without_dense_has_no_column_for_it_and_says_so() -> None:
     assert "add fp32 to --methods" in out
 
 
+def on_rank_with_its_own(
+    rank: int, world_size: int, port: int, argvs: list[list[str]], with_gpu: int
+) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == with_gpu:
+            patch.setattr(torch.cuda, "device_count", lambda: world_size)
+            patch.setattr(torch.cuda, "set_device", lambda device: None)
+        return on_rank(rank, world_size, port, argvs[rank])
+
+
+PLAN, BENCH = "plan --parameters 1k --methods", "bench --layers 1 --width 8 --methods"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "with_gpu", "said"),
+    [
+        (
+            f"{PLAN} lloyd4",
+            f"{PLAN} fp32",
+            -1,
+            'methods is "lloyd4" on rank 0 and "fp32" on rank 1',
+        ),
+        (f"{BENCH} fp32", f"{BENCH} fp16", -1, 'methods is "fp32" on rank 0 and "fp16" on rank 1'),
+        (f"{PLAN} fp32", f"{BENCH} fp32", -1, 'command is "plan" on rank 0 and "bench" on rank 1'),
+        (f"{PLAN} fp32", f"{PLAN} fp32", 1, 'device is "cpu" on rank 0 and "cuda" on rank 1'),
+        (f"{BENCH} fp32", f"{BENCH} fp32", 0, 'backend is "nccl" on rank 0 and "gloo" on rank 1'),
+    ],
+)
+def test_ranks_that_were_not_asked_the_same_all_say_which_differs(
+    first: str, second: str, with_gpu: int, said: str
+) -> None:
+    argvs = [first.split(), second.split()]
+    results = run_ranks(
+        on_rank_with_its_own, 2, free_port(), argvs, with_gpu, timeout=30, backend=None
+    )
+    for code, out, err in results:
+        assert (code, out) == (2, "")
+        assert "The ranks were not asked the same" in err and said in err
+
+
 def test_env_as_json_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

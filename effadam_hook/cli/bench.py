@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from effadam_hook.cli.agreement import agree
 from effadam_hook.cli.environment import environment
 from effadam_hook.cli.interface import InterfaceCounter
 from effadam_hook.cli.methods import read_methods
-from effadam_hook.cli.ranks import check_launched, pick_device, rank_here
+from effadam_hook.cli.ranks import backend_for, check_launched, pick_device, rank_here
 from effadam_hook.cli.rows import Row, dense_method, rows_of
 from effadam_hook.cli.stepping import Cell, Plan, run_cells
 from effadam_hook.cli.ui import CommandError, Screen
@@ -53,14 +54,15 @@ def run_bench(args: argparse.Namespace) -> int:
             )
         workload = user
     device = pick_device(args.device)
+    backend = backend_for(device)
+    meeting = agree(args, device, backend)
     counter = InterfaceCounter()
     plan = Plan(methods, args.rounds, args.warmup, args.steps, workload)
     cells: list[Cell] = []
     with screen.progress("training", len(plan.cells())) as advance:
         names = iter([name for _, name in plan.cells()][1:])
         advance(methods[0])
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        for cell in run_cells(plan, backend, device, counter):
+        for cell in run_cells(plan, backend, device, counter, meeting):
             cells.append(cell)
             advance(next(names, "done"))
     rows = rows_of(cells)

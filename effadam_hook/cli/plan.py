@@ -58,7 +58,7 @@ def run_plan(args: argparse.Namespace) -> int:
     screen = Screen(args.json, rank_here())
     schemes = _schemes(args)
     workload, parameters = _model(args)
-    with join_ranks("plan", args.device) as ranks:
+    with join_ranks(args) as ranks:
         off = dense_schemes(schemes, args.bucket_mb)
         found, speeds, compute = _measure(
             args, screen, ranks, [*schemes, *off], parameters, workload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from effadam_hook.cli.agreement import agree
 from effadam_hook.cli.ui import CommandError
 from effadam_hook.exchange.probe import Probe
 
-__all__ = ["Ranks", "check_launched", "join_ranks", "pick_device", "rank_here"]
+__all__ = ["Ranks", "backend_for", "check_launched", "join_ranks", "pick_device", "rank_here"]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TIMEOUT = timedelta(minutes=5)
@@ -74,25 +76,28 @@ def check_launched(command: str) -> None:
 
 
 @contextlib.contextmanager
-def join_ranks(command: str, device: str) -> Iterator[Ranks]:
+def join_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
     """Join the process group that a launcher has prepared.
 
     Args:
-        command: Name of the subcommand, for messages.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA if every local rank has a GPU.
+        args: What this rank was asked; of it the subcommand's name, and the device: ``"cpu"``,
+            ``"cuda"``, or ``"auto"``: CUDA if every local rank has a GPU.
 
     Yields:
         The ranks.
 
     Raises:
-        CommandError: If there is no launcher's environment.
+        CommandError: If there is no launcher's environment, or other ranks were asked otherwise.
     """
-    check_launched(command)
-    where = pick_device(device)
-    backend = "nccl" if where.type == "cuda" else "gloo"
+    check_launched(args.command)
+    where = pick_device(args.device)
+    backend = backend_for(where)
+    store, rank, world_size = agree(args, where, backend)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+    )
     try:
         group = dist.group.WORLD
         assert group is not None
@@ -124,6 +129,11 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" or (device == "auto" and found >= here):
         return torch.device("cuda", local)
     return torch.device("cpu")
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend of process groups whose tensors are on a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def _cores() -> int:

@@ -160,7 +160,13 @@ def check_kernels(method: str, used: Sequence[KernelsUsed]) -> str:
     return f"{names[0]} {builds[0]}"
 
 
-def run_cells(plan: Plan, backend: str, device: torch.device, counts: Counts) -> Iterator[Cell]:
+def run_cells(
+    plan: Plan,
+    backend: str,
+    device: torch.device,
+    counts: Counts,
+    meeting: tuple[dist.Store, int, int] | None = None,
+) -> Iterator[Cell]:
     """Run the cells of a plan on this rank; every rank must do so.
 
     Args:
@@ -168,12 +174,13 @@ def run_cells(plan: Plan, backend: str, device: torch.device, counts: Counts) ->
         backend: Of the process groups.
         device: Where this rank computes.
         counts: Reads the links' counters.
+        meeting: The ranks' store, this rank, and how many there are; None asks the environment.
 
     Yields:
         One cell after the other, the same on every rank.
     """
     build = kernel_build()
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
+    store, rank, world_size = meeting or next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     for index, cell in enumerate(plan.cells()):
         dist.init_process_group(
             backend,
