@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from effadam_hook.cli.ui import CommandError
 
@@ -26,9 +26,7 @@ _PRIVATE = ("run", "json")
 """What does not change what ranks do together."""
 
 
-def agree(
-    args: argparse.Namespace, device: torch.device, backend: str
-) -> tuple[dist.Store, int, int]:
+def agree(args: argparse.Namespace, device: torch.device, backend: str) -> tuple[Store, int, int]:
     """Check that all ranks were asked the same; every rank must call it.
 
     Args:
@@ -79,7 +77,7 @@ def _differing(all_asked: list[dict[str, object]]) -> list[str]:
     return found
 
 
-def _wait_for_readers(board: dist.Store, keys: list[str]) -> None:
+def _wait_for_readers(board: Store, keys: list[str]) -> None:
     # A rank that does not read in time is gone, and needs no answer.
     with contextlib.suppress(dist.DistError):
         board.wait(keys, _READ_TIMEOUT)

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from effadam_hook.cli.environment import kernel_build
 from effadam_hook.cli.methods import Prepared, prepare
@@ -165,7 +165,7 @@ def run_cells(
     backend: str,
     device: torch.device,
     counts: Counts,
-    meeting: tuple[dist.Store, int, int] | None = None,
+    meeting: tuple[Store, int, int] | None = None,
 ) -> Iterator[Cell]:
     """Run the cells of a plan on this rank; every rank must do so.
 
