@@ -180,9 +180,13 @@ def predict(
         The prediction.
 
     Raises:
-        ValueError: If a value is out of range, or the quantizer is unknown.
+        ValueError: If a value is out of range, the quantizer is unknown, or there are no parameters.
     """
     speed, compute = speed or Speed(), compute or Compute()
+    if not parameters:
+        raise ValueError(
+            "Invalid parameters: none. Must be at least one, of those that are trained."
+        )
     cap = math.inf if scheme.kind == "powersgd" else scheme.bucket_mb
     buckets = make_buckets(parameters, cap)
     total = sum(parameter.numel for parameter in parameters)
@@ -191,8 +195,7 @@ def predict(
     sent = received = 0.0
     for bucket in buckets:
         ready += sum(parameter.numel for parameter in bucket)
-        parts = [bucket] if cluster.in_order else parts_of(scheme, bucket, cluster.world_size)
-        for part in parts:
+        for part in parts_of(scheme, bucket, cluster.world_size, nccl=cluster.in_order):
             legs = legs_of(scheme, part, cluster.world_size, cluster.tree)
             sent += sum(leg.out_bytes for leg in legs)
             received += sum(leg.in_bytes for leg in legs)

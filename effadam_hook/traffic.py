@@ -126,19 +126,20 @@ def make_buckets(
 
 
 def parts_of(
-    scheme: Scheme, bucket: Sequence[Parameter], world_size: int
+    scheme: Scheme, bucket: Sequence[Parameter], world_size: int, nccl: bool = False
 ) -> list[Sequence[Parameter]]:
     """What of a bucket travels together.
 
     Args:
-        scheme: How it is averaged; only our exchange cuts buckets, and on Gloo only.
+        scheme: How it is averaged; only our exchange cuts buckets.
         bucket: Its parameters.
         world_size: Number of ranks.
+        nccl: Whether NCCL carries them: there buckets travel whole.
 
     Returns:
         The parameters of each part.
     """
-    if not scheme.is_ours:
+    if nccl or not scheme.is_ours:
         return [bucket]
     return [bucket[part] for part in cut([p.numel for p in bucket], part_numel(world_size))]
 

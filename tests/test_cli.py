@@ -20,15 +20,19 @@ from torch import nn
 from effadam_hook.cli import main
 from effadam_hook.cli.forecast import advise, code_for
 from effadam_hook.cli.interface import InterfaceCounter
+from effadam_hook.cli.link import measure_link
 from effadam_hook.cli.methods import prepare
+from effadam_hook.cli.plan import _cluster
+from effadam_hook.cli.ranks import Ranks
 from effadam_hook.cli.report import read_log
 from effadam_hook.cli.rows import rows_of
 from effadam_hook.cli.ui import CommandError
 from effadam_hook.cli.workloads import UserModel, describe, parse_count, to_device
-from effadam_hook.cost import Prediction
+from effadam_hook.cost import Prediction, predict
+from effadam_hook.exchange.probe import Timing
 from effadam_hook.log import RunLog
 from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Parameter
+from effadam_hook.traffic import Parameter, payload_bytes
 from harness import run_ranks
 
 TIMEOUT = 120.0
@@ -75,6 +79,44 @@ def tiny_with_loss() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
 
 def not_a_model() -> int:
     return 3
+
+
+def frozen_model() -> nn.Module:
+    return tiny_model().requires_grad_(False)
+
+
+def model_that_raises() -> nn.Module:
+    raise ValueError("there is no corpus here")
+
+
+def loss_that_raises() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    def loss(model: nn.Module) -> torch.Tensor:
+        raise ValueError("labels are missing")
+
+    return tiny_model(), loss
+
+
+class Loud(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        print("backward")
+        return grads[0]
+
+
+def model_that_prints() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    print("building")
+    x = torch.randn(4, 64)
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        print("loss")
+        loud: torch.Tensor = Loud.apply(model(x))  # type: ignore[no-untyped-call]
+        return loud.square().mean()
+
+    return tiny_model(), loss
 
 
 def test_plan_predicts_every_method_and_recommends_one() -> None:
@@ -182,6 +224,17 @@ def test_without_a_launcher_the_command_line_that_would_is_shown(
         ("plan --model nowhere_at_all:f", "No module named 'nowhere_at_all'"),
         ("plan --model test_cli:missing", "no attribute 'missing'"),
         ("plan --model test_cli:not_a_model", "returned a int. It must return an nn.Module"),
+        ("plan --model test_cli:frozen_model", "test_cli:frozen_model has no trainable parameters"),
+        (
+            "plan --parameters 1M --methods ,",
+            "Invalid --methods: ','. Must name one method or more",
+        ),
+        (
+            "plan --parameters 1M --methods lloyd4,lloyd4/sharded",
+            "lloyd4/sharded is the same as lloyd4",
+        ),
+        ("plan --parameters 1M --methods fp32,off", "off is the same as fp32"),
+        ("plan --parameters 1M --bucket-mb inf", "Invalid --bucket-mb: inf"),
         ("report no_such_file.jsonl", "There is no file 'no_such_file.jsonl'"),
     ],
 )
@@ -190,6 +243,125 @@ def test_what_cannot_be_asked_ends_with_2_and_the_rule(
 ) -> None:
     assert main(command.split()) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "said"),
+    [
+        ("--methods ,", 2, "Invalid --methods: ','. Must name one method or more"),
+        ("--methods fp32,fp16@5,fp16 --bucket-mb 5", 2, "fp16 is the same as fp16@5"),
+        ("--bucket-mb 0", 2, "Invalid --bucket-mb: 0.0"),
+        ("--model test_cli:frozen_model", 2, "has no trainable parameters"),
+        ("", 1, "There is only one rank"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_compare(
+    arguments: str,
+    world_size: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert main(["bench", "--json", *arguments.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_the_user_s_function_raises_is_shown_as_theirs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "--model", "test_cli:model_that_raises"]) == 1
+    err = capsys.readouterr().err
+    assert "Your function test_cli:model_that_raises" in err
+    assert "raised ValueError: there is no corpus here" in err
+    assert "in model_that_raises\n" in err  # the traceback
+
+
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_what_the_user_s_loss_raises_is_shown_as_theirs(command: str) -> None:
+    model = ("--model", "test_cli:loss_that_raises")
+    results = on_ranks(2, command, "--json", "--methods", "fp32", *model)
+    for code, out, err in results:
+        assert (code, out) == (1, "")
+        assert "raised ValueError: labels are missing" in err and "in loss\n" in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("plan", "--methods", "fp32"),
+        ("bench", "--methods", "fp32", "--rounds", "1", "--steps", "1", "--warmup", "1"),
+    ],
+)
+def test_what_the_user_s_code_prints_goes_to_standard_error(argv: tuple[str, ...]) -> None:
+    first, second = on_ranks(2, *argv, "--json", "--model", "test_cli:model_that_prints")
+    assert first[0] == second[0] == 0
+    assert json.loads(first[1]) and second[1] == ""
+    for _, _, err in (first, second):
+        assert {"building", "loss", "backward"} <= set(err.splitlines())
+
+
+def test_bench_finds_dense_by_what_it_is_and_its_json_is_strict() -> None:
+    quick = ("bench", "--json", "--model", "test_cli:tiny_with_loss", "--rounds", "1")
+    quick += ("--steps", "1", "--warmup", "1")
+    _, out, _ = on_ranks(2, *quick, "--methods", "off,fp16", "--bucket-mb", "5")[0]
+    ratios = {row["method"]: row["ratio"] for row in json.loads(out)["methods"]}
+    assert ratios["off@5"] == 1.0 and ratios["fp16@5"] > 0
+    _, out, _ = on_ranks(2, *quick, "--methods", "fp16")[0]
+    (row,) = json.loads(out, parse_constant=pytest.fail)["methods"]
+    assert row["ratio"] is None
+
+
+def test_a_table_without_dense_has_no_column_for_it_and_says_so() -> None:
+    code, out, _ = on_ranks(
+        2,
+        *("bench", "--model", "test_cli:tiny_with_loss", "--rounds", "1", "--steps", "1"),
+        *("--warmup", "1", "--methods", "fp16"),
+    )[0]
+    assert code == 0 and "x fp32" not in out and "nan" not in out
+    assert "add fp32 to --methods" in out
+
+
+def on_rank_with_its_own(
+    rank: int, world_size: int, port: int, argvs: list[list[str]], with_gpu: int
+) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == with_gpu:
+            patch.setattr(torch.cuda, "device_count", lambda: world_size)
+            patch.setattr(torch.cuda, "set_device", lambda device: None)
+        return on_rank(rank, world_size, port, argvs[rank])
+
+
+PLAN, BENCH = "plan --parameters 1k --methods", "bench --layers 1 --width 8 --methods"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "with_gpu", "said"),
+    [
+        (
+            f"{PLAN} lloyd4",
+            f"{PLAN} fp32",
+            -1,
+            'methods is "lloyd4" on rank 0 and "fp32" on rank 1',
+        ),
+        (f"{BENCH} fp32", f"{BENCH} fp16", -1, 'methods is "fp32" on rank 0 and "fp16" on rank 1'),
+        (f"{PLAN} fp32", f"{BENCH} fp32", -1, 'command is "plan" on rank 0 and "bench" on rank 1'),
+        (f"{PLAN} fp32", f"{PLAN} fp32", 1, 'device is "cpu" on rank 0 and "cuda" on rank 1'),
+        (f"{BENCH} fp32", f"{BENCH} fp32", 0, 'backend is "nccl" on rank 0 and "gloo" on rank 1'),
+    ],
+)
+def test_ranks_that_were_not_asked_the_same_all_say_which_differs(
+    first: str, second: str, with_gpu: int, said: str
+) -> None:
+    argvs = [first.split(), second.split()]
+    results = run_ranks(
+        on_rank_with_its_own, 2, free_port(), argvs, with_gpu, timeout=30, backend=None
+    )
+    for code, out, err in results:
+        assert (code, out) == (2, "")
+        assert "The ranks were not asked the same" in err and said in err
 
 
 def test_env_as_json_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,6 +393,24 @@ def test_a_missing_extra_is_named_with_its_remedy_and_json_needs_none(
     assert main(["env"]) == 2
     assert 'pip install "effadam-hook[cli]"' in capsys.readouterr().err
     assert main(["env", "--json"]) == 0
+
+
+def test_a_report_as_json_needs_no_matplotlib_unless_a_picture_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    with RunLog(path) as log:
+        log.write(1, 0.5, **STATS)
+    real = importlib.util.find_spec
+
+    def torch_alone(name: str, package: str | None = None) -> Any:
+        return None if name in ("rich", "matplotlib") else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", torch_alone)
+    assert main(["report", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["png"] is None
+    assert main(["report", str(path), "--json", "--png", str(tmp_path / "a.png")]) == 2
+    assert "'matplotlib' is not installed" in capsys.readouterr().err
 
 
 def prediction(name: str, step_s: float) -> Prediction:
@@ -365,3 +555,67 @@ def test_methods_that_were_not_compared_with_dense_have_no_ratio() -> None:
     cell: Any = {"round": 0, "method": "fp16", "kernels": "", "step_s": [1.0], "cpu_s": 0.1}
     (row,) = rows_of([{**cell, "sent_bytes": [2e6, 1e6], "received_bytes": [1e6, 2e6]}])
     assert math.isnan(row.ratio) and (row.busiest_mb, row.total_mb) == (2.0, 3.0)
+
+
+def test_plan_times_the_dense_all_reduce_also_where_only_ours_is_asked_for() -> None:
+    code, out, _ = on_ranks(
+        2, "plan", "--json", "--parameters", "0.1M", "--methods", "lloyd4/sharded@1"
+    )[0]
+    assert code == 0
+    found = json.loads(out)
+    (all_reduce,) = [leg for leg in found["link"]["legs"] if leg["name"] == "all_reduce"]
+    assert all_reduce["seconds"] > 0
+    assert [(one["scheme"], one["bucket_mb"]) for one in found["dense"]] == [("fp32", 1.0)]
+    # One message after another: what was measured, and not what latency alone would make of it.
+    assert found["dense"][0]["exchange_s"] >= all_reduce["overhead_s"]
+
+
+def test_a_method_is_compared_with_dense_of_its_own_buckets_and_must_beat_the_fastest() -> None:
+    dense, small = prediction("fp32", 1.0), prediction("fp32@5", 2.0)
+    ours = prediction("lloyd4/sharded@5", 0.8)
+    advice = advise([dense, ours], dense, small)
+    assert advice.best is ours and advice.dense is small
+    slow = prediction("lloyd4/sharded@5", 1.5)
+    assert advise([dense, slow], dense, small).best is dense
+
+
+class FakeProbe:
+    """Stands for four ranks; remembers the sizes that were timed."""
+
+    rank, world_size = 0, 4
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
+        return Timing(1.0, size / 1e12, 0.0)
+
+    def time_leg(self, name: str, size: int, repeats: int, depth: int = 1) -> Timing:
+        self.sizes[name] = size
+        return Timing(1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("backend", "parts", "sends"), [("gloo", 4, 2), ("nccl", 1, 1)])
+def test_the_backend_decides_alike_what_is_measured_and_what_is_predicted(
+    backend: str, parts: int, sends: int
+) -> None:
+    scheme, model = Scheme.parse("lloyd4/rank0@64"), [Parameter(1 << 20, 1024)] * 4
+    probe: Any = FakeProbe()
+    ranks = Ranks(probe, torch.device("cpu"), backend, 1, 2.0)
+    found = measure_link(probe, [scheme], model, lambda part: None, ranks.on_nccl)
+    payload = payload_bytes(model[: 4 // parts], "lloyd4", servers=1)
+    assert probe.sizes == {"up/rank0": payload, "down/rank0": payload}
+    down = next(leg for leg in found.legs if leg.name == "down/rank0")
+    assert down.busiest_bytes == sends * payload
+    predicted = predict(scheme, model, _cluster(ranks, found))
+    assert predicted.busiest_bytes == max(3, sends) * payload * parts
+
+
+def test_a_method_is_compared_with_dense_of_its_own_buckets_if_there_are_several() -> None:
+    def cell(method: str, seconds: float) -> Any:
+        sizes = {"sent_bytes": [1.0], "received_bytes": [1.0]}
+        timed = {"step_s": [seconds], "cpu_s": 0.1}
+        return {"round": 0, "method": method, "kernels": "", **timed, **sizes}
+
+    cells = [cell("fp32", 1.0), cell("fp32@5", 2.0), cell("fp16@5", 1.0), cell("fp16@9", 1.0)]
+    assert [row.ratio for row in rows_of(cells)] == [1.0, 1.0, 0.5, 1.0]

@@ -246,6 +246,7 @@ def test_a_model_of_which_the_size_is_known_has_that_size() -> None:
         (lambda: Cluster(0, Link(1.0)), "world_size: 0"),
         (lambda: Cluster(1, Link(1.0), cores=0), "cores: 0"),
         (lambda: make_buckets(MLP, -1.0), "bucket_mb: -1.0"),
+        (lambda: predict(Scheme.parse("fp32"), [], Cluster(2, Link(1.0))), "parameters: none"),
         (lambda: Scheme.parse("lloyd5"), "method: 'lloyd5'"),
         (lambda: Scheme.parse("lloyd4/ring"), "method: 'lloyd4/ring'"),
         (lambda: Scheme.parse("fp16@"), "method: 'fp16@'"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from effadam_hook.cli.agreement import agree
 from effadam_hook.cli.environment import environment
 from effadam_hook.cli.interface import InterfaceCounter
-from effadam_hook.cli.ranks import check_launched, pick_device, rank_here
-from effadam_hook.cli.rows import Row, rows_of
+from effadam_hook.cli.methods import read_methods
+from effadam_hook.cli.ranks import backend_for, check_launched, pick_device, rank_here
+from effadam_hook.cli.rows import Row, dense_method, rows_of
 from effadam_hook.cli.stepping import Cell, Plan, run_cells
 from effadam_hook.cli.ui import CommandError, Screen
 from effadam_hook.cli.workloads import Trained, UserModel, Workload
-from effadam_hook.scheme import Scheme, expand_names
+from effadam_hook.scheme import Scheme
 
 __all__ = ["add_bench", "run_bench"]
 
@@ -37,7 +39,7 @@ def run_bench(args: argparse.Namespace) -> int:
     """Measure and compare."""
     check_launched("bench")
     screen = Screen(args.json, rank_here())
-    methods = tuple(_full_name(name, args.bucket_mb) for name in expand_names(args.methods))
+    methods = tuple(_full_name(one) for one in read_methods(args.methods, args.bucket_mb))
     for name in ("rounds", "steps", "warmup", "layers", "width", "rows"):
         if getattr(args, name) < 1:
             raise CommandError(f"Invalid --{name}: {getattr(args, name)}. Must be 1 or more.")
@@ -52,14 +54,15 @@ def run_bench(args: argparse.Namespace) -> int:
             )
         workload = user
     device = pick_device(args.device)
+    backend = backend_for(device)
+    meeting = agree(args, device, backend)
     counter = InterfaceCounter()
     plan = Plan(methods, args.rounds, args.warmup, args.steps, workload)
     cells: list[Cell] = []
     with screen.progress("training", len(plan.cells())) as advance:
         names = iter([name for _, name in plan.cells()][1:])
         advance(methods[0])
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        for cell in run_cells(plan, backend, device, counter):
+        for cell in run_cells(plan, backend, device, counter, meeting):
             cells.append(cell)
             advance(next(names, "done"))
     rows = rows_of(cells)
@@ -75,24 +78,29 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
-def _full_name(name: str, bucket_mb: float | None) -> str:
-    scheme = Scheme.parse(name)
-    if scheme.bucket_mb is not None or bucket_mb is None or scheme.kind == "powersgd":
-        return name
-    return f"{name}@{bucket_mb:g}"
+def _full_name(scheme: Scheme) -> str:
+    """The name with the buckets that it did not say."""
+    if "@" in scheme.name or scheme.bucket_mb is None:
+        return scheme.name
+    return f"{scheme.name}@{scheme.bucket_mb:f}".rstrip("0").rstrip(".")
 
 
 def _show(screen: Screen, rows: list[Row], counter: InterfaceCounter) -> None:
+    compared = dense_method(rows[0].method, [row.method for row in rows]) is not None
     screen.table(
         "a step",
-        ("method", "ms", "p20", "p80", "x fp32", "MB, busiest", "MB, all", "cpu ms"),
+        (
+            *("method", "ms", "p20", "p80"),
+            *(("x fp32",) if compared else ()),
+            *("MB, busiest", "MB, all", "cpu ms"),
+        ),
         [
             (
                 row.method,
                 f"{row.median_ms:.1f}",
                 f"{row.p20_ms:.1f}",
                 f"{row.p80_ms:.1f}",
-                f"{row.ratio:.3f}",
+                *((f"{row.ratio:.3f}",) if compared else ()),
                 f"{row.busiest_mb:.3f}",
                 f"{row.total_mb:.2f}",
                 f"{row.cpu_ms:.1f}",
@@ -101,3 +109,5 @@ def _show(screen: Screen, rows: list[Row], counter: InterfaceCounter) -> None:
         ],
     )
     screen.note(counter.what)
+    if not compared:
+        screen.note("Nothing was compared with dense: add fp32 to --methods.")

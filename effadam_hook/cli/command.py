@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from effadam_hook.cli.env import add_env, run_env
 from effadam_hook.cli.plan import add_plan, run_plan
 from effadam_hook.cli.report import add_report, run_report
 from effadam_hook.cli.stepping import KernelsError
-from effadam_hook.cli.ui import CommandError
+from effadam_hook.cli.ui import CommandError, UserCodeError
 from effadam_hook.errors import EffAdamError
 
 __all__ = ["main"]
@@ -56,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, ValueError) as error:
         sys.stderr.write(f"effadam {args.command}: {error}\n")
         return 2
+    except UserCodeError as error:
+        traceback.print_exception(error.__cause__, file=sys.stderr)
+        sys.stderr.write(f"effadam {args.command}: {error}\n")
+        return 1
     except (EffAdamError, KernelsError) as error:
         sys.stderr.write(f"effadam {args.command}: {error}\n")
         return 1

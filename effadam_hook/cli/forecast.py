@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from effadam_hook.cost import Cluster, Compute, Prediction, Speed, predict
 from effadam_hook.quantizers import get_quantizer
 from effadam_hook.scheme import Scheme
 from effadam_hook.traffic import Parameter
 
-__all__ = ["Advice", "advise", "code_for", "forecast"]
+__all__ = ["Advice", "advise", "code_for", "dense_for", "dense_schemes", "forecast"]
 
 _LEAST_GAIN = 0.10
 """A step must get this much shorter before another kind of exchange is worth its trouble."""
@@ -24,7 +24,7 @@ class Advice:
 
     Attributes:
         best: The recommended scheme's prediction.
-        dense: That of the dense all-reduce.
+        dense: That of the dense all-reduce with the same buckets.
         reason: Why, in words.
     """
 
@@ -63,7 +63,36 @@ def forecast(
     ]
 
 
-def advise(predictions: Sequence[Prediction], dense: Prediction) -> Advice:
+def dense_schemes(schemes: Sequence[Scheme], bucket_mb: float | None) -> list[Scheme]:
+    """The dense all-reduces that schemes are compared with.
+
+    Args:
+        schemes: What is predicted.
+        bucket_mb: DDP's ``bucket_cap_mb`` for what has no buckets to compare.
+
+    Returns:
+        One for every size of buckets among them.
+    """
+    caps = [s.bucket_mb for s in schemes if s.kind not in ("none", "powersgd")] or [bucket_mb]
+    dense = Scheme.parse("fp32")
+    return [replace(dense, bucket_mb=cap) for cap in dict.fromkeys(caps)]
+
+
+def dense_for(scheme: Scheme, dense: Sequence[Prediction]) -> Prediction:
+    """The dense prediction to compare a scheme with.
+
+    Args:
+        scheme: The scheme.
+        dense: Dense predictions, one for every size of buckets.
+
+    Returns:
+        That with the scheme's buckets; the fastest if there is none.
+    """
+    same = [p for p in dense if p.scheme.bucket_mb == scheme.bucket_mb]
+    return min(same or dense, key=lambda p: p.step_s)
+
+
+def advise(predictions: Sequence[Prediction], *dense: Prediction) -> Advice:
     """Recommend the scheme that changes training least among those that are about the fastest.
 
     Dense is kept unless a step gets 10 % shorter; fewer than four bits are taken only where they
@@ -72,33 +101,40 @@ def advise(predictions: Sequence[Prediction], dense: Prediction) -> Advice:
 
     Args:
         predictions: Of the schemes to choose from.
-        dense: Of the dense all-reduce with buckets of the same size.
+        *dense: Of the dense all-reduce, for every size of buckets. A scheme must beat the fastest of
+            them, and is compared with that of its own buckets.
 
     Returns:
         The advice.
+
+    Raises:
+        ValueError: If there is no dense prediction.
     """
+    if not dense:
+        raise ValueError("Invalid dense: none. Must be one prediction for every size of buckets.")
     fine = [p for p in predictions if _bits(p.scheme) >= _NEAR_DENSE_BITS]
     coarse = [p for p in predictions if 0 < _bits(p.scheme) < _NEAR_DENSE_BITS]
-    best = dense
+    fastest_dense = best = min(dense, key=lambda p: p.step_s)
     for candidates, gain in ((fine, _LEAST_GAIN), (coarse, _LEAST_GAIN_OF_FEWER_BITS)):
-        fastest = min(candidates, key=lambda p: p.step_s, default=dense)
+        fastest = min(candidates, key=lambda p: p.step_s, default=best)
         if fastest.step_s < (1 - gain) * best.step_s:
             best = fastest
-    share = dense.exposed_s / dense.step_s
-    if best is dense:
+    same = dense_for(best.scheme, dense)
+    share = same.exposed_s / same.step_s
+    if best is fastest_dense:
         return Advice(
-            dense,
-            dense,
-            f"Compression does not pay here: a step waits {1e3 * dense.exposed_s:.1f} ms of "
-            f"{1e3 * dense.step_s:.1f} ms for the dense all-reduce ({share:.0%}), and no method makes "
+            best,
+            best,
+            f"Compression does not pay here: a step waits {1e3 * best.exposed_s:.1f} ms of "
+            f"{1e3 * best.step_s:.1f} ms for the dense all-reduce ({share:.0%}), and no method makes "
             f"it {_LEAST_GAIN:.0%} shorter. Leave DDP as it is.",
         )
     return Advice(
         best,
-        dense,
+        same,
         f"{best.scheme.name} makes a step of {1e3 * best.step_s:.1f} ms out of one of "
-        f"{1e3 * dense.step_s:.1f} ms, {best.step_s / dense.step_s:.2f} times as long. The dense step "
-        f"waits {1e3 * dense.exposed_s:.1f} ms for the network ({share:.0%}).",
+        f"{1e3 * same.step_s:.1f} ms, {best.step_s / same.step_s:.2f} times as long. The dense step "
+        f"waits {1e3 * same.exposed_s:.1f} ms for the network ({share:.0%}).",
     )
 
 

@@ -89,6 +89,7 @@ def measure_link(
     schemes: Sequence[Scheme],
     parameters: Sequence[Parameter],
     advance: Callable[[str], None],
+    nccl: bool = False,
 ) -> LinkFound:
     """Measure the link, then every collective that the schemes use; a collective operation.
 
@@ -97,6 +98,7 @@ def measure_link(
         schemes: What will be predicted.
         parameters: The model's. Collectives are measured with messages as large as its own are.
         advance: Called with a description when a part begins.
+        nccl: Whether NCCL runs the collectives, and not Gloo.
 
     Returns:
         What was found.
@@ -111,7 +113,7 @@ def measure_link(
     legs = []
     for name, scheme in _examples(schemes).items():
         advance(name)
-        legs.append(_measure_leg(probe, name, scheme, parameters, rate))
+        legs.append(_measure_leg(probe, name, scheme, parameters, rate, nccl))
     return LinkFound(rate, latency_s, legs)
 
 
@@ -127,19 +129,25 @@ def _examples(schemes: Sequence[Scheme]) -> Mapping[str, Scheme]:
 
 
 def _measure_leg(
-    probe: Probe, name: str, scheme: Scheme, parameters: Sequence[Parameter], rate: float
+    probe: Probe,
+    name: str,
+    scheme: Scheme,
+    parameters: Sequence[Parameter],
+    rate: float,
+    nccl: bool,
 ) -> LegFound:
     n = probe.world_size
     parts = [
         part
         for bucket in make_buckets(parameters, scheme.bucket_mb)
-        for part in parts_of(scheme, bucket, n)
+        for part in parts_of(scheme, bucket, n, nccl)
     ]
     largest = max(parts, key=lambda part: sum(p.numel for p in part))
-    leg = next(leg for leg in legs_of(scheme, largest, n) if leg.name == name)
-    size = int(leg.busiest_bytes / _share(leg, n))
-    size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _LEG_S / _share(leg, n))))
-    busiest = size * _share(leg, n)
+    leg = next(leg for leg in legs_of(scheme, largest, n, tree=nccl) if leg.name == name)
+    share = _share(leg, n, nccl)
+    size = int(leg.busiest_bytes / share)
+    size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _LEG_S / share)))
+    busiest = size * share
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
     full = probe.time_leg(name, size, _REPEATS, _DEPTH)
     return LegFound(
@@ -152,9 +160,10 @@ def _measure_leg(
     )
 
 
-def _share(leg: Leg, n: int) -> float:
+def _share(leg: Leg, n: int, nccl: bool) -> float:
     """Bytes in the busier direction, for a byte of payload or gradient."""
     if leg.name == "all_reduce":
         return 2 * (n - 1) / n
-    rank0 = {"up/rank0": float(n - 1), "down/rank0": float((n - 1).bit_length())}
+    rounds = 1 if nccl else (n - 1).bit_length()
+    rank0 = {"up/rank0": float(n - 1), "down/rank0": float(rounds)}
     return rank0.get(leg.name, (n - 1) / n)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach
-from effadam_hook.scheme import Scheme
+from effadam_hook.cli.ui import CommandError
+from effadam_hook.scheme import Scheme, expand_names
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "read_methods"]
 
 _ONE_BUCKET_MB = 1 << 16
 
@@ -43,6 +45,39 @@ class Prepared:
     scope: Callable[[], Any]
     close: Callable[[], None]
     state: EfficientAdamState | None = None
+
+
+def read_methods(text: str, bucket_mb: float | None) -> list[Scheme]:
+    """The schemes of a ``--methods`` option.
+
+    Args:
+        text: The option's value.
+        bucket_mb: The value of ``--bucket-mb``, for all whose name does not say.
+
+    Returns:
+        At least one, each of them once.
+
+    Raises:
+        CommandError: If there is none, one is there twice, or the buckets have no size.
+        ValueError: If a name is unknown.
+    """
+    if bucket_mb is not None and not 0 < bucket_mb < math.inf:
+        raise CommandError(f"Invalid --bucket-mb: {bucket_mb}. Must be above 0, and finite.")
+    schemes = [Scheme.parse(name).with_buckets(bucket_mb) for name in expand_names(text)]
+    if not schemes:
+        raise CommandError(
+            f"Invalid --methods: {text!r}. Must name one method or more, such as "
+            '"fp32,lloyd4/sharded"; leave it out for the usual ones.'
+        )
+    names: dict[Scheme, str] = {}
+    for scheme in schemes:
+        first = names.setdefault(replace(scheme, name=""), scheme.name)
+        if first is not scheme.name:
+            raise CommandError(
+                f"Invalid --methods: {text!r}. {scheme.name} is the same as {first}, with the same "
+                "buckets. Must be each method once: leave one of them out."
+            )
+    return schemes
 
 
 def prepare(scheme: Scheme, model: nn.Module, lr: float = 1e-4) -> Prepared:

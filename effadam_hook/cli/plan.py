@@ -5,21 +5,28 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from effadam_hook.cli.forecast import Advice, advise, code_for, forecast
+from effadam_hook.cli.forecast import (
+    Advice,
+    advise,
+    code_for,
+    dense_for,
+    dense_schemes,
+    forecast,
+)
 from effadam_hook.cli.link import LinkFound, measure_link, parts_of_link
+from effadam_hook.cli.methods import read_methods
 from effadam_hook.cli.ranks import Ranks, join_ranks, rank_here
 from effadam_hook.cli.speed import measure_speed
 from effadam_hook.cli.ui import CommandError, Screen
 from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count, to_device
-from effadam_hook.cost import Cluster, Compute, Prediction, Speed, predict
+from effadam_hook.cost import Cluster, Compute, Prediction, Speed
 from effadam_hook.kernels import choose
-from effadam_hook.scheme import Scheme, expand_names
+from effadam_hook.scheme import Scheme
 from effadam_hook.traffic import Parameter, square_model
 
 __all__ = ["add_plan", "run_plan"]
@@ -51,45 +58,41 @@ def run_plan(args: argparse.Namespace) -> int:
     screen = Screen(args.json, rank_here())
     schemes = _schemes(args)
     workload, parameters = _model(args)
-    with join_ranks("plan", args.device) as ranks:
-        if ranks.probe.world_size == 1:
-            raise CommandError(
-                "There is only one rank, and nothing to exchange. Start at least two, for example "
-                "with torchrun --nproc-per-node 2."
-            )
-        found, speeds, compute = _measure(args, screen, ranks, schemes, parameters, workload)
-        cluster = Cluster(
-            ranks.probe.world_size,
-            found.as_link(),
-            cores=max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0,
-            in_order=ranks.device.type == "cuda",
+    with join_ranks(args) as ranks:
+        off = dense_schemes(schemes, args.bucket_mb)
+        found, speeds, compute = _measure(
+            args, screen, ranks, [*schemes, *off], parameters, workload
         )
+        cluster = _cluster(ranks, found)
         predictions = forecast(schemes, parameters, cluster, speeds, compute)
-        dense = predict(
-            replace(Scheme.parse("fp32"), bucket_mb=args.bucket_mb),
-            parameters,
-            cluster,
-            None,
-            compute,
-        )
-        advice = advise(predictions, _same(predictions, dense))
-        _show(screen, ranks, found, predictions, advice, compute)
-        screen.result(_result(ranks, found, speeds, compute, predictions, advice, parameters))
+        dense = [_same(predictions, one) for one in forecast(off, parameters, cluster, {}, compute)]
+        advice = advise(predictions, *dense)
+        _show(screen, ranks, found, predictions, dense, advice, compute)
+        result = _result(ranks, found, speeds, compute, predictions, advice, parameters)
+        screen.result({**result, "dense": [_as_dict(one) for one in dense]})
     return 0
 
 
+def _cluster(ranks: Ranks, found: LinkFound) -> Cluster:
+    return Cluster(
+        ranks.probe.world_size,
+        found.as_link(),
+        cores=max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0,
+        tree=ranks.on_nccl,
+        in_order=ranks.on_nccl,
+    )
+
+
 def _schemes(args: argparse.Namespace) -> list[Scheme]:
-    if args.bucket_mb is not None and not args.bucket_mb > 0:
-        raise CommandError(f"Invalid --bucket-mb: {args.bucket_mb}. Must be above 0.")
     if args.compute_ms is not None and not args.compute_ms >= 0:
         raise CommandError(f"Invalid --compute-ms: {args.compute_ms}. Must be 0 or more.")
-    schemes = [Scheme.parse(name) for name in expand_names(args.methods)]
-    return [scheme.with_buckets(args.bucket_mb) for scheme in schemes]
+    return read_methods(args.methods, args.bucket_mb)
 
 
 def _same(predictions: list[Prediction], dense: Prediction) -> Prediction:
     """The dense prediction among those that were asked for, if it is there."""
-    return next((p for p in predictions if p.scheme == dense.scheme), dense)
+    asked = (p for p in predictions if p.scheme.kind == "dense")
+    return next((p for p in asked if p.scheme.bucket_mb == dense.scheme.bucket_mb), dense)
 
 
 def _model(args: argparse.Namespace) -> tuple[Workload | UserModel | None, list[Parameter]]:
@@ -125,7 +128,7 @@ def _measure(
     kinds = {scheme.arithmetic: scheme for scheme in schemes if scheme.arithmetic}
     total = parts_of_link(schemes) + len(kinds) + 1
     with screen.progress("measuring", total) as advance:
-        found = measure_link(ranks.probe, schemes, parameters, advance)
+        found = measure_link(ranks.probe, schemes, parameters, advance, ranks.on_nccl)
         speeds = {}
         for name, scheme in kinds.items():
             advance(name)
@@ -154,7 +157,7 @@ def _compute(
         loss = workload.loss(model, batch)
         ranks.probe.synchronize()
         times.append(time.perf_counter())
-        loss.backward()  # type: ignore[no-untyped-call]
+        workload.backward(loss)
         ranks.probe.synchronize()
         times.append(time.perf_counter())
         optimizer.step()
@@ -180,6 +183,7 @@ def _show(
     ranks: Ranks,
     found: LinkFound,
     predictions: list[Prediction],
+    dense: list[Prediction],
     advice: Advice,
     compute: Compute,
 ) -> None:
@@ -213,15 +217,14 @@ def _show(
         screen.note(
             f"compute: forward {parts[0]:.1f} ms, backward {parts[1]:.1f} ms, rest {parts[2]:.1f} ms"
         )
-    dense_s = advice.dense.step_s
     screen.table(
         "predicted",
         ("method", "step ms", "x fp32", "exchange ms", "waits ms", "wire floor ms", "MB"),
         [
             (
-                "off (fp32)" if p.scheme.kind == "dense" else p.scheme.name,
+                p.scheme.name.replace("fp32", "off (fp32)"),
                 f"{1e3 * p.step_s:.1f}",
-                f"{p.step_s / dense_s:.3f}",
+                f"{p.step_s / dense_for(p.scheme, dense).step_s:.3f}",
                 f"{1e3 * p.exchange_s:.1f}",
                 f"{1e3 * p.exposed_s:.1f}",
                 f"{1e3 * p.floor_s:.1f}",
@@ -255,10 +258,7 @@ def _result(
         "link": found.to_dict(),
         "speeds": {name: vars(speed) for name, speed in speeds.items()},
         "compute": vars(compute),
-        "predictions": [
-            {**vars(p), "scheme": p.scheme.name, "bucket_mb": p.scheme.bucket_mb}
-            for p in predictions
-        ],
+        "predictions": [_as_dict(p) for p in predictions],
         "recommended": {
             "method": advice.best.scheme.name,
             "compression_pays": advice.pays,
@@ -266,3 +266,8 @@ def _result(
             "code": code_for(advice.best.scheme),
         },
     }
+
+
+def _as_dict(prediction: Prediction) -> dict[str, Any]:
+    scheme = prediction.scheme
+    return {**vars(prediction), "scheme": scheme.name, "bucket_mb": scheme.bucket_mb}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from effadam_hook.cli.agreement import agree
 from effadam_hook.cli.ui import CommandError
 from effadam_hook.exchange.probe import Probe
 
-__all__ = ["Ranks", "check_launched", "join_ranks", "pick_device", "rank_here"]
+__all__ = ["Ranks", "backend_for", "check_launched", "join_ranks", "pick_device", "rank_here"]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TIMEOUT = timedelta(minutes=5)
@@ -39,6 +41,11 @@ class Ranks:
     neighbours: int
     cores: float
 
+    @property
+    def on_nccl(self) -> bool:
+        """Whether NCCL runs the collectives, and not Gloo."""
+        return self.backend == "nccl"
+
 
 def rank_here() -> int:
     """This process's rank, 0 if no launcher has said."""
@@ -46,13 +53,13 @@ def rank_here() -> int:
 
 
 def check_launched(command: str) -> None:
-    """Check that a launcher has started this process.
+    """Check that a launcher has started this process, and not it alone.
 
     Args:
         command: Name of the subcommand, for the message.
 
     Raises:
-        CommandError: If not, with the command line that would.
+        CommandError: If not, with the command line that would; or if it is the only rank.
     """
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
@@ -61,28 +68,36 @@ def check_launched(command: str) -> None:
             f"Start it on every host as you start training, for example: torchrun --nnodes 2 "
             f"--nproc-per-node 1 --rdzv-endpoint HOST:29500 -m effadam_hook.cli {command} ..."
         )
+    if os.environ["WORLD_SIZE"] == "1":
+        raise CommandError(
+            "There is only one rank, and nothing to exchange. Start at least two, for example "
+            "with torchrun --nproc-per-node 2."
+        )
 
 
 @contextlib.contextmanager
-def join_ranks(command: str, device: str) -> Iterator[Ranks]:
+def join_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
     """Join the process group that a launcher has prepared.
 
     Args:
-        command: Name of the subcommand, for messages.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA if every local rank has a GPU.
+        args: What this rank was asked; of it the subcommand's name, and the device: ``"cpu"``,
+            ``"cuda"``, or ``"auto"``: CUDA if every local rank has a GPU.
 
     Yields:
         The ranks.
 
     Raises:
-        CommandError: If there is no launcher's environment.
+        CommandError: If there is no launcher's environment, or other ranks were asked otherwise.
     """
-    check_launched(command)
-    where = pick_device(device)
-    backend = "nccl" if where.type == "cuda" else "gloo"
+    check_launched(args.command)
+    where = pick_device(args.device)
+    backend = backend_for(where)
+    store, rank, world_size = agree(args, where, backend)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
+    )
     try:
         group = dist.group.WORLD
         assert group is not None
@@ -114,6 +129,11 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" or (device == "auto" and found >= here):
         return torch.device("cuda", local)
     return torch.device("cpu")
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend of process groups whose tensors are on a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def _cores() -> int:

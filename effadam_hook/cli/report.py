@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -41,6 +42,11 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 def run_report(args: argparse.Namespace) -> int:
     """Read, show, draw."""
     screen = Screen(args.json)
+    drawn = not args.no_png
+    if drawn and args.json and args.png is None:
+        drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        require("matplotlib", "drawing a picture")
     lines = read_log(args.log)
     shown = [column for column in _COLUMNS if any(column[0] in line for line in lines)]
     chosen = sorted({round(i * (len(lines) - 1) / (_ROWS - 1)) for i in range(_ROWS)})
@@ -62,9 +68,8 @@ def run_report(args: argparse.Namespace) -> int:
     if exchanges:
         result["median_exchange_s"] = exchanges[len(exchanges) // 2]
         screen.note(f"median exchange {result['median_exchange_s']:.4f} s")
-    if not args.no_png:
+    if drawn:
         png = args.png or args.log.with_suffix(".png")
-        require("matplotlib", "drawing a picture")
         _draw(lines, [(key, title) for key, title, _ in shown], png)
         screen.note(f"wrote {png}")
         result["png"] = str(png)

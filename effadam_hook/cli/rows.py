@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from effadam_hook.cli.stepping import Cell
+from effadam_hook.scheme import Scheme
 
-__all__ = ["Row", "rows_of"]
+__all__ = ["Row", "dense_method", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Row:
         median_ms: Median time of a step over all rounds.
         p20_ms: A fifth of the steps took no longer than this.
         p80_ms: A fifth of the steps took no less than this.
-        ratio: Against ``fp32``: the median over the rounds of the ratio of the round's medians; NaN
-            where that was not measured.
+        ratio: Against dense with the same buckets, or the first dense if there is none of them: the
+            median over the rounds of the ratio of the round's medians; NaN without a dense method.
         busiest_mb: Megabytes a step on the busiest link in its busiest direction.
         total_mb: Megabytes a step that all hosts sent.
         cpu_ms: Processor time of a step, all ranks together; divided by the cores that they share, it
@@ -52,11 +53,11 @@ def rows_of(cells: Sequence[Cell]) -> list[Row]:
     by_method: dict[str, dict[int, Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell["round"]):
         by_method.setdefault(cell["method"], {})[cell["round"]] = cell
-    dense = by_method.get("fp32", {})
     rows = []
     for method, rounds in by_method.items():
         steps = sorted(1e3 * s for cell in rounds.values() for s in cell["step_s"])
         medians = {number: _median_s(cell) for number, cell in rounds.items()}
+        dense = by_method.get(dense_method(method, list(by_method)) or "", {})
         ratios = [medians[n] / _median_s(dense[n]) for n in medians if n in dense]
         last = rounds[max(rounds)]
         rows.append(
@@ -73,6 +74,23 @@ def rows_of(cells: Sequence[Cell]) -> list[Row]:
             )
         )
     return rows
+
+
+def dense_method(method: str, methods: Sequence[str]) -> str | None:
+    """The dense method that another is compared with.
+
+    Args:
+        method: Name of the method.
+        methods: Names of all that were measured.
+
+    Returns:
+        Its name; None if no dense method was measured.
+    """
+    cap = Scheme.parse(method).bucket_mb
+    dense = [name for name in methods if Scheme.parse(name).kind == "dense"]
+    return next(
+        (name for name in dense if Scheme.parse(name).bucket_mb == cap), next(iter(dense), None)
+    )
 
 
 def _median_s(cell: Cell) -> float:

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from effadam_hook.cli.environment import kernel_build
 from effadam_hook.cli.methods import Prepared, prepare
@@ -124,7 +124,7 @@ def step(prepared: Prepared, workload: Trained, batch: Any, optimize: bool = Tru
     with prepared.scope():
         loss = workload.loss(prepared.model, batch)
     with prepared.scope():
-        loss.backward()  # type: ignore[no-untyped-call]
+        workload.backward(loss)
     if optimize:
         prepared.optimizer.step()
     prepared.optimizer.zero_grad()
@@ -160,7 +160,13 @@ def check_kernels(method: str, used: Sequence[KernelsUsed]) -> str:
     return f"{names[0]} {builds[0]}"
 
 
-def run_cells(plan: Plan, backend: str, device: torch.device, counts: Counts) -> Iterator[Cell]:
+def run_cells(
+    plan: Plan,
+    backend: str,
+    device: torch.device,
+    counts: Counts,
+    meeting: tuple[Store, int, int] | None = None,
+) -> Iterator[Cell]:
     """Run the cells of a plan on this rank; every rank must do so.
 
     Args:
@@ -168,12 +174,13 @@ def run_cells(plan: Plan, backend: str, device: torch.device, counts: Counts) ->
         backend: Of the process groups.
         device: Where this rank computes.
         counts: Reads the links' counters.
+        meeting: The ranks' store, this rank, and how many there are; None asks the environment.
 
     Yields:
         One cell after the other, the same on every rank.
     """
     build = kernel_build()
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
+    store, rank, world_size = meeting or next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     for index, cell in enumerate(plan.cells()):
         dist.init_process_group(
             backend,

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["CommandError", "Screen", "require"]
+__all__ = ["CommandError", "Screen", "UserCodeError", "require"]
 
 _EXTRA = 'pip install "effadam-hook[cli]"'
 
 
 class CommandError(RuntimeError):
     """The command cannot do what was asked; the message is for the user."""
+
+
+class UserCodeError(RuntimeError):
+    """The user's own code raised; the cause is what it raised."""
 
 
 def require(package: str, purpose: str) -> None:
@@ -93,9 +98,9 @@ class Screen:
         console.print(table)
 
     def result(self, value: dict[str, Any]) -> None:
-        """The whole result, for machines."""
+        """The whole result, for machines; a number that is not finite becomes ``null``."""
         if self._main and self._as_json:
-            sys.stdout.write(json.dumps(value, indent=2) + "\n")
+            sys.stdout.write(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
             sys.stdout.flush()
 
     @contextlib.contextmanager
@@ -124,3 +129,12 @@ class Screen:
                 bar.update(task, advance=1, description=f"{label}: {part}")
 
             yield advance
+
+
+def _strict(value: Any) -> Any:
+    """The same in what JSON knows."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from effadam_hook.cli.ui import CommandError
+from effadam_hook.cli.ui import CommandError, UserCodeError
 from effadam_hook.traffic import Parameter
 
 __all__ = ["Trained", "UserModel", "Workload", "describe", "parse_count", "to_device"]
@@ -34,6 +36,10 @@ class Trained(Protocol):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch, from the model as it is wrapped."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward from the loss."""
         ...
 
 
@@ -82,6 +88,10 @@ class Workload:
         out: Tensor = model(batch)
         return out.square().mean()
 
+    def backward(self, loss: Tensor) -> None:
+        """Backward from the loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
 
 class _Asleep(nn.Module):
     """A layer with a linear layer's parameters, which sleeps a third forward and the rest backward."""
@@ -122,8 +132,12 @@ class UserModel:
     Args:
         spec: The name.
 
+    What the user's code prints goes to standard error. What it raises becomes a
+    :class:`~effadam_hook.cli.ui.UserCodeError`.
+
     Raises:
-        CommandError: If there is no such function, or it returns something else.
+        CommandError: If there is no such function, it returns something else, or a model without
+            trainable parameters.
     """
 
     def __init__(self, spec: str) -> None:
@@ -134,7 +148,8 @@ class UserModel:
     def model(self) -> nn.Module:
         """The bare model, the same on every rank: the function runs with seed 0."""
         torch.manual_seed(0)
-        made = self._make()
+        with _user_code(self._spec):
+            made = self._make()
         if isinstance(made, nn.Module):
             made = (made, None)
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
@@ -143,6 +158,11 @@ class UserModel:
                 "tuple of an nn.Module and a loss function or a batch."
             )
         model: nn.Module = made[0]
+        if not describe(model):
+            raise CommandError(
+                f"The model of {self._spec} has no trainable parameters, and so nothing to average. "
+                "Some parameter must have requires_grad=True: return the model as it is trained."
+            )
         self._rest = made[1]
         return model
 
@@ -157,13 +177,14 @@ class UserModel:
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss, as the function's second value says."""
-        if callable(batch):
-            loss: Tensor = batch(model)
-            return loss
-        if isinstance(batch, dict):
-            out = model(**batch)
-        else:
-            out = model(*batch) if isinstance(batch, tuple | list) else model(batch)
+        with _user_code(self._spec):
+            if callable(batch):
+                loss: Tensor = batch(model)
+                return loss
+            if isinstance(batch, dict):
+                out = model(**batch)
+            else:
+                out = model(*batch) if isinstance(batch, tuple | list) else model(batch)
         first = _first_tensor(out)
         if first is None:
             raise CommandError(
@@ -171,6 +192,28 @@ class UserModel:
                 "besides the model: a function that takes the model and returns the loss."
             )
         return first.float().mean()
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward from the loss."""
+        # The exchange runs in backward too, and what it raises is not the user's.
+        with _user_code(self._spec, but=RuntimeError):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _user_code(spec: str, *, but: type[Exception] = dist.DistError) -> Iterator[None]:
+    """Where the user's code runs; errors of the type ``but`` stay as they are."""
+    try:
+        # Standard output may be one JSON object, and is nobody else's.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except but:
+        raise
+    except Exception as error:
+        raise UserCodeError(
+            f"Your function {spec}, or what it returned, raised {type(error).__name__}: {error}. The "
+            "traceback above says where. It must run by itself: try it without this command."
+        ) from error
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -191,7 +234,9 @@ def _look_up(spec: str) -> Callable[[], Any]:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        found = getattr(importlib.import_module(module_name), function_name)
+        with _user_code(spec, but=ImportError):
+            module = importlib.import_module(module_name)
+        found = getattr(module, function_name)
     except (ImportError, AttributeError) as error:
         raise CommandError(
             f"Invalid --model: {spec!r}: {error}. The module must be importable from the working "
