@@ -162,6 +162,7 @@ class Engine:
             "payload version": PAYLOAD_VERSION,
             "enabled": self.enabled,
             "mode": self.mode.name,
+            "optimizer": self.mode.describe(),
             "auto": self.trial is not None,
             **self.config.to_dict(),
             "parameters": self.parameters.describe(),
@@ -311,7 +312,7 @@ class Engine:
             )
             passage = self.watch.enter(
                 plan.label,
-                "a compressed exchange",
+                "a compressed exchange" + (" after a dense average" if beside else ""),
                 plan.fingerprint,
                 "encode",
                 buffer,

@@ -124,6 +124,10 @@ class GradientMode:
         """
         return []
 
+    def describe(self) -> dict[str, Any]:
+        """What else the ranks must agree on, as plain values."""
+        return {}
+
     def notice_end_of_backward(self) -> None:
         """Called by the hook for the last bucket of a backward."""
 
@@ -156,6 +160,10 @@ class PreconditionedMode(GradientMode):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+
+    def describe(self) -> dict[str, Any]:
+        """The kind of optimizer and its settings."""
+        return {"optimizer": type(self._optimizer).__name__, **_settings(self._optimizer)}
 
     def content(
         self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
@@ -199,6 +207,18 @@ class UpdateMode(GradientMode):
         self.max_grad_norm = optimizer.max_grad_norm
         # Parameters whose first moments may differ between the ranks.
         self._differing: set[Tensor] = set()
+
+    def describe(self) -> dict[str, Any]:
+        """The optimizer's settings."""
+        optimizer = self.optimizer
+        return {
+            "second_moment": optimizer.second_moment,
+            "refresh_every": optimizer.refresh_every,
+            "max_grad_norm": optimizer.max_grad_norm,
+            "bias_correction": optimizer.bias_correction,
+            "schedule": repr(optimizer.schedule),
+            **_settings(optimizer),
+        }
 
     @property
     def generation(self) -> int:  # type: ignore[override]
@@ -348,6 +368,18 @@ class _WeightContent(_UpdateContent):
             held = flat_view(parameter).to(weights.dtype)
             bucket[slot.start : slot.start + slot.numel] = held - weights
             self._optimizer.deliver(parameter, shaped_view(weights, parameter), replaces=True)
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:
+    """What the parameter groups set, as text."""
+    return {
+        f"group {index}": {
+            name: str(float(value) if isinstance(value, Tensor) else value)
+            for name, value in group.items()
+            if name != "params"
+        }
+        for index, group in enumerate(optimizer.param_groups)
+    }
 
 
 Mode = GradientMode

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from effadam_hook import EffAdamError, EfficientAdam, attach
+from effadam_hook import DisagreementError, EffAdamError, EfficientAdam, attach
 from effadam_hook.schedules import PowerSchedule
 from harness import run_ranks
 from training import SHAPES, ChosenGradients, ddp, drawn_gradients, loss_of
@@ -57,8 +57,10 @@ def run_updates(
     rank: int, world_size: int, steps: int, paper: bool, options: dict[str, Any]
 ) -> list[tuple[list[Tensor], dict[str, Any]]]:
     model = ddp(ChosenGradients(dtype=F64))
-    kind = EfficientAdam.paper if paper else EfficientAdam
-    optimizer = kind(model.parameters(), lr=0.01)
+    if paper:
+        optimizer = EfficientAdam.paper(model.parameters(), lr=0.01)
+    else:
+        optimizer = EfficientAdam(model.parameters(), lr=0.01, second_moment="local")
     state = attach(model, optimizer=optimizer, **options)
     history = []
     for step in range(steps):
@@ -508,7 +510,7 @@ def quantized_weights(
     with torch.no_grad():
         for index, p in enumerate(model.parameters()):
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
-    optimizer = EfficientAdam(model.parameters(), lr=0.01, weight_decay=0.1)
+    optimizer = EfficientAdam(model.parameters(), lr=0.01, weight_decay=0.1, second_moment="local")
     state = attach(model, optimizer=optimizer, quantize_weights=True, topology=topology, **options)
     for step in range(steps):
         backward(model, rank, step, F64)
@@ -557,3 +559,27 @@ def test_quantized_adam_topologies_agree_to_the_bit() -> None:
     options = {"worker_quantizer": "log3", "server_quantizer": "uniform8"}
     results = [run_ranks(quantized_weights, 3, topology, 5, options)[0] for topology in TOPOLOGIES]
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+
+
+def disagree_about_settings(rank: int, world_size: int, options: list[dict[str, Any]]) -> str:
+    model = ddp(ChosenGradients())
+    optimizer = EfficientAdam(model.parameters(), **options[rank])
+    with pytest.raises(DisagreementError) as caught:
+        attach(model, optimizer=optimizer)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"second_moment": "local"},
+            "optimizer.second_moment is 'local' on rank 1 and 'shared' on rank 0",
+        ),
+        ({"lr": 0.5}, "optimizer.group 0.lr is '0.5' on rank 1 and '0.001' on rank 0"),
+        ({"betas": (0.8, 0.9)}, "optimizer.group 0.betas is '(0.8, 0.9)' on rank 1"),
+    ],
+)
+def test_ranks_whose_optimizers_differ_raise_everywhere(options: dict[str, Any], said: str) -> None:
+    for message in run_ranks(disagree_about_settings, 2, [{}, options]):
+        assert said in message

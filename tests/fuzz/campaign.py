@@ -95,7 +95,7 @@ def _run_batch(tally: Tally, plan: list[tuple[int, str]], world_size: int) -> No
     try:
         by_rank = run_ranks(run_batch, world_size, plan, timeout=240, env=_QUIET)
     except TimeoutError as error:
-        tally.note("hang", name, str(error)[-6000:])
+        tally.note("hang", name, str(error))
         return
     except RuntimeError as error:
         tally.note("crash", name, str(error)[:6000])
