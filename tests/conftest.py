@@ -15,6 +15,10 @@ import torch
 
 import harness
 
+if not torch.cuda.is_available():
+    # Triton decides when functions are decorated, and any test may be the first to import it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)

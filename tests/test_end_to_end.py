@@ -72,12 +72,12 @@ def cell(number: int, method: str, step_s: list[float], sent: float = 0.0) -> Ce
 def test_a_ratio_compares_within_a_round_and_a_floor_is_the_busiest_link_s() -> None:
     cells = [
         cell(0, "fp32", [1.0, 1.0, 9.0], 25e6),
-        cell(0, "ours", [0.5, 0.5, 0.5], 2.5e6),
-        cell(1, "ours", [1.0, 1.0, 1.0], 2.5e6),
+        cell(0, "lloyd4/sharded", [0.5, 0.5, 0.5], 2.5e6),
+        cell(1, "lloyd4/sharded", [1.0, 1.0, 1.0], 2.5e6),
         cell(1, "fp32", [2.0, 2.0, 2.0], 25e6),
     ]
     dense, ours = table(cells, Link(200e6))
-    assert (dense.method, ours.method) == ("fp32", "ours")
+    assert (dense.method, ours.method) == ("fp32", "lloyd4/sharded")
     assert (dense.ratio, ours.ratio) == (1.0, 0.5)
     assert (dense.floor_ms, ours.floor_ms) == (1000.0, 100.0)
     assert (ours.median_ms, ours.slowest_round_ms, ours.cpu_ms) == (750.0, 1000.0, 100.0)

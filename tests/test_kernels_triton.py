@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,12 +36,9 @@ SIZES = (130, 1, 33, 5)
 
 
 @pytest.fixture(name="kernels", scope="module")
-def _kernels() -> Iterator[Kernels]:
-    """The module, its functions interpreted where there is no GPU to compile them for."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not ON_GPU:
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("effadam_hook.kernels.triton_kernels")
+def _kernels() -> Kernels:
+    """The module, its functions interpreted where there is no GPU to compile them for (conftest.py)."""
+    return importlib.import_module("effadam_hook.kernels.triton_kernels")
 
 
 def there(tensor: Tensor) -> Tensor:
