@@ -214,7 +214,6 @@ class Engine:
             self._release_waiting()
             self._accumulation.see_last(parameters)
             self._when_backward_ends()
-            self.mode.notice_end_of_backward()
             self.clock.stop_after(future)
             self.counters.steps += 1
         return future
@@ -239,11 +238,12 @@ class Engine:
         DDP waits and writes in a callback that it queues after the last bucket's hook. What is queued
         here runs before it, and what that queues, after it.
         """
-        watch, accumulation = self.watch, self._accumulation
+        watch, accumulation, mode = self.watch, self._accumulation, self.mode
 
         def after_ddp() -> None:
             accumulation.end()
             watch.check()
+            mode.notice_end_of_backward()
 
         def before_ddp() -> None:
             watch.join()

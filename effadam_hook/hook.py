@@ -17,6 +17,7 @@ from effadam_hook.errors import EffAdamError
 from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
 from effadam_hook.optim import EfficientAdam
 from effadam_hook.state import EfficientAdamState
+from effadam_hook.trial import check_auto
 
 __all__ = ["attach", "efficient_adam_hook"]
 
@@ -116,13 +117,8 @@ def attach(
             f"The model has the communication hook {taken[0][0].__qualname__!r} already, and DDP "
             "takes only one. Attach before any other, or wrap the model anew."
         )
-    if auto and not enabled:
-        raise ValueError("Invalid enabled: False with auto=True. Must be True: auto decides.")
-    if auto and quantize_weights:
-        raise ValueError(
-            "Invalid auto: True with quantize_weights=True. Must be False: the model's weights are the "
-            "quantized ones from the first compressed step on, and dense steps could not take it back."
-        )
+    if auto:
+        check_auto(enabled, quantize_weights)
     state = EfficientAdamState(enabled=enabled, **options)
     if auto:
         state.try_out()

@@ -37,6 +37,7 @@ __all__ = [
     "Piece",
     "Slot",
     "Wire",
+    "aligned",
     "cut",
     "part_numel",
     "plan_bucket",
@@ -172,7 +173,7 @@ class Wire:
             )
             for chunk in self.chunks
         )
-        stride = _aligned(max(chunk.used_bytes for chunk in chunks))
+        stride = aligned(max(chunk.used_bytes for chunk in chunks))
         return replace(self, chunks=chunks, stride_bytes=stride)
 
     @cached_property
@@ -299,13 +300,14 @@ def plan_bucket(
             for server in range(servers)
         )
         longest = max(chunk.used_bytes for chunk in chunks)
-        stride = _aligned(longest) + SEAL_BYTES
+        stride = aligned(longest) + SEAL_BYTES
         return Wire(quantizer, scale_rule, block_size, itemsize, chunks, stride)
 
     return BucketLayout(tuple(slots), expected, wire(uplink), wire(downlink))
 
 
-def _aligned(size_bytes: int) -> int:
+def aligned(size_bytes: int) -> int:
+    """The size with the padding that keeps what follows it aligned."""
     return -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 

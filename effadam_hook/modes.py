@@ -6,7 +6,6 @@ quantizer, and where the decoded result goes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -129,7 +128,7 @@ class GradientMode:
         return {}
 
     def notice_end_of_backward(self) -> None:
-        """Called by the hook for the last bucket of a backward."""
+        """Called after a backward that exchanged, when DDP has written the gradients."""
 
     def save(self) -> dict[str, dict[str, Any]]:
         """What this rank needs besides the residuals to continue.
@@ -257,15 +256,8 @@ class UpdateMode(GradientMode):
         self._differing.update(self.optimizer.state)
 
     def notice_end_of_backward(self) -> None:
-        """Have the optimizer note the gradients once DDP has written them back.
-
-        DDP does so in a callback at the end of backward, which it queues after the last bucket's
-        hook; a callback that queues the real one comes after it.
-        """
-        engine = torch.autograd.Variable._execution_engine
-        note = self.optimizer.note_gradients
-        with contextlib.suppress(RuntimeError):  # join() calls hooks without a backward
-            engine.queue_callback(lambda: engine.queue_callback(note))
+        """Have the optimizer note what DDP has written."""
+        self.optimizer.note_gradients()
 
 
 class WeightMode(UpdateMode):

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from effadam_hook.layout import SEAL_BYTES, cut, part_numel, share_of
+from effadam_hook.layout import SEAL_BYTES, aligned, cut, part_numel, share_of
 from effadam_hook.quantizers import SCALE_BYTES, get_quantizer
 from effadam_hook.scheme import Scheme
 
@@ -41,7 +41,6 @@ __all__ = [
 _FIRST_BUCKET_MB, _BUCKET_MB = 1.0, 25.0
 _MB = 1 << 20
 _ITEM_BYTES = 4
-_ALIGN_BYTES = 8
 _MOST_SHARES = 200_000
 
 
@@ -185,7 +184,7 @@ def _payload_bytes(
             )
             for server in range(servers)
         )
-    return servers * (-(-longest // _ALIGN_BYTES) * _ALIGN_BYTES + SEAL_BYTES)
+    return servers * (aligned(longest) + SEAL_BYTES)
 
 
 def legs_of(

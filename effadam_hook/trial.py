@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import statistics
 
-__all__ = ["Trial"]
+__all__ = ["Trial", "check_auto"]
 
 _SKIPPED, _TIMED = 3, 5
 """Steps of each kind: DDP rebuilds its buckets in the first ones, and buffers are allocated."""
 _MARGIN = 0.97
+
+
+def check_auto(enabled: bool, quantize_weights: bool) -> None:
+    """Check that ``auto=True`` leaves something to decide.
+
+    Args:
+        enabled: As for :func:`effadam_hook.attach`.
+        quantize_weights: The same.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not enabled:
+        raise ValueError("Invalid enabled: False with auto=True. Must be True: auto decides.")
+    if quantize_weights:
+        raise ValueError(
+            "Invalid auto: True with quantize_weights=True. Must be False: the model's weights are the "
+            "quantized ones from the first compressed step on, and dense steps could not take it back."
+        )
 
 
 class Trial:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
+from effadam_hook.trial import check_auto
 
 __all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer"]
 
@@ -39,10 +40,8 @@ def check_hook_options(options: Mapping[str, Any], mode_options: Mapping[str, An
         TypeError: If an option has the wrong type.
     """
     EfficientAdamState(**{name: value for name, value in options.items() if name != "auto"})
-    if options["auto"] and not options["enabled"]:
-        raise ValueError("Invalid enabled: False with auto=True. Must be True: auto decides.")
-    if options["auto"] and mode_options["quantize_weights"]:
-        raise ValueError("Invalid auto: True with quantize_weights=True. Must be False.")
+    if options["auto"]:
+        check_auto(options["enabled"], mode_options["quantize_weights"])
     for name, value in {"auto": options["auto"], **mode_options}.items():
         if not isinstance(value, bool):
             raise TypeError(f"Invalid {name}: {value!r}. Must be True or False.")

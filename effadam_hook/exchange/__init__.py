@@ -14,10 +14,8 @@ from effadam_hook.exchange.choice import agree_on_topology, slowest
 from effadam_hook.exchange.compat import backend_of
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lanes import LaneExchange
-from effadam_hook.exchange.rank0 import Rank0
-from effadam_hook.exchange.sharded import Sharded
 from effadam_hook.exchange.stream import StreamExchange
-from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.topology import Topology, make_topology
 from effadam_hook.exchange.watchdog import Passage, Watch
 
 __all__ = [
@@ -50,12 +48,6 @@ class Exchange(Protocol):
     def submit(self, job: Job, passage: Passage) -> None:
         """Start a job; the passage ends after decoding, or with what went wrong."""
         ...
-
-
-def make_topology(name: str, group: dist.ProcessGroup) -> Topology:
-    """The topology of that name, ``"rank0"`` or ``"sharded"``, for a process group."""
-    kinds: dict[str, type[Rank0] | type[Sharded]] = {"rank0": Rank0, "sharded": Sharded}
-    return kinds[name](group.rank(), group.size())
 
 
 def make_exchange(

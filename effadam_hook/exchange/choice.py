@@ -11,9 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effadam_hook.errors import DisagreementError
-from effadam_hook.exchange.rank0 import Rank0
-from effadam_hook.exchange.sharded import Sharded
-from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.topology import KINDS, Topology, make_topology
 
 __all__ = ["agree_on_topology", "slowest"]
 
@@ -59,9 +57,7 @@ def agree_on_topology(
     Raises:
         DisagreementError: On every rank, if some have to use a topology and others do not.
     """
-    kinds: dict[str, type[Rank0] | type[Sharded]] = {"rank0": Rank0, "sharded": Sharded}
-    names = ["", *kinds]
-    own = names.index(settled)
+    own = ["", *KINDS].index(settled)
     most, least = slowest([own, -own], group, device)
     if most != -least:
         raise DisagreementError(
@@ -71,8 +67,8 @@ def agree_on_topology(
     if settled:
         return settled, "as the saved state"
     times = []
-    for kind in kinds.values():
-        topology = kind(group.rank(), group.size())
+    for kind in KINDS:
+        topology = make_topology(kind, group)
         times.append(_time(topology, payload_bytes // topology.servers + 1, group, device))
     rank0_s, sharded_s = slowest(times, group, device)
     # Sharded asks for more connections; a tie is not worth them.

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from effadam_hook.exchange import make_topology
 from effadam_hook.exchange.compat import gather_bytes
 from effadam_hook.exchange.dense import start_average
+from effadam_hook.exchange.topology import make_topology
 
 __all__ = ["LEGS", "Probe", "Timing"]
 

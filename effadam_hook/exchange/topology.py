@@ -7,7 +7,18 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Topology"]
+from effadam_hook.exchange.rank0 import Rank0
+from effadam_hook.exchange.sharded import Sharded
+
+__all__ = ["KINDS", "Topology", "make_topology"]
+
+KINDS: dict[str, type[Rank0] | type[Sharded]] = {"rank0": Rank0, "sharded": Sharded}
+"""The topologies by name."""
+
+
+def make_topology(name: str, group: dist.ProcessGroup) -> Topology:
+    """The topology of that name for a process group."""
+    return KINDS[name](group.rank(), group.size())
 
 
 class Topology(Protocol):
