@@ -146,7 +146,7 @@ class BucketPlan:
                 self.received,
                 self._server_residual,
                 self._dtype,
-                self.outgoing,
+                self.outgoing[0],
                 preconditioner=self._content.preconditioner,
             )
 
@@ -171,7 +171,7 @@ class BucketPlan:
         values = self._weights[0, : chunk.used_bytes].view(self._dtype)
         self._content.apply_on_server(values, self._server_residual, chunk.pieces)
         self._kernels.reduce_encode_(
-            raw, down, server, self._weights, self._server_residual, self._dtype, self.outgoing
+            raw, down, server, self._weights, self._server_residual, self._dtype, self.outgoing[0]
         )
 
     def decode(self) -> None:

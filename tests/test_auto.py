@@ -11,6 +11,7 @@ from torch import Tensor
 
 from effadam_hook import DisagreementError, EfficientAdam, attach
 from effadam_hook.exchange import choice
+from effadam_hook.exchange.probe import Probe
 from effadam_hook.plan import BucketPlan
 from effadam_hook.trial import Trial
 from harness import run_ranks
@@ -137,7 +138,8 @@ def choose(rank: int, world_size: int, times_s: tuple[float, float]) -> tuple[st
     with pytest.MonkeyPatch.context() as monkeypatch:
         # The slowest rank's times decide.
         own = iter(times_s if rank == 1 else (0.0, 0.0))
-        monkeypatch.setattr(choice, "_time", lambda *_: next(own))
+        timed = (each for seconds in own for each in [(seconds, 0.0)] * (1 + choice._REPEATS))
+        monkeypatch.setattr(Probe, "_run", lambda *_: next(timed))
         model = ddp(ChosenGradients())
         state = attach(model, topology="auto", quantizer="lloyd3")
         assert "topology     auto" in state.summary()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -251,6 +252,71 @@ def test_a_lab_counts_what_is_sent_holds_it_to_the_rate_and_leaves_nothing() -> 
     assert passed.busiest == max(passed.sent[1], passed.received[0])
     # What the token buckets of both ends let pass at once is not held back.
     assert float(printed[0]) > RATE.seconds(PAYLOAD_BYTES - 4 * 65536)
+
+
+# Rank 1 sends bytes one at a time, and prints how long the fastest answer took.
+ROUND_TRIPS = """
+import os, socket, time
+address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+if os.environ["RANK"] == "0":
+    peer = socket.create_server(address).accept()[0]
+    while data := peer.recv(1):
+        peer.sendall(data)
+else:
+    while True:
+        try:
+            peer = socket.create_connection(address)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    took = []
+    for _ in range(5):
+        start = time.monotonic()
+        peer.sendall(b"x")
+        peer.recv(1)
+        took.append(time.monotonic() - start)
+    print(min(took))
+"""
+
+
+@pytest.fixture
+def _delays(_namespaces: None, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    """A lab without netem, or with it if the kernel has it."""
+    if request.param == "netem":
+        built = NetLab(2, Link(20 * MBIT))
+        with built:
+            if not built._has_netem():
+                pytest.skip("the kernel has no sch_netem")
+    else:
+        if not Path("/dev/net/tun").exists():
+            pytest.skip("there is no /dev/net/tun")
+        monkeypatch.setattr(NetLab, "_has_netem", lambda _: False)
+
+
+@pytest.mark.usefixtures("_delays")
+@pytest.mark.parametrize("_delays", ["netem", "process"], indirect=True)
+def test_a_delay_is_added_once_each_way_and_nothing_is_lost() -> None:
+    with NetLab(2, Link(20 * MBIT, delay_ms=15.0)) as built:
+        before = read_wire_bytes(built.id, 2)
+        command = [sys.executable, "-c", ROUND_TRIPS]
+        printed = run_in_lab(built, command, timeout_s=90, quiet=True)
+        passed = read_wire_bytes(built.id, 2) - before
+        transfer = run_in_lab(built, [sys.executable, "-c", TRANSFER], timeout_s=90, quiet=True)
+    assert left_of(built.id) == []
+    assert 0.030 < float(printed[1]) < 0.045
+    # Every byte travels in a packet of its own, and is answered by one.
+    assert passed.sent[1] > 5 * 67 and passed.received[0] > 5 * 67
+    assert float(transfer[0]) > RATE.seconds(PAYLOAD_BYTES - 4 * 65536)
+
+
+@pytest.mark.usefixtures("_namespaces")
+def test_where_nothing_can_delay_packets_the_lab_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NetLab, "_has_netem", lambda _: False)
+    monkeypatch.setattr(lab.delay, "__file__", "/nowhere/delay.py")
+    built = NetLab(2, Link(20 * MBIT, delay_ms=1.0))
+    with pytest.raises(LabError, match=r"no sch_netem.*nowhere.*needs the kernel's tun"):
+        built.__enter__()
+    assert left_of(built.id) == []
 
 
 @pytest.mark.usefixtures("_namespaces")

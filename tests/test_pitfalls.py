@@ -15,6 +15,7 @@ import torch.distributed as dist
 from effadam_hook import attach, efficient_adam_hook
 from effadam_hook.exchange.topology import Topology
 from harness import run_ranks
+from test_architecture import COLLECTIVES
 from training import SHAPES, ChosenGradients, ddp, drawn_gradients
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,31 @@ def watch_what_is_sent(rank: int, world_size: int, topology: str) -> set[str]:
 def test_only_bytes_are_sent(topology: str) -> None:
     for dtypes in run_ranks(watch_what_is_sent, 2, topology):
         assert dtypes == {"torch.uint8"}
+
+
+def collectives_of_a_step(rank: int, world_size: int) -> list[str]:
+    model = ddp(ChosenGradients())
+    attach(model, topology="sharded")
+    step(model, rank, 0)
+    step(model, rank, 1)
+    called: list[str] = []
+    for name in COLLECTIVES & set(dir(dist)):
+        original = getattr(dist, name)
+
+        def spy(*args: Any, original: Any = original, **options: Any) -> Any:
+            called.append(original.__name__)
+            return original(*args, **options)
+
+        setattr(dist, name, spy)
+    step(model, rank, 2)
+    return called
+
+
+def test_no_message_waits_for_another_ranks_turn() -> None:
+    # Gloo's all-gather is a ring: over a link of 20 ms it makes a step of four ranks twice as long.
+    for called in run_ranks(collectives_of_a_step, 3):
+        assert len(called) >= 6
+        assert set(called) == {"all_to_all_single"}
 
 
 def buffers_over_steps(rank: int, world_size: int) -> tuple[int, int]:

@@ -9,8 +9,9 @@
     eth0 10.77.0.2 ──────── veth ──────── p1 ┘
 
 Every direction of every link is shaped where it leaves: ``eth0`` is the host's way up, ``p0`` its way
-down. Nothing is added to the machine's own namespace, so no packet can leave the lab and labs cannot
-meet each other; all of them use the same addresses.
+down. Where packets are to be late and the kernel has no netem, a process takes the cables' place, see
+``delay.py``. Nothing is added to the machine's own namespace, so no packet can leave the lab and labs
+cannot meet each other; all of them use the same addresses.
 
 ``<id>`` names the owner, a process, by pid and start time. A lab that has lost its owner is found by
 that and taken down: by ``python -m benchmarks.netlab cleanup``, or by the next lab.
@@ -30,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from . import delay
 from .link import Link
 
 __all__ = ["LabError", "NetLab", "cleanup", "leftovers"]
@@ -67,6 +69,7 @@ class NetLab:
         self.link = link
         self.id = f"effadam-{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}"
         self._old_handlers: dict[signal.Signals, object] = {}
+        self._line: subprocess.Popen[str] | None = None
 
     @property
     def switch(self) -> str:
@@ -108,24 +111,14 @@ class NetLab:
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             _remove([name for name in _namespaces() if name.startswith(f"{self.id}-")])
+            if self._line is not None:
+                self._line.kill()
+                self._line.communicate()
         finally:
             signal.signal(signal.SIGINT, interrupt)
             for number, handler in self._old_handlers.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
             self._old_handlers.clear()
-
-    def reshape(self, link: Link) -> None:
-        """Give every host another link.
-
-        Args:
-            link: The new one.
-        """
-        for host in range(self.hosts):
-            for namespace, device in ((self.namespace(host), "eth0"), (self.switch, f"p{host}")):
-                _run("tc", "-n", namespace, "qdisc", "del", "dev", device, "root")
-        self.link = link
-        for host in range(self.hosts):
-            self._shape(host)
 
     def _build(self) -> None:
         names = [self.switch, *(self.namespace(host) for host in range(self.hosts))]
@@ -134,15 +127,55 @@ class NetLab:
             _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", self.switch, "link", "add", "br0", "type", "bridge", "stp_state", "0")
         _run("ip", "-n", self.switch, "link", "set", "br0", "up")
+        uses_line = self.link.delay_ms > 0 and not self._has_netem()
+        if uses_line:
+            self._start_line()
         for host in range(self.hosts):
+            if not uses_line:
+                self._join(host)
             self._plug_in(host)
-            self._shape(host)
+            for command in self.link.shaping("eth0", not uses_line):
+                _run("tc", "-n", self.namespace(host), *command)
+            for command in self.link.shaping(f"p{host}", not uses_line):
+                _run("tc", "-n", self.switch, *command)
+
+    def _has_netem(self) -> bool:
+        """Whether the kernel can delay packets by itself."""
+        trial = (
+            "tc",
+            "-n",
+            self.switch,
+            "qdisc",
+            "add",
+            "dev",
+            "lo",
+            "root",
+            "netem",
+            "delay",
+            "1ms",
+        )
+        return subprocess.run(trial, capture_output=True, check=False).returncode == 0
+
+    def _start_line(self) -> None:
+        hosts = [self.namespace(host) for host in range(self.hosts)]
+        try:
+            self._line = delay.start_line(self.switch, hosts, self.link.delay_ms / 2e3)
+        except OSError as error:
+            raise LabError(
+                f"There is nothing to delay packets with: the kernel has no sch_netem, and a process "
+                f"in its place failed: {error}. It needs the kernel's tun driver and /dev/net/tun."
+            ) from error
+
+    def _join(self, host: int) -> None:
+        """Lay the cable."""
+        # fmt: off
+        _run("ip", "link", "add", "eth0", "netns", self.namespace(host), "type", "veth",
+             "peer", "name", f"p{host}", "netns", self.switch)
+        # fmt: on
 
     def _plug_in(self, host: int) -> None:
         namespace, port = self.namespace(host), f"p{host}"
         # fmt: off
-        _run("ip", "link", "add", "eth0", "netns", namespace, "type", "veth",
-             "peer", "name", port, "netns", self.switch)
         _run("ip", "-n", self.switch, "link", "set", port, "master", "br0", "up")
         _run("ip", "-n", namespace, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
         _run("ip", "-n", namespace, "link", "set", "eth0", "up")
@@ -159,12 +192,6 @@ class NetLab:
         }
         for name, value in settings.items():
             _run("ip", "netns", "exec", namespace, "sysctl", "-qw", f"net.ipv4.{name}={value}")
-
-    def _shape(self, host: int) -> None:
-        for command in self.link.shaping("eth0"):
-            _run("tc", "-n", self.namespace(host), *command)
-        for command in self.link.shaping(f"p{host}"):
-            _run("tc", "-n", self.switch, *command)
 
 
 def check_possible() -> None:
@@ -268,6 +295,6 @@ def _run(*command: str) -> str:
     if done.returncode != 0:
         raise LabError(
             f"{' '.join(command)!r} failed: {done.stderr.strip()}. The network lab needs root and a "
-            "kernel with network namespaces, veth, bridge, sch_tbf and sch_netem."
+            "kernel with network namespaces, veth, bridge and sch_tbf."
         )
     return done.stdout

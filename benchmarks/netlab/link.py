@@ -90,7 +90,7 @@ class Link:
         in_flight = self.rate / 8 * 2 * self.delay_ms / 1000
         return int(max(1 << 22, 2 * in_flight + self.queue_bytes))
 
-    def shaping(self, device: str) -> list[list[str]]:
+    def shaping(self, device: str, delays: bool = True) -> list[list[str]]:
         """The ``tc`` commands that shape what leaves a device.
 
         The token bucket holds a little more than one segment of 64 KiB: such segments pass uncut, as
@@ -99,6 +99,7 @@ class Link:
 
         Args:
             device: Name of the interface.
+            delays: Whether the kernel is to add :attr:`delay_ms`, by netem.
 
         Returns:
             Arguments of ``tc``, one list a command.
@@ -107,7 +108,7 @@ class Link:
         bucket = ["tbf", "rate", f"{self.rate:.0f}bit", "burst", str(burst)]
         bucket += ["limit", str(self.queue_bytes + burst)]
         commands = [["qdisc", "add", "dev", device, "root", "handle", "1:", *bucket]]
-        if self.delay_ms:
+        if self.delay_ms and delays:
             packets = 1000 + int(self.rate / 8 * self.delay_ms / 1000 / _MTU_BYTES)
             packets += self.queue_bytes // _MTU_BYTES
             delay = ["netem", "delay", f"{self.delay_ms / 2:g}ms", "limit", str(packets)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from effadam_hook.errors import DisagreementError
-from effadam_hook.exchange.topology import KINDS, Topology, make_topology
+from effadam_hook.exchange.probe import Probe
+from effadam_hook.exchange.topology import KINDS
 
 __all__ = ["agree_on_topology", "slowest"]
 
@@ -66,43 +64,13 @@ def agree_on_topology(
         )
     if settled:
         return settled, "as the saved state"
-    times = []
-    for kind in KINDS:
-        topology = make_topology(kind, group)
-        times.append(_time(topology, payload_bytes // topology.servers + 1, group, device))
-    rank0_s, sharded_s = slowest(times, group, device)
+    probe = Probe(group, device)
+    rank0_s, sharded_s = (
+        2 * probe.time_both_ways(kind, payload_bytes, _REPEATS).seconds for kind in KINDS
+    )
     # Sharded asks for more connections; a tie is not worth them.
     name = "sharded" if sharded_s < _MARGIN * rank0_s else "rank0"
     return name, (
         f"{payload_bytes} bytes take {1e3 * rank0_s:.2f} ms in rank0 and {1e3 * sharded_s:.2f} ms in "
         "sharded"
     )
-
-
-def _time(
-    topology: Topology, stride_bytes: int, group: dist.ProcessGroup, device: torch.device
-) -> float:
-    def buffer(rows: int) -> Tensor:
-        return torch.zeros(rows, stride_bytes, dtype=torch.uint8, device=device)
-
-    sent, downlink = buffer(topology.servers), buffer(topology.servers)
-    received = buffer(group.size() if topology.serves is not None else 0)
-    outgoing = topology.outgoing(downlink)
-    seconds = []
-    for _ in range(1 + _REPEATS):
-        dist.all_reduce(torch.zeros(1, device=device), group=group)  # all ranks begin together
-        _finish(device)
-        start = time.perf_counter()
-        up = topology.send_up(sent, received, group)
-        down = topology.send_down(outgoing, downlink, group)
-        for work in (up, down):
-            if work is not None:
-                work.wait()
-        _finish(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])  # the first one connects
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

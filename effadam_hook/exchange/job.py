@@ -23,7 +23,7 @@ class Job(Protocol):
     received: Tensor
     """``[world_size, stride_bytes]`` uint8 on a server, empty elsewhere: what the workers sent."""
     outgoing: Tensor
-    """``[stride_bytes]`` uint8: what this server sends."""
+    """``[copies, stride_bytes]`` uint8: what this server sends."""
     downlink: Tensor
     """``[servers, stride_bytes]`` uint8: what the servers sent."""
 
@@ -37,7 +37,7 @@ class Job(Protocol):
         ...
 
     def reduce(self) -> None:
-        """:attr:`received` and server residual into :attr:`outgoing`; on a server only."""
+        """:attr:`received` and server residual into the first row of :attr:`outgoing`; on a server."""
         ...
 
     def decode(self) -> None:

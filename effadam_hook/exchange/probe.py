@@ -105,6 +105,19 @@ class Probe:
         """
         return self._time([self._leg(name, size) for _ in range(depth)], repeats)
 
+    def time_both_ways(self, topology: str, size: int, repeats: int) -> Timing:
+        """Time an uplink and a downlink, under way together as in the middle of a step.
+
+        Args:
+            topology: Its name.
+            size: Bytes of a whole payload.
+            repeats: How often.
+
+        Returns:
+            What one of the two took, on average.
+        """
+        return self._time([self._leg(f"{way}/{topology}", size) for way in ("up", "down")], repeats)
+
     def _leg(self, name: str, size: int) -> Start:
         """A collective with buffers of its own."""
         if name == "all_reduce":
@@ -154,19 +167,21 @@ class Probe:
         took: list[list[float]] = []
         for _ in range(repeats + 1):
             self.share(None)
-            cpu = time.process_time()
-            begin = time.perf_counter()
-            for work in [work for start in starts for work in start()]:
-                if work is not None:
-                    work.wait()
-            self.synchronize()
-            seconds = time.perf_counter() - begin
-            spent = (seconds, time.process_time() - cpu)
-            took.append([each / len(starts) for each in spent])
+            took.append([each / len(starts) for each in self._run(starts)])
         timings = self.share(took[1:])  # the first makes connections
         slowest = [max(each[0] for each in ranks) for ranks in zip(*timings, strict=True)]
         cpu_s = statistics.fmean(each[1] for rank in timings for each in rank)
         return Timing(statistics.median(slowest), min(slowest), cpu_s)
+
+    def _run(self, starts: Sequence[Start]) -> tuple[float, float]:
+        """Seconds, and those of processor time, of all transfers on this rank."""
+        cpu = time.process_time()
+        begin = time.perf_counter()
+        for work in [work for start in starts for work in start()]:
+            if work is not None:
+                work.wait()
+        self.synchronize()
+        return time.perf_counter() - begin, time.process_time() - cpu
 
     def synchronize(self) -> None:
         """Wait for this rank's device."""

@@ -28,8 +28,8 @@ class Rank0:
         self.serves: int | None = 0 if rank == 0 else None
 
     def outgoing(self, downlink: Tensor) -> Tensor:
-        """The server's chunk ``[stride_bytes]`` before it is sent: a row of the payload itself."""
-        return downlink[0]
+        """The server's chunk ``[1, stride_bytes]`` before it is sent: the payload itself."""
+        return downlink
 
     def send_up(
         self, payload: Tensor, received: Tensor, group: dist.ProcessGroup

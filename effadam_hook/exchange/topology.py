@@ -32,7 +32,7 @@ class Topology(Protocol):
     """Which chunk this rank is the server of, if any."""
 
     def outgoing(self, downlink: Tensor) -> Tensor:
-        """A buffer ``[stride_bytes]`` for what this rank sends as a server.
+        """A buffer ``[copies, stride_bytes]`` for what this rank sends as a server.
 
         Args:
             downlink: ``[servers, stride_bytes]``, the buffer of the downlink's payload.
@@ -61,7 +61,7 @@ class Topology(Protocol):
         """Start the downlink.
 
         Args:
-            outgoing: What :meth:`outgoing` returned, filled.
+            outgoing: What :meth:`outgoing` returned, with the first row filled.
             payload: ``[servers, stride_bytes]``, filled with every server's chunk.
             group: The process group.
 
