@@ -90,11 +90,11 @@ def check(args: argparse.Namespace, link: Link) -> tuple[list[Compared], dict[st
 def show(compared: list[Compared]) -> str:
     """A table for people."""
     lines = [
-        f"{'link':<9}{'method':<20}{'exchange ms':>14}{'measured':>10}{'off':>8}"
+        f"{'link':<14}{'method':<20}{'exchange ms':>14}{'measured':>10}{'off':>8}"
         f"{'step ms':>12}{'measured':>10}{'off':>8}"
     ]
     lines += [
-        f"{one.link:<9}{one.method:<20}{one.exchange_predicted:14.1f}{one.exchange_measured:10.1f}"
+        f"{one.link:<14}{one.method:<20}{one.exchange_predicted:14.1f}{one.exchange_measured:10.1f}"
         f"{one.exchange_off:+8.0%}{one.step_predicted:12.1f}{one.step_measured:10.1f}"
         f"{one.step_off:+8.0%}"
         for one in compared
@@ -112,6 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rates", default="200mbit,1gbit")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="one way, host to host")
     parser.add_argument("--methods", default=_METHODS)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=1024)
@@ -127,7 +128,7 @@ def main() -> int:
     plans: dict[str, object] = {}
     try:
         for rate in args.rates.split(","):
-            link = Link.parse(rate)
+            link = Link.parse(rate, args.delay_ms)
             found, plans[link.name] = check(args, link)
             compared += found
     except (LabError, RankError, ValueError) as error:

@@ -3,6 +3,7 @@
     python benchmarks/quality.py                # dense, lloyd4, lloyd3, lloyd2, uniform4; 3 seeds
     python benchmarks/quality.py --modes dense lloyd2 --lrs 2e-3 4e-3 8e-3 --seeds 0
     python benchmarks/quality.py --modes dense "late sign=--quantizer sign --warmup-steps 100"
+    python benchmarks/quality.py --tuned --figure outputs/modes.png    # the table of docs/algorithm.md
     python benchmarks/quality.py --workers 8 -- --steps 300 --topology sharded
 
 A mode is `dense`, a quantizer, a pair UP/DOWN, or LABEL=OPTIONS with any options of
@@ -54,6 +55,22 @@ COLUMNS = (
     "options",
 )
 
+# Exchange, quantizer, learning rate and first beta: the best found for the text job.
+TUNED = (
+    ("preconditioned", "none", "9e-3", ".8"),
+    ("preconditioned", "lloyd4", "6e-3", ".8"),
+    ("preconditioned", "lloyd3", "6e-3", ".8"),
+    ("preconditioned", "lloyd2", "6e-3", ".6"),
+    ("preconditioned", "ternary", "6e-3", ".4"),
+    ("preconditioned", "sign", "6e-3", "0"),
+    ("update", "none", "12e-3", ".8"),
+    ("update", "lloyd4", "9e-3", ".8"),
+    ("update", "lloyd3", "9e-3", ".6"),
+    ("update", "lloyd2", "9e-3", ".6"),
+    ("update", "ternary", "9e-3", ".4"),
+    ("update", "sign", "9e-3", ".4"),
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -87,6 +104,18 @@ def mode_arguments(mode: str) -> tuple[str, list[str]]:
         return mode, ["--no-effadam"]
     parsed = Mode.parse(mode)
     return mode, [f"--worker-quantizer={parsed.uplink}", f"--server-quantizer={parsed.downlink}"]
+
+
+def tuned_modes() -> list[str]:
+    """Dense and :data:`TUNED`, as modes."""
+    return [
+        "dense=--no-effadam --lr 9e-3 --betas .8 .999",
+        *(
+            f"{exchange} {quantizer}=--exchange {exchange} --quantizer {quantizer} --lr {lr}"
+            f" --betas {beta} .999"
+            for exchange, quantizer, lr, beta in TUNED
+        ),
+    ]
 
 
 def plan(namespace: argparse.Namespace) -> list[Cell]:
@@ -191,6 +220,50 @@ def table_lines(groups: dict[tuple[str, float], list[dict[str, str]]], dense: fl
     return lines
 
 
+def draw(cells: list[Cell], results: dict[str, dict[str, str]], path: Path) -> None:
+    """A figure: final loss, mean and range over the seeds, against bits per element and direction.
+
+    Labels of two words and more, as in "update lloyd2", are points of the curve "update"; others are
+    points of "gradient". The mode "dense" is a band.
+    """
+    from matplotlib.figure import Figure
+
+    groups: dict[tuple[str, float], list[dict[str, str]]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.mode, cell.options.lr].append(results[cell.run])
+    best: dict[str, list[dict[str, str]]] = {}
+    for (mode, _), rows in groups.items():
+        if mode not in best or mean_loss(rows) < mean_loss(best[mode]):
+            best[mode] = rows
+    curves: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for mode, rows in best.items():
+        losses = [float(row["loss"]) for row in rows]
+        if mode == "dense":
+            axes.axhspan(min(losses), max(losses), alpha=0.2, color="gray")
+            axes.axhline(mean_loss(rows), color="gray", label="dense, all seeds")
+            continue
+        curve, _, rest = mode.partition(" ")
+        bits = 32 / statistics.mean(float(row["ratio"]) for row in rows)
+        curves[curve if rest else "gradient"].append(
+            (bits, mean_loss(rows), min(losses), max(losses))
+        )
+    for curve, points in curves.items():
+        x, y, low, high = zip(*sorted(points), strict=True)
+        spread = [
+            [mean - least for mean, least in zip(y, low, strict=True)],
+            [most - mean for mean, most in zip(y, high, strict=True)],
+        ]
+        axes.errorbar(x, y, spread, marker="o", capsize=3, label=curve)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+    axes.set_xlabel("bits per element, each way")
+    axes.set_ylabel("final validation loss")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
 def mean_loss(rows: list[dict[str, str]]) -> float:
     """The mean final loss; infinite if a run diverged."""
     mean = statistics.mean(float(row["loss"]) for row in rows)
@@ -209,6 +282,9 @@ def main() -> None:
         help="default: %(default)s",
     )
     parser.add_argument(
+        "--tuned", action="store_true", help="all modes, each at its best rate and momentum"
+    )
+    parser.add_argument(
         "--lrs", nargs="+", type=float, default=[6e-3], help="learning rates (default %(default)s)"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="%(default)s")
@@ -217,8 +293,11 @@ def main() -> None:
         "--csv", type=Path, default=Path("outputs/quality.csv"), help="default %(default)s"
     )
     parser.add_argument("--table", type=Path, metavar="PATH", help="write the table here as well")
+    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw loss against bits here")
     parser.add_argument("options", nargs="*", help="options of examples/train_text.py, after --")
     namespace = parser.parse_args()
+    if namespace.tuned:
+        namespace.modes, namespace.lrs = tuned_modes(), namespace.lrs[:1]
 
     cells = plan(namespace)
     done = read_results(namespace.csv)
@@ -237,6 +316,9 @@ def main() -> None:
         f"Command: python {shlex.join(sys.argv)}\n"
     )
     print(f"\n{text}", end="")
+    if namespace.figure:
+        namespace.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(cells, read_results(namespace.csv), namespace.figure)
     if namespace.table:
         namespace.table.parent.mkdir(parents=True, exist_ok=True)
         namespace.table.write_text(text)
