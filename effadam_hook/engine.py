@@ -139,6 +139,11 @@ class Engine:
         return self._topology
 
     @property
+    def way(self) -> str:
+        """Which way messages take, and why, once that is known."""
+        return "" if self._topology is None else self._topology.way
+
+    @property
     def has_topology(self) -> bool:
         """Whether it is known who the servers are."""
         return self._topology is not None or self.config.topology != "auto"

@@ -235,6 +235,8 @@ class EfficientAdamState:
         topology = config.topology
         if topology == "auto" and engine.has_topology:
             topology = f"{engine.topology.name}, chosen: {engine.topology_reason}"
+        if engine.way:
+            topology += f"; {engine.way}"
         if self.enabled and self.steps < config.warmup_steps:
             status = f"warming up (dense all-reduce until step {config.warmup_steps})"
         lines = [

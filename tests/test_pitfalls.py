@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from effadam_hook import attach, efficient_adam_hook
+from effadam_hook.exchange import sharded
 from effadam_hook.exchange.topology import Topology
 from harness import run_ranks
 from test_architecture import COLLECTIVES
@@ -67,9 +68,12 @@ def test_only_bytes_are_sent(topology: str) -> None:
         assert dtypes == {"torch.uint8"}
 
 
-def collectives_of_a_step(rank: int, world_size: int) -> list[str]:
+def collectives_of_a_step(
+    rank: int, world_size: int, near_s: float
+) -> tuple[list[str], list[torch.Tensor], str]:
+    sharded._NEAR_S = near_s
     model = ddp(ChosenGradients())
-    attach(model, topology="sharded")
+    state = attach(model, topology="sharded", quantizer="lloyd2")
     step(model, rank, 0)
     step(model, rank, 1)
     called: list[str] = []
@@ -82,14 +86,32 @@ def collectives_of_a_step(rank: int, world_size: int) -> list[str]:
 
         setattr(dist, name, spy)
     step(model, rank, 2)
-    return called
+    return called, [p.grad.clone() for p in model.parameters()], state.summary()
 
 
-def test_no_message_waits_for_another_ranks_turn() -> None:
+def test_results_go_around_a_ring_to_near_ranks_and_straight_to_far_ones() -> None:
     # Gloo's all-gather is a ring: over a link of 20 ms it makes a step of four ranks twice as long.
-    for called in run_ranks(collectives_of_a_step, 3):
-        assert len(called) >= 6
-        assert set(called) == {"all_to_all_single"}
+    far = run_ranks(collectives_of_a_step, 3, -1.0)
+    near = run_ranks(collectives_of_a_step, 3, 1e9)
+    for (straight, here, said), (around, there, _) in zip(far, near, strict=True):
+        assert len(straight) == len(around) >= 6
+        assert set(straight) == {"all_to_all_single"}
+        assert len(set(around)) == 2
+        assert "sharded; downlinks straight: an empty one takes" in said
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def shape_of_what_is_sent(rank: int, world_size: int) -> tuple[int, str]:
+    model = ddp(ChosenGradients())
+    state = attach(model, topology="sharded")
+    step(model, rank, 0)
+    return len(state._engine.plans[0].outgoing), state.summary()
+
+
+def test_two_ranks_are_a_ring_and_nothing_is_measured_nor_copied() -> None:
+    for copies, said in run_ranks(shape_of_what_is_sent, 2):
+        assert copies == 1
+        assert "around" not in said and "straight" not in said
 
 
 def buffers_over_steps(rank: int, world_size: int) -> tuple[int, int]:

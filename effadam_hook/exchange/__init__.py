@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook.errors import UnsupportedBackendError
-from effadam_hook.exchange.choice import agree_on_topology, slowest
+from effadam_hook.exchange.choice import agree_on_topology
 from effadam_hook.exchange.compat import backend_of
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lanes import LaneExchange
+from effadam_hook.exchange.passage import Passage
 from effadam_hook.exchange.stream import StreamExchange
+from effadam_hook.exchange.timing import slowest
 from effadam_hook.exchange.topology import Topology, make_topology
-from effadam_hook.exchange.watchdog import Passage, Watch
+from effadam_hook.exchange.watchdog import Watch
 
 __all__ = [
     "Exchange",

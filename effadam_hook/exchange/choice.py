@@ -1,39 +1,19 @@
-"""Who is faster, and what is slowest: measurements on whose results all ranks agree."""
+"""Which topology is faster here: a measurement on whose result all ranks agree."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from effadam_hook.errors import DisagreementError
 from effadam_hook.exchange.probe import Probe
+from effadam_hook.exchange.timing import slowest
 from effadam_hook.exchange.topology import KINDS
 
-__all__ = ["agree_on_topology", "slowest"]
+__all__ = ["agree_on_topology"]
 
 _REPEATS = 5
 _MARGIN = 0.95
-
-
-def slowest(
-    seconds: Sequence[float], group: dist.ProcessGroup, device: torch.device
-) -> list[float]:
-    """The largest of each number over all ranks; a collective operation.
-
-    Args:
-        seconds: This rank's numbers.
-        group: The process group.
-        device: Where the group's backend wants tensors.
-
-    Returns:
-        The same numbers on every rank.
-    """
-    values = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-    largest: list[float] = values.tolist()
-    return largest
 
 
 def agree_on_topology(

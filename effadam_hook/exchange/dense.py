@@ -11,7 +11,8 @@ from torch.futures import Future
 
 from effadam_hook.exchange.compat import abandon
 from effadam_hook.exchange.lane import Lane
-from effadam_hook.exchange.watchdog import Passage, Watch
+from effadam_hook.exchange.passage import Passage
+from effadam_hook.exchange.watchdog import Watch
 
 __all__ = ["DenseExchange", "start_average"]
 

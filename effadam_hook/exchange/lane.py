@@ -7,7 +7,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from effadam_hook.exchange.watchdog import END_S, Passage, Watch
+from effadam_hook.exchange.passage import Passage
+from effadam_hook.exchange.watchdog import END_S, Watch
 
 __all__ = ["Lane"]
 

@@ -26,8 +26,9 @@ from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.groups import borrow_groups
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lane import Lane
+from effadam_hook.exchange.passage import Passage
 from effadam_hook.exchange.topology import Topology
-from effadam_hook.exchange.watchdog import Passage, Watch
+from effadam_hook.exchange.watchdog import Watch
 from effadam_hook.layout import part_numel
 
 __all__ = ["LaneExchange"]
@@ -47,6 +48,7 @@ class LaneExchange:
         self._topology = topology
         pair = borrow_groups(group)
         self._up_group, self._down_group = up, down = pair.up, pair.down
+        topology.settle(up)
         self._up = Lane("effadam-up", self._step_up, watch)
         self._across = Lane("effadam-across", self._step_across, watch)
         self._down = Lane("effadam-down", self._step_down, watch)

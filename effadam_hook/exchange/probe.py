@@ -125,6 +125,8 @@ class Probe:
             return lambda: [start_average(buffer, self._group)]
         direction, _, kind = name.partition("/")
         topology = make_topology(kind, self._group)
+        if self._device.type == "cpu":
+            topology.settle(self._group)
         payload = self._bytes(topology.servers, max(1, size // topology.servers))
         if direction == "up":
             rows = self.world_size if topology.serves is not None else 0

@@ -26,6 +26,10 @@ class Rank0:
         self.name = "rank0"
         self.servers = 1
         self.serves: int | None = 0 if rank == 0 else None
+        self.way = ""
+
+    def settle(self, group: dist.ProcessGroup) -> None:
+        """Nothing to find out."""
 
     def outgoing(self, downlink: Tensor) -> Tensor:
         """The server's chunk ``[1, stride_bytes]`` before it is sent: the payload itself."""

@@ -14,8 +14,8 @@ from torch.futures import Future
 
 from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.job import Job
+from effadam_hook.exchange.passage import Passage
 from effadam_hook.exchange.topology import Topology
-from effadam_hook.exchange.watchdog import Passage
 
 __all__ = ["StreamExchange"]
 

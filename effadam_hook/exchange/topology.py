@@ -30,6 +30,16 @@ class Topology(Protocol):
     """How many servers there are, and so how many chunks a payload has."""
     serves: int | None
     """Which chunk this rank is the server of, if any."""
+    way: str
+    """Which way messages take, and why, where there is a choice."""
+
+    def settle(self, group: dist.ProcessGroup) -> None:
+        """Choose the way that messages take on Gloo; a collective operation.
+
+        Args:
+            group: The process group, or one of the same ranks. Buffers are to be made afterwards.
+        """
+        ...
 
     def outgoing(self, downlink: Tensor) -> Tensor:
         """A buffer ``[copies, stride_bytes]`` for what this rank sends as a server.

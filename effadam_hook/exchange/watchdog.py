@@ -4,40 +4,39 @@ A rank that waits in a collective cannot know whether the others are slow, gone,
 one. So each rank keeps a list of the buckets that it has started, and a thread looks at it now and
 then. Nothing else happens while training goes on: no message, no lock shared with it. Only when a
 bucket has been under way for some seconds, or something broke, does this rank *raise the alarm*:
-every rank then writes its *position* into the process group's store and reads the others'::
+every rank then writes its *position* on a board (``board.py``) and reads the others'::
 
     training  ── enter ──► pending ── succeed ──►                 (all that a normal step sees)
     thread            [1] late, or broken?      ──► alarm          [2] publish the own position
                       [3] read the others'      ──► [4] verdict    ──► every pending bucket fails
 
-The verdicts, in this order: two ranks have done different things at the same place in the sequence
-of buckets; a rank has reported a failure, which may be a connection lost to one that saw the first;
-a rank has left. Anything else may be mere slowness: it is logged, and the process group's time-out
-decides.
+The verdicts (``verdict.py``), in this order: two ranks have done different things at the same place in
+the sequence of buckets; a rank has reported a failure, which may be a connection lost to one that saw
+the first; a rank has left. Anything else may be mere slowness: it is logged, and the process group's
+time-out decides.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import logging
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook.errors import DisagreementError, EffAdamError
-from effadam_hook.exchange.compat import DefaultStore, wait_while
+from effadam_hook.exchange.board import Board, Entry, Position
+from effadam_hook.exchange.passage import Passage
+from effadam_hook.exchange.verdict import disagreement, first_failure, gone_before, who_is_late
 
-__all__ = ["END_S", "Passage", "Watch"]
+__all__ = ["END_S", "Watch"]
 
 PATIENCE_S = 3.0
 """How long a bucket may be under way before the other ranks are asked."""
@@ -53,87 +52,6 @@ _REMEMBERED = 256
 _MOST_ERRORS = 5
 
 _log = logging.getLogger(__name__)
-
-
-class Passage:
-    """One bucket, or part of one, on its way from the hook to its future.
-
-    Attributes:
-        sequence: How many buckets this rank started before it.
-        label: How messages name the bucket.
-        phase: What is being done, or waited for.
-        future: Completes once, with the bucket or with what went wrong.
-        work: The collective under way, if any.
-    """
-
-    def __init__(
-        self,
-        watch: Watch,
-        sequence: int,
-        label: str,
-        phase: str,
-        future: Future[Tensor],
-        bucket: Tensor,
-        in_backward: bool,
-    ) -> None:
-        self._bucket = bucket
-        self._in_backward = in_backward
-        self.sequence = sequence
-        self.label = label
-        self.phase = phase
-        self.future = future
-        self.work: dist.Work | None = None
-        self.since = time.monotonic()
-        self._watch = watch
-        self._open = threading.Lock()
-
-    def wait(self) -> None:
-        """Wait for the collective under way, unless the exchange stops.
-
-        Raises:
-            EffAdamError: If the exchange has stopped meanwhile.
-            RuntimeError: If the collective has failed.
-        """
-        if self.work is not None and not wait_while(self.work, self._watch.is_going_on):
-            raise EffAdamError("the exchange has stopped.")
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the future is complete."""
-        return self._open.locked()
-
-    def succeed(self) -> None:
-        """Complete the future, unless it has failed meanwhile."""
-        if self._settle():
-            self.future.set_result(self._bucket)
-            self._watch.settled(self)
-
-    def fail(self, error: EffAdamError) -> None:
-        """Complete the future with an error, unless it is complete.
-
-        Within a backward, the training thread raises the error when DDP has put its books in order.
-        DDP would do so halfway, as a RuntimeError that complains of a type, and be unusable then. So
-        it gets the bucket, whatever is in it.
-        """
-        if not self._settle():
-            return
-        if self._in_backward:
-            self.future.set_result(self._bucket)
-        else:
-            self.future.set_exception(error)  # type: ignore[arg-type]
-        self._watch.settled(self)
-
-    def _settle(self) -> bool:
-        return self._open.acquire(blocking=False)
-
-
-@dataclass
-class _Peer:
-    """What is known of another rank."""
-
-    text: bytes = b""
-    position: dict[str, Any] = field(default_factory=dict)
-    heard: float = 0.0
 
 
 class Watch:
@@ -158,7 +76,7 @@ class Watch:
         self._refusal: EffAdamError | None = None
         self._size = group.size()
         self._sequence = 0
-        self._history: deque[tuple[int, str, str, str]] = deque(maxlen=_REMEMBERED)
+        self._history: deque[Entry] = deque(maxlen=_REMEMBERED)
         self._on_failure: list[Callable[[], None]] = []
         self._on_close: list[Callable[[], None]] = []
         self._stopping = threading.Lock()
@@ -167,18 +85,14 @@ class Watch:
         self._drained = threading.Event()
         self._drained.set()
         self._own_failure: EffAdamError | None = None
-        self._peers = {rank: _Peer() for rank in range(self._size) if rank != self.rank}
-        self._alarm = b""
+        self._board = Board(self.rank, self._size, word)
         self._alarm_until = 0.0
-        self._published = 0
-        self._alarms = 0
         self._round_done = threading.Condition()
         self._wake = threading.Event()
         self._closing = False
         self._closing_once = threading.Lock()
         self._warned = -1
         self._errors = 0
-        self._store = DefaultStore(f"effadam/{word}")
         self._thread: threading.Thread | None = None
         if self._size > 1:
             # A daemon, so that a rank whose store is gone can still end.
@@ -328,48 +242,22 @@ class Watch:
         asked = time.monotonic()
         with self._round_done:
             self._wake.set()
-            self._round_done.wait_for(lambda: self._all_heard_since(asked), ANSWER_S)
+            self._round_done.wait_for(lambda: not self._board.silent_since(asked), ANSWER_S)
         if kind is DisagreementError:
             return kind(message)
-        positions = self._positions()
+        positions = self._board.positions()
         # Who finds a disagreement ends, and to the others that looks like a lost connection.
-        disagreement = self._disagreement(positions)
-        if disagreement is not None:
-            return DisagreementError(f"{message} {disagreement}")
-        late = self._who_is_late(asked)
-        reports = [
-            f" Rank {rank} reported: {position['failure']}"
-            for rank, position in positions.items()
-            if position["failure"]
-        ]
-        return kind(message + (late or "".join(reports[:1])))
+        found = self._disagreement()
+        if found is not None:
+            return DisagreementError(f"{message} {found}")
+        late = who_is_late(positions, self._board.silent_since(asked), self._sequence)
+        if not late and (failure := first_failure(positions)) is not None:
+            late = f" {failure}"
+        return kind(message + late)
 
-    def _all_heard_since(self, moment: float) -> bool:
-        return all(peer.heard > moment for peer in self._peers.values())
-
-    def _who_is_late(self, since: float) -> str:
-        """Sentences about the ranks that others may be waiting for."""
-        silent = [str(r) for r, peer in self._peers.items() if peer.heard <= since]
-        gone = [
-            str(rank)
-            for rank, position in self._positions().items()
-            if position["left"] and position["sequence"] < self._sequence
-        ]
-        behind = [
-            f" Rank {rank} has started {position['sequence']} buckets, this rank {self._sequence}; "
-            f"it {position['doing']}."
-            for rank, position in self._positions().items()
-            if position["sequence"] < self._sequence and not position["left"]
-        ]
-        text = ""
-        if silent:
-            text += f" No answer from rank {', '.join(silent)}: killed, stopped, or unreachable."
-        if gone:
-            text += f" Rank {', '.join(gone)} has ended."
-        return text + "".join(behind[:3])
-
-    def _positions(self) -> dict[int, dict[str, Any]]:
-        return {rank: peer.position for rank, peer in self._peers.items() if peer.position}
+    def _disagreement(self) -> DisagreementError | None:
+        histories = {rank: p.history for rank, p in self._board.positions().items()}
+        return disagreement({**histories, self.rank: list(self._history)})
 
     # The thread
 
@@ -378,7 +266,7 @@ class Watch:
             self._wake.wait(self._tick_s())
             self._wake.clear()
             try:
-                if not self._store.is_reachable():
+                if not self._board.is_reachable():
                     break
                 self._round()
                 self._errors = 0
@@ -405,17 +293,14 @@ class Watch:
         oldest = next(iter(list(self.pending.values())), None)
         late = oldest is not None and now - oldest.since > PATIENCE_S
         if late or self._own_failure is not None:  # [1]
-            self._alarms += 1
-            self._store.set("alarm", f"{self.rank} {self._alarms}".encode())
+            self._board.raise_alarm()
             self._alarm_until = now + 3 * _IDLE_TICK_S
-        alarm = self._store.get("alarm")
-        if alarm is not None and alarm != self._alarm:
-            self._alarm = alarm
+        if self._board.hears_alarm():
             self._alarm_until = now + 3 * _IDLE_TICK_S
         if now > self._alarm_until:
             return
         self._publish()  # [2]
-        self._read()  # [3]
+        self._board.read()  # [3]
         if self.failure is None:
             self._judge(oldest)  # [4]
 
@@ -424,37 +309,23 @@ class Watch:
         doing = "is not in a backward pass"
         if oldest is not None:
             doing = f"is in {oldest.label}, {oldest.phase}"
-        self._published += 1
-        position = {
-            "published": self._published,
-            "sequence": self._sequence,
-            "doing": doing,
-            "left": self._closing,
-            "failure": None if self._own_failure is None else str(self._own_failure),
-            "kind": type(self._own_failure).__name__,
-            "history": list(self._history),
-        }
-        self._store.set(str(self.rank), json.dumps(position).encode())
-
-    def _read(self) -> None:
-        for rank, peer in self._peers.items():
-            text = self._store.get(str(rank))
-            if text is not None and text != peer.text:
-                peer.text = text
-                peer.position = json.loads(text)
-                peer.heard = time.monotonic()
+        failure = self._own_failure
+        self._board.publish(
+            Position(
+                self._sequence,
+                doing,
+                self._closing,
+                None if failure is None else str(failure),
+                type(failure).__name__,
+                list(self._history),
+            )
+        )
 
     def _judge(self, oldest: Passage | None) -> None:
-        positions = self._positions()
-        verdict = self._disagreement(positions) or _failure_of(positions)
+        positions = self._board.positions()
+        verdict = self._disagreement() or first_failure(positions)
         if verdict is None and oldest is not None:
-            left = [
-                rank
-                for rank, position in positions.items()
-                if position["left"] and position["sequence"] <= oldest.sequence
-            ]
-            if left:
-                verdict = EffAdamError(f"Rank {left[0]} has ended its training, this rank has not.")
+            verdict = gone_before(positions, oldest.sequence)
         if verdict is not None:
             where = f"Rank {self.rank}"
             if oldest is not None:
@@ -465,56 +336,12 @@ class Watch:
             waited_s = time.monotonic() - oldest.since
             if waited_s > PATIENCE_S + ANSWER_S:
                 self._warned = oldest.sequence
-                since = time.monotonic() - ANSWER_S
+                silent = self._board.silent_since(time.monotonic() - ANSWER_S)
+                late = who_is_late(positions, silent, self._sequence)
                 _log.warning(
                     "Rank %d has waited %.0f s in %s, %s.%s",
-                    *(self.rank, waited_s, oldest.label, oldest.phase, self._who_is_late(since)),
+                    *(self.rank, waited_s, oldest.label, oldest.phase, late),
                 )
-
-    def _disagreement(self, positions: Mapping[int, Mapping[str, Any]]) -> EffAdamError | None:
-        """The first place in the sequence at which two ranks did different things."""
-        histories = {rank: _by_sequence(p["history"]) for rank, p in positions.items()}
-        histories[self.rank] = _by_sequence(self._history)
-        first, *others = sorted(histories)
-        differences = [
-            (sequence, rank, entry, histories[first][sequence])
-            for rank in others
-            for sequence, entry in histories[rank].items()
-            if histories[first].get(sequence, entry) != entry
-        ]
-        if not differences:
-            return None
-        sequence = min(d[0] for d in differences)
-        said = "; ".join(
-            f"rank {rank} does {there[1]} in {there[0]}{_made_of(there, here)} and rank {first} does "
-            f"{here[1]} in {here[0]}"
-            for number, rank, there, here in differences
-            if number == sequence
-        )
-        return DisagreementError(
-            f"The ranks disagree about exchange {sequence}: {said}. Switch and configure all ranks "
-            "alike, and run the same backward passes on all of them."
-        )
-
-
-def _failure_of(positions: Mapping[int, Mapping[str, Any]]) -> EffAdamError | None:
-    for rank, position in positions.items():
-        if position["failure"]:
-            kind = EffAdamError
-            if position["kind"] == DisagreementError.__name__:
-                kind = DisagreementError
-            return kind(f"Rank {rank} reported: {position['failure']}")
-    return None
-
-
-def _by_sequence(history: Any) -> dict[int, tuple[str, str, str]]:
-    return {sequence: (label, mode, layout) for sequence, label, mode, layout in list(history)}
-
-
-def _made_of(there: tuple[str, str, str], here: tuple[str, str, str]) -> str:
-    if there[:2] == here[:2]:
-        return f" (layout {there[2]}, not {here[2]})"
-    return ""
 
 
 def _sentence(error: BaseException) -> str:

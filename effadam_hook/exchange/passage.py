@@ -1,0 +1,101 @@
+"""One bucket's way from the hook to its future: where it is, and how it ends, once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.compat import wait_while
+
+__all__ = ["Passage"]
+
+
+class Overseer(Protocol):
+    """Who keeps the list of passages: :class:`~effadam_hook.exchange.watchdog.Watch`."""
+
+    def is_going_on(self) -> bool:
+        """Whether there is any use in waiting."""
+        ...
+
+    def settled(self, passage: Passage) -> None:
+        """Note that a bucket has arrived, or failed."""
+        ...
+
+
+class Passage:
+    """One bucket, or part of one, on its way from the hook to its future.
+
+    Attributes:
+        sequence: How many buckets this rank started before it.
+        label: How messages name the bucket.
+        phase: What is being done, or waited for.
+        future: Completes once, with the bucket or with what went wrong.
+        work: The collective under way, if any.
+        since: When it set out, by :func:`time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        watch: Overseer,
+        sequence: int,
+        label: str,
+        phase: str,
+        future: Future[Tensor],
+        bucket: Tensor,
+        in_backward: bool,
+    ) -> None:
+        self._bucket = bucket
+        self._in_backward = in_backward
+        self.sequence = sequence
+        self.label = label
+        self.phase = phase
+        self.future = future
+        self.work: dist.Work | None = None
+        self.since = time.monotonic()
+        self._watch = watch
+        self._open = threading.Lock()
+
+    def wait(self) -> None:
+        """Wait for the collective under way, unless the exchange stops.
+
+        Raises:
+            EffAdamError: If the exchange has stopped meanwhile.
+            RuntimeError: If the collective has failed.
+        """
+        if self.work is not None and not wait_while(self.work, self._watch.is_going_on):
+            raise EffAdamError("the exchange has stopped.")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the future is complete."""
+        return self._open.locked()
+
+    def succeed(self) -> None:
+        """Complete the future, unless it has failed meanwhile."""
+        if self._settle():
+            self.future.set_result(self._bucket)
+            self._watch.settled(self)
+
+    def fail(self, error: EffAdamError) -> None:
+        """Complete the future with an error, unless it is complete.
+
+        Within a backward, the training thread raises the error when DDP has put its books in order.
+        DDP would do so halfway, as a RuntimeError that complains of a type, and be unusable then. So
+        it gets the bucket, whatever is in it.
+        """
+        if not self._settle():
+            return
+        if self._in_backward:
+            self.future.set_result(self._bucket)
+        else:
+            self.future.set_exception(error)  # type: ignore[arg-type]
+        self._watch.settled(self)
+
+    def _settle(self) -> bool:
+        return self._open.acquire(blocking=False)

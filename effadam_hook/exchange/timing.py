@@ -1,0 +1,29 @@
+"""Times on which all ranks agree, so that what is decided by them is decided alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["slowest"]
+
+
+def slowest(
+    seconds: Sequence[float], group: dist.ProcessGroup, device: torch.device
+) -> list[float]:
+    """The largest of each number over all ranks; a collective operation.
+
+    Args:
+        seconds: This rank's numbers.
+        group: The process group.
+        device: Where the group's backend wants tensors.
+
+    Returns:
+        The same numbers on every rank.
+    """
+    values = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    largest: list[float] = values.tolist()
+    return largest
