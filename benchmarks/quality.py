@@ -55,6 +55,8 @@ COLUMNS = (
     "options",
 )
 
+MODES = ("dense", "lloyd4", "lloyd3", "lloyd2", "uniform4")
+LEARNING_RATE = 6e-3
 # Exchange, quantizer, learning rate and first beta: the best found for the text job.
 TUNED = (
     ("preconditioned", "none", "9e-3", ".8"),
@@ -278,14 +280,13 @@ def main() -> None:
     parser.add_argument(
         "--modes",
         nargs="+",
-        default=["dense", "lloyd4", "lloyd3", "lloyd2", "uniform4"],
-        help="default: %(default)s",
+        help=f"default: {' '.join(MODES)}",
     )
     parser.add_argument(
         "--tuned", action="store_true", help="all modes, each at its best rate and momentum"
     )
     parser.add_argument(
-        "--lrs", nargs="+", type=float, default=[6e-3], help="learning rates (default %(default)s)"
+        "--lrs", nargs="+", type=float, help=f"learning rates (default {LEARNING_RATE})"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="%(default)s")
     parser.add_argument("--workers", type=int, default=4, help="default %(default)s")
@@ -296,8 +297,12 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw loss against bits here")
     parser.add_argument("options", nargs="*", help="options of examples/train_text.py, after --")
     namespace = parser.parse_args()
-    if namespace.tuned:
-        namespace.modes, namespace.lrs = tuned_modes(), namespace.lrs[:1]
+    if namespace.tuned and (namespace.modes or namespace.lrs):
+        parser.error("--tuned has its own modes and learning rates: leave out --modes and --lrs")
+    namespace.modes = namespace.modes or (tuned_modes() if namespace.tuned else list(MODES))
+    namespace.lrs = namespace.lrs or [LEARNING_RATE]
+    if namespace.figure:
+        import matplotlib.figure  # noqa: F401, missing now rather than after half an hour
 
     cells = plan(namespace)
     done = read_results(namespace.csv)

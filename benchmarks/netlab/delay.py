@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["start_line"]
+__all__ = ["end_line", "start_line"]
 
 # linux/if_tun.h; the two requests are those of x86, Arm and RISC-V.
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
@@ -62,13 +62,29 @@ def start_line(switch: str, hosts: Sequence[str], delay_s: float) -> subprocess.
         text=True,
     )
     assert process.stdout is not None
-    assert process.stderr is not None
-    readable, _, _ = select.select([process.stdout], [], [], _START_S)
-    if not readable or process.stdout.readline() != "ready\n":
-        process.kill()
-        _, errors = process.communicate()
-        raise OSError((errors.strip().splitlines() or ["it did not start in time"])[-1])
+    try:
+        readable, _, _ = select.select([process.stdout], [], [], _START_S)
+        is_ready = bool(readable) and process.stdout.readline() == "ready\n"
+    except BaseException:
+        end_line(process)
+        raise
+    if not is_ready:
+        raise OSError(end_line(process) or "it did not start in time")
     return process
+
+
+def end_line(process: subprocess.Popen[str]) -> str:
+    """End the process.
+
+    Args:
+        process: What :func:`start_line` returned.
+
+    Returns:
+        The last line of what went wrong in it, if anything did.
+    """
+    process.kill()
+    _, errors = process.communicate()
+    return errors.strip().rpartition("\n")[2]
 
 
 class _Way:

@@ -112,8 +112,8 @@ class NetLab:
         try:
             _remove([name for name in _namespaces() if name.startswith(f"{self.id}-")])
             if self._line is not None:
-                self._line.kill()
-                self._line.communicate()
+                delay.end_line(self._line)
+                self._line = None
         finally:
             signal.signal(signal.SIGINT, interrupt)
             for number, handler in self._old_handlers.items():
@@ -139,22 +139,26 @@ class NetLab:
             for command in self.link.shaping(f"p{host}", not uses_line):
                 _run("tc", "-n", self.switch, *command)
 
+    def check_line(self) -> None:
+        """Check that packets are still carried.
+
+        Raises:
+            LabError: If they are late because of a process, and that has ended.
+        """
+        if self._line is not None and self._line.poll() is not None:
+            raise LabError(
+                f"The process that delays packets has ended: {delay.end_line(self._line)}. Nothing "
+                "reaches another host any more; build the lab anew."
+            )
+
     def _has_netem(self) -> bool:
         """Whether the kernel can delay packets by itself."""
-        trial = (
-            "tc",
-            "-n",
-            self.switch,
-            "qdisc",
-            "add",
-            "dev",
-            "lo",
-            "root",
-            "netem",
-            "delay",
-            "1ms",
-        )
-        return subprocess.run(trial, capture_output=True, check=False).returncode == 0
+        device = ("tc", "-n", self.switch, "qdisc", "{}", "dev", "lo", "root", "netem")
+        add, remove = ([word.format(verb) for word in device] for verb in ("add", "del"))
+        if subprocess.run(add, capture_output=True, check=False).returncode != 0:
+            return False
+        _run(*remove)
+        return True
 
     def _start_line(self) -> None:
         hosts = [self.namespace(host) for host in range(self.hosts)]
@@ -162,8 +166,9 @@ class NetLab:
             self._line = delay.start_line(self.switch, hosts, self.link.delay_ms / 2e3)
         except OSError as error:
             raise LabError(
-                f"There is nothing to delay packets with: the kernel has no sch_netem, and a process "
-                f"in its place failed: {error}. It needs the kernel's tun driver and /dev/net/tun."
+                "There is nothing to delay packets with: tc cannot add a netem (most often the kernel "
+                f"has no sch_netem), and a process in its place failed: {error}. It needs the kernel's "
+                "tun driver and /dev/net/tun."
             ) from error
 
     def _join(self, host: int) -> None:

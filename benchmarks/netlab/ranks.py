@@ -49,6 +49,7 @@ def run_in_lab(
 
     Raises:
         RankError: If a rank fails or time is up.
+        LabError: If the lab itself breaks.
     """
     probe = ["ip", "netns", "exec", lab.namespace(0), sys.executable, "-c", _FREE_PORT]
     port = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()
@@ -75,7 +76,7 @@ def run_in_lab(
         for host in range(lab.hosts)
     ]
     try:
-        return _watch(ranks, timeout_s, quiet)
+        return _watch(ranks, lab, timeout_s, quiet)
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -85,7 +86,7 @@ def run_in_lab(
 
 
 def _watch(
-    ranks: Sequence[subprocess.Popen[bytes]], timeout_s: float | None, quiet: bool
+    ranks: Sequence[subprocess.Popen[bytes]], lab: NetLab, timeout_s: float | None, quiet: bool
 ) -> list[str]:
     printed = [bytearray() for _ in ranks]
     deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
@@ -102,6 +103,7 @@ def _watch(
                 elif not quiet and key.data == 0:
                     sys.stdout.write(data.decode(errors="replace"))
                     sys.stdout.flush()
+            lab.check_line()
             if any(rank.poll() not in (None, 0) for rank in ranks):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
             if time.monotonic() > deadline:

@@ -67,6 +67,7 @@ class Cell(TypedDict):
         round: Number of the round.
         method: The method's name.
         kernels: Implementation and build that it computed with; empty if it is not ours.
+        topology: Topology, and which way messages took; empty if it is not ours.
         step_s: Seconds of each step.
         cpu_s: Seconds of processor time of a step, all ranks together.
         sent_bytes: Bytes of a step, by host, as its link counts them.
@@ -76,6 +77,7 @@ class Cell(TypedDict):
     round: int
     method: str
     kernels: str
+    topology: str
     step_s: list[float]
     cpu_s: float
     sent_bytes: list[float]
@@ -219,6 +221,7 @@ def _measure(
     cpu += time.process_time()
     sent_after, received_after = counts(probe)
     kernels = _kernels(name, prepared, build, probe)
+    topology = _summary_line(prepared, "topology")
     prepared.close()
     shared = probe.share({"ends": ends, "cpu": cpu / plan.steps})
     # Counted from when all had read the counters; a step has ended when it has on the last rank.
@@ -227,6 +230,7 @@ def _measure(
         "round": number,
         "method": name,
         "kernels": kernels,
+        "topology": topology,
         "step_s": [b - a for a, b in zip([0.0, *last], last, strict=False)],
         "cpu_s": sum(one["cpu"] for one in shared),
         "sent_bytes": _each_step(sent, sent_after, plan.steps),
@@ -242,7 +246,14 @@ def _kernels(name: str, prepared: Prepared, build: str, probe: Probe) -> str:
     """What a cell computed with, checked between all ranks."""
     if prepared.state is None:
         return ""
-    lines = (line.split(maxsplit=1) for line in prepared.state.summary().splitlines())
-    (running,) = [line[1] for line in lines if line[0] == "kernels"]
-    used = probe.share([running, build, kernel_build()])
+    used = probe.share([_summary_line(prepared, "kernels"), build, kernel_build()])
     return check_kernels(name, [KernelsUsed(*one) for one in used])
+
+
+def _summary_line(prepared: Prepared, about: str) -> str:
+    """A line of the state's summary; empty if there is no state."""
+    if prepared.state is None:
+        return ""
+    lines = (line.split(maxsplit=1) for line in prepared.state.summary().splitlines())
+    (found,) = [line[1] for line in lines if line[0] == about]
+    return found

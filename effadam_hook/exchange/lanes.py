@@ -48,7 +48,11 @@ class LaneExchange:
         self._topology = topology
         pair = borrow_groups(group)
         self._up_group, self._down_group = up, down = pair.up, pair.down
-        topology.settle(up)
+        try:
+            topology.settle(up)
+        except BaseException:
+            abandon(up, down)
+            raise
         self._up = Lane("effadam-up", self._step_up, watch)
         self._across = Lane("effadam-across", self._step_across, watch)
         self._down = Lane("effadam-down", self._step_down, watch)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effadam_hook.exchange.compat import gather_bytes
 from effadam_hook.exchange.dense import start_average
-from effadam_hook.exchange.topology import make_topology
+from effadam_hook.exchange.topology import Topology, make_topology
 
 __all__ = ["LEGS", "Probe", "Timing"]
 
@@ -53,6 +53,7 @@ class Probe:
         self._device = device
         self.rank = group.rank()
         self.world_size = group.size()
+        self._topologies: dict[str, Topology] = {}
 
     def share(self, value: Any) -> list[Any]:
         """Tell all ranks a plain value, and wait for theirs.
@@ -124,9 +125,7 @@ class Probe:
             buffer = torch.zeros(max(1, size // 4), device=self._device)
             return lambda: [start_average(buffer, self._group)]
         direction, _, kind = name.partition("/")
-        topology = make_topology(kind, self._group)
-        if self._device.type == "cpu":
-            topology.settle(self._group)
+        topology = self._topology(kind)
         payload = self._bytes(topology.servers, max(1, size // topology.servers))
         if direction == "up":
             rows = self.world_size if topology.serves is not None else 0
@@ -134,6 +133,13 @@ class Probe:
             return lambda: [topology.send_up(payload, received, self._group)]
         outgoing = topology.outgoing(payload)
         return lambda: [topology.send_down(outgoing, payload, self._group)]
+
+    def _topology(self, kind: str) -> Topology:
+        if kind not in self._topologies:
+            topology = self._topologies[kind] = make_topology(kind, self._group)
+            if self._device.type == "cpu":
+                topology.settle(self._group)
+        return self._topologies[kind]
 
     def time_busy(self, call: Callable[[], None], seconds: float = 0.05, windows: int = 3) -> float:
         """Time a computation while every rank does the same.
