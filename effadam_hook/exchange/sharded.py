@@ -25,7 +25,7 @@ from effadam_hook.exchange.timing import slowest
 __all__ = ["Sharded"]
 
 _REPEATS = 10
-_NEAR_S = 0.5e-3
+_NEAR_S = 1e-3
 """What an empty message may wait for another's arrival: less than what full ones gain."""
 
 
