@@ -186,14 +186,22 @@ def read_results(path: Path) -> dict[str, dict[str, str]]:
         return {row["run"]: row for row in rows}
 
 
-def tables(cells: list[Cell], results: dict[str, dict[str, str]]) -> str:
-    """Markdown: each mode at its best learning rate, then all learning rates if several."""
+def grouped(
+    cells: list[Cell], results: dict[str, dict[str, str]]
+) -> tuple[dict[tuple[str, float], list[dict[str, str]]], dict[str, tuple[float, float]]]:
+    """Rows by mode and learning rate; each mode's lowest mean loss and the rate that it had."""
     groups: dict[tuple[str, float], list[dict[str, str]]] = defaultdict(list)
     for cell in cells:
         groups[cell.mode, cell.options.lr].append(results[cell.run])
-    best: dict[str, tuple[float, float]] = {}  # mode -> mean loss, learning rate
+    best: dict[str, tuple[float, float]] = {}
     for (mode, lr), rows in groups.items():
         best[mode] = min(best.get(mode, (math.inf, lr)), (mean_loss(rows), lr))
+    return groups, best
+
+
+def tables(cells: list[Cell], results: dict[str, dict[str, str]]) -> str:
+    """Markdown: each mode at its best learning rate, then all learning rates if several."""
+    groups, best = grouped(cells, results)
     lines = table_lines(
         {(mode, lr): groups[mode, lr] for mode, (_, lr) in best.items()},
         dense=best.get("dense", (math.nan, 0.0))[0],
@@ -230,17 +238,12 @@ def draw(cells: list[Cell], results: dict[str, dict[str, str]], path: Path) -> N
     """
     from matplotlib.figure import Figure
 
-    groups: dict[tuple[str, float], list[dict[str, str]]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.mode, cell.options.lr].append(results[cell.run])
-    best: dict[str, list[dict[str, str]]] = {}
-    for (mode, _), rows in groups.items():
-        if mode not in best or mean_loss(rows) < mean_loss(best[mode]):
-            best[mode] = rows
+    groups, best = grouped(cells, results)
     curves: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    for mode, rows in best.items():
+    for mode, (_, lr) in best.items():
+        rows = groups[mode, lr]
         losses = [float(row["loss"]) for row in rows]
         if mode == "dense":
             axes.axhspan(min(losses), max(losses), alpha=0.2, color="gray")

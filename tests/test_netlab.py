@@ -216,17 +216,12 @@ def is_running(pid: int) -> bool:
 PAYLOAD_BYTES = 1_000_000
 RATE = Link(20 * MBIT)
 
-# Rank 1 sends, rank 0 receives and prints how long it took.
-TRANSFER = f"""
+# Ranks 0 and 1 connect.
+MEET = """
 import os, socket, time
 address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 if os.environ["RANK"] == "0":
     peer = socket.create_server(address).accept()[0]
-    start, count = time.monotonic(), 0
-    while data := peer.recv(1 << 16):
-        count += len(data)
-    assert count == {PAYLOAD_BYTES}, count
-    print(time.monotonic() - start)
 else:
     while True:
         try:
@@ -234,6 +229,17 @@ else:
             break
         except ConnectionRefusedError:
             time.sleep(0.01)
+"""
+
+# Rank 1 sends, rank 0 receives and prints how long it took.
+TRANSFER = f"""{MEET}
+if os.environ["RANK"] == "0":
+    start, count = time.monotonic(), 0
+    while data := peer.recv(1 << 16):
+        count += len(data)
+    assert count == {PAYLOAD_BYTES}, count
+    print(time.monotonic() - start)
+else:
     peer.sendall(bytes({PAYLOAD_BYTES}))
 """
 
@@ -256,20 +262,11 @@ def test_a_lab_counts_what_is_sent_holds_it_to_the_rate_and_leaves_nothing() -> 
 
 
 # Rank 1 sends bytes one at a time, and prints how long the fastest answer took.
-ROUND_TRIPS = """
-import os, socket, time
-address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+ROUND_TRIPS = f"""{MEET}
 if os.environ["RANK"] == "0":
-    peer = socket.create_server(address).accept()[0]
     while data := peer.recv(1):
         peer.sendall(data)
 else:
-    while True:
-        try:
-            peer = socket.create_connection(address)
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.01)
     took = []
     for _ in range(5):
         start = time.monotonic()

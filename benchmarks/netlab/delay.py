@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["end_line", "start_line"]
+__all__ = ["DIE_WITH_PARENT", "end_line", "start_line"]
 
 # linux/if_tun.h; the two requests are those of x86, Arm and RISC-V.
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
@@ -37,7 +37,7 @@ _NEWNET = 0x40000000
 _LONGEST_FRAME = 65536 + 256
 _READ_AT_ONCE = 32
 _START_S = 20.0
-_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 
 
 def start_line(switch: str, hosts: Sequence[str], delay_s: float) -> subprocess.Popen[str]:
@@ -55,7 +55,7 @@ def start_line(switch: str, hosts: Sequence[str], delay_s: float) -> subprocess.
         OSError: If the interfaces cannot be made; the text says why.
     """
     process = subprocess.Popen(
-        [*_DIE_WITH_PARENT, sys.executable, __file__, switch, str(round(delay_s * 1e6)), *hosts],
+        [*DIE_WITH_PARENT, sys.executable, __file__, switch, str(round(delay_s * 1e6)), *hosts],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

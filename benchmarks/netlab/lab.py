@@ -134,10 +134,9 @@ class NetLab:
             if not uses_line:
                 self._join(host)
             self._plug_in(host)
-            for command in self.link.shaping("eth0", not uses_line):
-                _run("tc", "-n", self.namespace(host), *command)
-            for command in self.link.shaping(f"p{host}", not uses_line):
-                _run("tc", "-n", self.switch, *command)
+            for namespace, device in ((self.namespace(host), "eth0"), (self.switch, f"p{host}")):
+                for command in self.link.shaping(device, not uses_line):
+                    _run("tc", "-n", namespace, *command)
 
     def check_line(self) -> None:
         """Check that packets are still carried.
@@ -153,11 +152,10 @@ class NetLab:
 
     def _has_netem(self) -> bool:
         """Whether the kernel can delay packets by itself."""
-        device = ("tc", "-n", self.switch, "qdisc", "{}", "dev", "lo", "root", "netem")
-        add, remove = ([word.format(verb) for word in device] for verb in ("add", "del"))
-        if subprocess.run(add, capture_output=True, check=False).returncode != 0:
+        tc, netem = ("tc", "-n", self.switch, "qdisc"), ("dev", "lo", "root", "netem")
+        if subprocess.run([*tc, "add", *netem], capture_output=True, check=False).returncode != 0:
             return False
-        _run(*remove)
+        _run(*tc, "del", *netem)
         return True
 
     def _start_line(self) -> None:

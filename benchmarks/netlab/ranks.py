@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from .delay import DIE_WITH_PARENT
 from .lab import NetLab
 
 __all__ = ["RankError", "run_in_lab"]
 
 _FREE_PORT = "import socket as s; x = s.socket(); x.bind(('', 0)); print(x.getsockname()[1])"
-_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 _GRACE_S = 10.0
 _SHOWN_LINES = 25
 
@@ -67,7 +67,7 @@ def run_in_lab(
     }
     ranks = [
         subprocess.Popen(
-            [*_DIE_WITH_PARENT, "ip", "netns", "exec", lab.namespace(host), *command],
+            [*DIE_WITH_PARENT, "ip", "netns", "exec", lab.namespace(host), *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ def disagreement(histories: Mapping[int, Iterable[Entry]]) -> DisagreementError 
         An error that says who did what there; None where they agree.
     """
     by_rank = {
-        rank: {sequence: tuple(rest) for sequence, *rest in list(history)}
+        rank: {sequence: tuple(rest) for sequence, *rest in history}
         for rank, history in histories.items()
     }
     first, *others = sorted(by_rank)
