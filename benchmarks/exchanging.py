@@ -7,12 +7,13 @@ has the last result.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from effadam_hook.traffic import Parameter, make_buckets
 
 Exchange = Callable[[], None]
 
+_WARMUP = 6  # connections are made, and TCP's windows grow
+
 
 def buckets_of(model: nn.Module, bucket_mb: float | None) -> list[list[Tensor]]:
     """The model's parameters in DDP's buckets."""
@@ -37,7 +40,8 @@ def buckets_of(model: nn.Module, bucket_mb: float | None) -> list[list[Tensor]]:
     return [[rest.pop(0) for _ in bucket] for bucket in make_buckets(shapes, bucket_mb)]
 
 
-def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Exchange:
+@contextlib.contextmanager
+def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Iterator[Exchange]:
     """The exchange of a scheme as a call that returns when it is done on this rank."""
     buffers = [torch.randn(sum(p.numel() for p in bucket)) for bucket in buckets]
     if scheme.is_ours:
@@ -52,7 +56,9 @@ def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Exchange:
             for future in futures:
                 future.wait()
 
-        return ours
+        yield ours
+        state.close()
+        return
 
     def dense() -> None:
         sent = [buffer.half() if scheme.kind == "cast" else buffer for buffer in buffers]
@@ -62,25 +68,23 @@ def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Exchange:
             if scheme.kind == "cast":
                 buffer.copy_(each)
 
-    return dense
+    yield dense
 
 
 def measure(name: str, workload: Workload, repeats: int) -> float:
     """Median seconds of an exchange."""
     scheme = Scheme.parse(name)
-    run = make_exchange(scheme, buckets_of(workload.model(), scheme.bucket_mb))
     group = dist.group.WORLD
     assert group is not None
     probe = Probe(group, torch.device("cpu"))
     took = []
-    for index in range(repeats + 2):
-        probe.share(None)
-        begin = time.perf_counter()
-        run()
-        seconds = max(probe.share(time.perf_counter() - begin))
-        if index >= 2:
-            took.append(seconds)
-    return statistics.median(took)
+    with make_exchange(scheme, buckets_of(workload.model(), scheme.bucket_mb)) as run:
+        for _ in range(_WARMUP + repeats):
+            probe.share(None)
+            begin = time.perf_counter()
+            run()
+            took.append(max(probe.share(time.perf_counter() - begin)))
+    return statistics.median(took[_WARMUP:])
 
 
 def main() -> None:

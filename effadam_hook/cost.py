@@ -50,6 +50,8 @@ class Link:
             those that are not named.
         overhead_s: By name of a leg, what it takes when it is empty; what latency and messages make
             for those that are not named.
+        cpu_s: By name of a leg, processor time of a rank for one, whatever its size; none for those
+            that are not named.
         cpu_s_per_byte: By name of a leg, processor time of a rank for a byte in the leg's busier
             direction; none for those that are not named.
     """
@@ -60,6 +62,7 @@ class Link:
     efficiency: float = TCP_EFFICIENCY
     slowdown: Mapping[str, float] = field(default_factory=dict)
     overhead_s: Mapping[str, float] = field(default_factory=dict)
+    cpu_s: Mapping[str, float] = field(default_factory=dict)
     cpu_s_per_byte: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -258,9 +261,11 @@ def _transfer(leg: Leg, link: Link) -> list[Work]:
     seconds = alone_s * max(1.0, link.slowdown.get(leg.name, 1.0))
     if not seconds:
         return [Work("", overhead_s)]
+    cpu_s = link.cpu_s.get(leg.name, 0.0)
+    cpu_s += leg.busiest_bytes * link.cpu_s_per_byte.get(leg.name, 0.0)
     uses = {
         "out": leg.out_bytes / link.payload_bytes_s / seconds,
         "in": leg.in_bytes / link.payload_bytes_s / seconds,
-        "cpu": leg.busiest_bytes * link.cpu_s_per_byte.get(leg.name, 0.0) / seconds,
+        "cpu": cpu_s / seconds,
     }
     return [Work(leg.name, seconds, uses), Work("", overhead_s)]

@@ -595,6 +595,33 @@ class FakeProbe:
         return Timing(1.0, 1.0, 0.0)
 
 
+class FarProbe(FakeProbe):
+    """Transfers of a MB a second that arrive 40 ms later, and take a rank 1 ms and 2 ns a byte."""
+
+    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
+        took = size / 1e6 + 0.04 / depth
+        return Timing(took, took, 1e-3 + 2e-9 * size)
+
+    def time_leg(self, name: str, size: int, repeats: int, depth: int = 1) -> Timing:
+        return self.time_link(size * 3 // 4, repeats, depth)
+
+
+def test_a_delay_is_not_taken_for_a_slow_link_nor_messages_for_bytes() -> None:
+    probe: Any = FarProbe()
+    model = [Parameter(1 << 18, 512)]
+    found = measure_link(probe, [Scheme.parse("lloyd4/sharded")], model, lambda part: None)
+    assert found.payload_bytes_s == pytest.approx(1e6, rel=0.01)
+    alone, shared = found.as_link(), found.as_link(sharing=3.0)
+    for leg in found.legs:
+        assert leg.slowdown == pytest.approx(1.0, abs=0.02)
+        assert alone.overhead_s[leg.name] == pytest.approx(0.04, rel=0.01)
+        assert alone.cpu_s[leg.name] == pytest.approx(1e-3, rel=0.01)
+        assert alone.cpu_s_per_byte[leg.name] == pytest.approx(2e-9, rel=0.01)
+        assert shared.cpu_s[leg.name] == 3 * alone.cpu_s[leg.name]
+        assert shared.cpu_s_per_byte[leg.name] == 3 * alone.cpu_s_per_byte[leg.name]
+        assert shared.overhead_s == alone.overhead_s
+
+
 @pytest.mark.parametrize(("backend", "parts", "sends"), [("gloo", 4, 2), ("nccl", 1, 1)])
 def test_the_backend_decides_alike_what_is_measured_and_what_is_predicted(
     backend: str, parts: int, sends: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -121,6 +122,19 @@ def test_an_exchange_hides_behind_a_long_backward_all_but_its_last_bucket() -> N
     legs_s = 2 * payload_bytes(last, "lloyd4", 4) * 0.75 / 1e9
     assert predicted.step_s == pytest.approx(11.5 + legs_s)
     assert predicted.exposed_s == pytest.approx(legs_s, rel=1e-6)
+
+
+def test_messages_take_their_processor_time_from_backward_where_cores_are_short() -> None:
+    legs = {"up/sharded": 0.05, "down/sharded": 0.02}
+    busy = replace(link(1e6), cpu_s=legs, cpu_s_per_byte={"up/sharded": 1e-8})
+    compute = Compute(backward_s=10.0)
+    scheme = Scheme.parse("lloyd4/sharded@1")
+    parts = [p for b in make_buckets(MLP, 1) for p in parts_of(scheme, b, 4)]
+    bytes_up = sum(payload_bytes(part, "lloyd4", 4) * 0.75 for part in parts)
+    one_core = predict(scheme, MLP, Cluster(4, busy, cores=1.0), compute=compute)
+    assert one_core.step_s == pytest.approx(10 + len(parts) * 0.07 + bytes_up * 1e-8, rel=1e-3)
+    many_cores = predict(scheme, MLP, Cluster(4, busy), compute=compute)
+    assert many_cores.step_s == pytest.approx(10, rel=1e-3)
 
 
 def test_where_the_link_is_slow_a_step_is_what_the_wire_takes() -> None:

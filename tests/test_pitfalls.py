@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,16 @@ def test_only_bytes_are_sent(topology: str) -> None:
         assert dtypes == {"torch.uint8"}
 
 
+def look(rank: int, times_s: Sequence[float]) -> Callable[[Any], float]:
+    """Has ranks find the times of looks at the two ways, one after the other; rank 1 is slowest."""
+    found = iter(times_s if rank == 1 else [0.0] * len(times_s))
+    return lambda _: next(found)
+
+
 def collectives_of_a_step(
-    rank: int, world_size: int, ring_s: float, straight_s: float
+    rank: int, world_size: int, *times_s: float
 ) -> tuple[list[str], list[torch.Tensor], str]:
-    # The slowest rank's times decide, for all.
-    times_s = iter([ring_s, straight_s] if rank == 1 else [0.0, 0.0])
-    sharded._fastest = lambda _: next(times_s)
+    sharded._fastest = look(rank, times_s)
     model = ddp(ChosenGradients())
     state = attach(model, topology="sharded", quantizer="lloyd2")
     step(model, rank, 0)
@@ -93,14 +98,36 @@ def collectives_of_a_step(
 
 def test_results_go_around_a_ring_to_near_ranks_and_straight_to_far_ones() -> None:
     # Gloo's all-gather is a ring: over a link of 20 ms it makes a step of four ranks twice as long.
-    far = run_ranks(collectives_of_a_step, 3, 0.043, 0.041)
-    near = run_ranks(collectives_of_a_step, 3, 0.0418, 0.041)
+    far = run_ranks(collectives_of_a_step, 3, 0.082, 0.041)
+    near = run_ranks(collectives_of_a_step, 3, 0.0411, 0.041)
     for (straight, here, said), (around, there, _) in zip(far, near, strict=True):
         assert len(straight) == len(around) >= 6
         assert set(straight) == {"all_to_all_single"}
         assert len(set(around)) == 2
-        assert "downlinks straight: an empty one takes 43.00 ms around a ring, 41.00 ms" in said
+        assert "downlinks straight: an empty one takes 82.00 ms around a ring, 41.00 ms" in said
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def way_found(rank: int, world_size: int, *times_s: float) -> tuple[bool, str]:
+    sharded._fastest = look(rank, times_s)
+    topology = sharded.Sharded(rank, world_size)
+    topology.settle(dist.group.WORLD)
+    return len(topology.outgoing(torch.zeros(1, 1))) > 1, topology.way
+
+
+@pytest.mark.parametrize(
+    ("times_s", "straight", "said"),
+    [
+        ((0.0030, 0.001, 0.0018, 0.001, 0.0012, 0.002), False, "1.20 ms around a ring, 1.00"),
+        ((0.0030, 0.001, 0.0028, 0.001, 0.0027, 0.001, 0.0029, 0.001), True, "2.70 ms around"),
+    ],
+)
+def test_looks_that_say_neither_near_nor_far_are_followed_by_further_ones(
+    times_s: tuple[float, ...], straight: bool, said: str
+) -> None:
+    for found, words in run_ranks(way_found, 3, *times_s):
+        assert found == straight
+        assert said in words
 
 
 def shape_of_what_is_sent(rank: int, world_size: int) -> tuple[int, str]:

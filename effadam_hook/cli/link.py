@@ -33,8 +33,10 @@ class LegFound:
         seconds: What one took, of several under way together; the best of a few tries, as others
             on the machine only ever make it slower.
         overhead_s: What one takes alone when it is as good as empty, likewise.
-        slowdown: ``seconds`` over what the link alone takes for the bytes.
-        cpu_s_per_byte: Processor time of a rank.
+        slowdown: ``seconds``, without a share of ``overhead_s``, over what the link alone takes for
+            the bytes.
+        cpu_s: Processor time of a rank for one that is as good as empty.
+        cpu_s_per_byte: Processor time of a rank besides.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LegFound:
     seconds: float
     overhead_s: float
     slowdown: float
+    cpu_s: float
     cpu_s_per_byte: float
 
 
@@ -59,15 +62,20 @@ class LinkFound:
     latency_s: float
     legs: Sequence[LegFound]
 
-    def as_link(self) -> Link:
-        """For the cost model. Bytes are payload bytes: what was measured has no headers in it."""
+    def as_link(self, sharing: float = 1.0) -> Link:
+        """For the cost model. Bytes are payload bytes: what was measured has no headers in it.
+
+        Args:
+            sharing: Ranks that share a core: processor time takes so many times as long.
+        """
         return Link(
             self.payload_bytes_s,
             latency_s=self.latency_s,
             efficiency=1.0,
             slowdown={leg.name: leg.slowdown for leg in self.legs},
             overhead_s={leg.name: leg.overhead_s for leg in self.legs},
-            cpu_s_per_byte={leg.name: leg.cpu_s_per_byte for leg in self.legs},
+            cpu_s={leg.name: leg.cpu_s * sharing for leg in self.legs},
+            cpu_s_per_byte={leg.name: leg.cpu_s_per_byte * sharing for leg in self.legs},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,8 +116,10 @@ def measure_link(
     while (took := probe.time_link(size, 1).seconds) < _LONG_ENOUGH_S and size < _MOST_BYTES:
         size = min(_MOST_BYTES, max(2 * size, int(size * _LONG_ENOUGH_S / max(took, 1e-6))))
     latency_s = probe.time_link(1, _EMPTY_REPEATS).seconds
-    # The best of them: what disturbs a transfer never makes it faster.
-    rate = size / max(probe.time_link(size, _REPEATS, _DEPTH).best_s, 1e-9)
+    # The best of them: what disturbs a transfer never makes it faster. The last of those under way
+    # together arrives when nothing is left to send.
+    took = probe.time_link(size, _REPEATS, _DEPTH).best_s
+    rate = size / max(took - latency_s / _DEPTH, took / 2, 1e-9)
     legs = []
     for name, scheme in _examples(schemes).items():
         advance(name)
@@ -149,14 +159,18 @@ def _measure_leg(
     size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _LEG_S / share)))
     busiest = size * share
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
+    empties = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS, _DEPTH)
     full = probe.time_leg(name, size, _REPEATS, _DEPTH)
+    # The last of them waits for messages under way when nothing is left to send.
+    sending_s = full.best_s - empty.best_s / _DEPTH
     return LegFound(
         name,
         busiest,
         full.best_s,
         empty.best_s,
-        max(1.0, full.best_s * rate / busiest),
-        max(0.0, full.cpu_s - empty.cpu_s) / busiest,
+        max(1.0, sending_s * rate / busiest),
+        empties.cpu_s,
+        max(0.0, full.cpu_s - empties.cpu_s) / busiest,
     )
 
 

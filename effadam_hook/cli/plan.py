@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from itertools import pairwise
 from typing import Any
 
-import torch
-
+from effadam_hook.cli.compute import measure_compute
 from effadam_hook.cli.forecast import (
     Advice,
     advise,
@@ -23,7 +19,7 @@ from effadam_hook.cli.methods import read_methods
 from effadam_hook.cli.ranks import Ranks, join_ranks, rank_here
 from effadam_hook.cli.speed import measure_speed
 from effadam_hook.cli.ui import CommandError, Screen
-from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count, to_device
+from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count
 from effadam_hook.cost import Cluster, Compute, Prediction, Speed
 from effadam_hook.kernels import choose
 from effadam_hook.scheme import Scheme
@@ -32,7 +28,6 @@ from effadam_hook.traffic import Parameter, square_model
 __all__ = ["add_plan", "run_plan"]
 
 _METHODS = "fp32,fp16,powersgd4,{lloyd4,lloyd3,lloyd2}/{sharded,rank0},update:lloyd2/sharded"
-_WINDOWS, _WINDOW_S = 5, 0.3
 _FORWARD_SHARE = 1 / 3
 
 
@@ -76,7 +71,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def _cluster(ranks: Ranks, found: LinkFound) -> Cluster:
     return Cluster(
         ranks.probe.world_size,
-        found.as_link(),
+        found.as_link(ranks.sharing),
         cores=max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0,
         tree=ranks.on_nccl,
         in_order=ranks.on_nccl,
@@ -132,7 +127,7 @@ def _measure(
         speeds = {}
         for name, scheme in kinds.items():
             advance(name)
-            speeds[name] = measure_speed(ranks.probe, scheme, ranks.device)
+            speeds[name] = measure_speed(ranks.probe, scheme, ranks.device, ranks.sharing)
         advance("compute")
         return found, speeds, _compute(args, ranks, workload)
 
@@ -145,37 +140,7 @@ def _compute(
         return Compute(seconds * _FORWARD_SHARE, seconds * (1 - _FORWARD_SHARE))
     if workload is None:
         return Compute()
-    model = workload.model().to(ranks.device)
-    if isinstance(workload, UserModel) and not workload.can_step:
-        return Compute()
-    batch = to_device(workload.batch(ranks.probe.rank), ranks.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
-    parts: list[list[float]] = []
-
-    def one_step() -> None:
-        times = [time.perf_counter()]
-        loss = workload.loss(model, batch)
-        ranks.probe.synchronize()
-        times.append(time.perf_counter())
-        workload.backward(loss)
-        ranks.probe.synchronize()
-        times.append(time.perf_counter())
-        optimizer.step()
-        # DDP's buckets keep the gradients' memory from step to step: so must this.
-        optimizer.zero_grad(set_to_none=False)
-        ranks.probe.synchronize()
-        times.append(time.perf_counter())
-        parts.append([end - begin for begin, end in pairwise(times)])
-
-    one_step()  # makes buffers
-    found = []
-    for _ in range(_WINDOWS):
-        parts.clear()
-        ranks.probe.time_busy(one_step, _WINDOW_S, windows=1)
-        shared = [part for rank in ranks.probe.share(parts) for part in rank]
-        found.append(Compute(*(statistics.fmean(part) for part in zip(*shared, strict=True))))
-    # The window in which others on the machine disturbed least.
-    return min(found, key=lambda one: one.forward_s + one.backward_s + one.rest_s)
+    return measure_compute(ranks.probe, workload, args.bucket_mb, ranks.device)
 
 
 def _show(

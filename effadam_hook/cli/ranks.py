@@ -42,6 +42,11 @@ class Ranks:
     cores: float
 
     @property
+    def sharing(self) -> float:
+        """How many ranks share a core; 1 if each has one for itself."""
+        return max(1.0, 1.0 / self.cores)
+
+    @property
     def on_nccl(self) -> bool:
         """Whether NCCL runs the collectives, and not Gloo."""
         return self.backend == "nccl"

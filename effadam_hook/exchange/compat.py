@@ -20,6 +20,7 @@ __all__ = [
     "device_of",
     "gather_bytes",
     "gather_to_first",
+    "new_group_alone",
     "new_group_like",
     "timeout_of",
     "wait_while",
@@ -132,6 +133,12 @@ def new_group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
         backend="gloo",
         use_local_synchronization=True,
     )
+    return made
+
+
+def new_group_alone() -> dist.ProcessGroup:
+    """A group of this rank and nobody else; the other ranks need not do anything."""
+    made: dist.ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return made
 
 

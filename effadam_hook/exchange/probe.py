@@ -156,6 +156,28 @@ class Probe:
         call()
         return min(self._window(call, seconds) for _ in range(windows))
 
+    def time_processor(self, call: Callable[[], None], seconds: float = 0.3) -> float:
+        """Processor time of something that waits in between, while every rank does the same.
+
+        Args:
+            call: What to do, the same number of times on every rank.
+            seconds: How long to repeat it, about.
+
+        Returns:
+            Processor time of one call, all threads of a rank together, mean over the ranks.
+        """
+        call()
+        self.share(None)
+        begin = time.perf_counter()
+        call()
+        once_s = max(self.share(time.perf_counter() - begin))
+        count = max(1, round(seconds / once_s))
+        cpu = -time.process_time()
+        for _ in range(count):
+            call()
+        cpu += time.process_time()
+        return statistics.fmean(self.share(cpu / count))
+
     def _window(self, call: Callable[[], None], seconds: float) -> float:
         self.synchronize()
         self.share(None)

@@ -1,0 +1,80 @@
+"""Measures what a training step takes without communication, with all ranks at it at once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from effadam_hook.cli.workloads import Trained, UserModel, to_device
+from effadam_hook.cost import Compute
+from effadam_hook.exchange.compat import new_group_alone
+from effadam_hook.exchange.probe import Probe
+
+__all__ = ["measure_compute"]
+
+_WINDOWS, _WINDOW_S = 5, 0.3
+
+
+def measure_compute(
+    probe: Probe, workload: Trained, bucket_mb: float | None, device: torch.device
+) -> Compute:
+    """Time steps under DDP in which nothing is sent; a collective operation.
+
+    Args:
+        probe: The ranks.
+        workload: What is trained.
+        bucket_mb: DDP's ``bucket_cap_mb``; None is its default.
+        device: Where this rank computes.
+
+    Returns:
+        Mean over steps and ranks; nothing if the user's model came without a loss.
+    """
+    model = workload.model().to(device)
+    if isinstance(workload, UserModel) and not workload.can_step:
+        return Compute()
+    batch = to_device(workload.batch(probe.rank), device)
+    workload.backward(workload.loss(model, batch))
+    ddp = _wrap(model, bucket_mb)
+    optimizer = torch.optim.Adam(ddp.parameters(), lr=0.0, fused=True)
+    parts: list[list[float]] = []
+
+    def one_step() -> None:
+        times = [time.perf_counter()]
+        loss = workload.loss(ddp, batch)
+        probe.synchronize()
+        times.append(time.perf_counter())
+        workload.backward(loss)
+        probe.synchronize()
+        times.append(time.perf_counter())
+        optimizer.step()
+        optimizer.zero_grad()
+        probe.synchronize()
+        times.append(time.perf_counter())
+        parts.append([end - begin for begin, end in pairwise(times)])
+
+    for _ in range(2):  # DDP arranges its buckets anew after the first
+        one_step()
+    found = []
+    for _ in range(_WINDOWS):
+        parts.clear()
+        probe.time_busy(one_step, _WINDOW_S, windows=1)
+        shared = [part for rank in probe.share(parts) for part in rank]
+        found.append(Compute(*(statistics.fmean(part) for part in zip(*shared, strict=True))))
+    # The window in which others on the machine disturbed least.
+    return min(found, key=lambda one: one.forward_s + one.backward_s + one.rest_s)
+
+
+def _wrap(model: nn.Module, bucket_mb: float | None) -> DistributedDataParallel:
+    """All that DDP does, but with nobody: its group is this rank alone."""
+    return DistributedDataParallel(
+        model,
+        process_group=new_group_alone(),
+        bucket_cap_mb=bucket_mb,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=any(p.grad is None for p in model.parameters() if p.requires_grad),
+    )
