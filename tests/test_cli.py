@@ -9,15 +9,18 @@ import json
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from effadam_hook.cli import main
+from effadam_hook.cli.compute import measure_compute
 from effadam_hook.cli.forecast import advise, code_for
 from effadam_hook.cli.interface import InterfaceCounter
 from effadam_hook.cli.link import measure_link
@@ -27,9 +30,9 @@ from effadam_hook.cli.ranks import Ranks
 from effadam_hook.cli.report import read_log
 from effadam_hook.cli.rows import rows_of
 from effadam_hook.cli.ui import CommandError
-from effadam_hook.cli.workloads import UserModel, describe, parse_count, to_device
+from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count, to_device
 from effadam_hook.cost import Prediction, predict
-from effadam_hook.exchange.probe import Timing
+from effadam_hook.exchange.probe import Probe, Timing
 from effadam_hook.log import RunLog
 from effadam_hook.scheme import Scheme
 from effadam_hook.traffic import Parameter, payload_bytes
@@ -362,6 +365,32 @@ def test_ranks_that_were_not_asked_the_same_all_say_which_differs(
     for code, out, err in results:
         assert (code, out) == (2, "")
         assert "The ranks were not asked the same" in err and said in err
+
+
+class MeetsInItsLoss(Workload):
+    """Its loss is that of all ranks, as contrastive ones are; rank 1 is late with every gradient."""
+
+    def loss(self, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        loss = super().loss(model, batch)
+        dist.all_reduce(torch.ones(1))
+        return loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        super().backward(loss)
+        time.sleep(0.025 * dist.get_rank())
+
+
+def compute_of_a_step(rank: int, world_size: int) -> list[float]:
+    assert dist.group.WORLD is not None
+    probe = Probe(dist.group.WORLD, torch.device("cpu"))
+    compute = measure_compute(probe, MeetsInItsLoss(3, 32, 4), None, torch.device("cpu"))
+    return [compute.forward_s, compute.backward_s, compute.rest_s]
+
+
+def test_computing_is_timed_also_where_ranks_meet_in_it() -> None:
+    first, second = run_ranks(compute_of_a_step, 2, timeout=30)
+    assert first == second
+    assert first[1] >= 0.0125  # the mean of a rank that sleeps and one that does not
 
 
 def test_env_as_json_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:

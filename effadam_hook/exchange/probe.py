@@ -156,6 +156,22 @@ class Probe:
         call()
         return min(self._window(call, seconds) for _ in range(windows))
 
+    def count_for(self, call: Callable[[], None], seconds: float) -> int:
+        """How often to do something that ranks must do equally often, because they meet in it.
+
+        Args:
+            call: What to do; it is done once.
+            seconds: How long all together should take, about.
+
+        Returns:
+            At least 1, the same on every rank.
+        """
+        self.share(None)
+        begin = time.perf_counter()
+        call()
+        self.synchronize()
+        return max(1, round(seconds / max(self.share(time.perf_counter() - begin))))
+
     def time_processor(self, call: Callable[[], None], seconds: float = 0.3) -> float:
         """Processor time of something that waits in between, while every rank does the same.
 
@@ -167,11 +183,7 @@ class Probe:
             Processor time of one call, all threads of a rank together, mean over the ranks.
         """
         call()
-        self.share(None)
-        begin = time.perf_counter()
-        call()
-        once_s = max(self.share(time.perf_counter() - begin))
-        count = max(1, round(seconds / once_s))
+        count = self.count_for(call, seconds)
         cpu = -time.process_time()
         for _ in range(count):
             call()
