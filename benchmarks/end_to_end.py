@@ -111,6 +111,7 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=4, metavar="N")
     parser.add_argument("--rate", default="1gbit", help="of each link, as in 200mbit")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one way, host to host")
+    parser.add_argument("--keep-windows", action="store_true", help="of TCP over pauses")
     parser.add_argument("--methods", default=_ALL, help="see scheme.py; {a,b} stands for either")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured in each cell")
@@ -127,7 +128,7 @@ def main() -> int:
     methods = tuple(expand_names(args.methods))
     plan = Plan(methods, args.rounds, args.warmup, args.steps, workload, not args.no_optimizer)
     try:
-        link = Link.parse(args.rate, args.delay_ms)
+        link = Link.parse(args.rate, args.delay_ms, args.keep_windows)
         with NetLab(args.hosts, link) as lab:
             cells = measure(plan, lab)
     except (LabError, RankError, ValueError) as error:

@@ -1,7 +1,7 @@
 """One rank's side of :mod:`model_check`: how long the exchange of a whole model takes by itself.
 
-All buckets are handed over at once, as if backward took no time; the clock runs until the last rank
-has the last result.
+All buckets are handed over at once, as if backward took no time; an exchange ends when the last rank
+has its last result.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -77,14 +78,17 @@ def measure(name: str, workload: Workload, repeats: int) -> float:
     group = dist.group.WORLD
     assert group is not None
     probe = Probe(group, torch.device("cpu"))
-    took = []
     with make_exchange(scheme, buckets_of(workload.model(), scheme.bucket_mb)) as run:
-        for _ in range(_WARMUP + repeats):
-            probe.share(None)
-            begin = time.perf_counter()
+        for _ in range(_WARMUP):
             run()
-            took.append(max(probe.share(time.perf_counter() - begin)))
-    return statistics.median(took[_WARMUP:])
+        probe.share(None)
+        begin = time.perf_counter()
+        ends = []
+        for _ in range(repeats):  # no barrier in between: a pause would close TCP's windows
+            run()
+            ends.append(time.perf_counter() - begin)
+        last = [max(rank) for rank in zip(*probe.share(ends), strict=True)]
+    return statistics.median(b - a for a, b in pairwise([0.0, *last]))
 
 
 def main() -> None:

@@ -113,6 +113,7 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rates", default="200mbit,1gbit")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one way, host to host")
+    parser.add_argument("--keep-windows", action="store_true", help="of TCP over pauses")
     parser.add_argument("--methods", default=_METHODS)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=1024)
@@ -128,7 +129,7 @@ def main() -> int:
     plans: dict[str, object] = {}
     try:
         for rate in args.rates.split(","):
-            link = Link.parse(rate, args.delay_ms)
+            link = Link.parse(rate, args.delay_ms, args.keep_windows)
             found, plans[link.name] = check(args, link)
             compared += found
     except (LabError, RankError, ValueError) as error:

@@ -651,6 +651,18 @@ def test_a_delay_is_not_taken_for_a_slow_link_nor_messages_for_bytes() -> None:
         assert shared.overhead_s == alone.overhead_s
 
 
+@pytest.mark.parametrize(("device", "cores", "share"), [("cpu", 0.5, 2.0), ("cuda", 0.5, 0.0)])
+def test_messages_take_processor_time_from_computing_on_the_processor_alone(
+    device: str, cores: float, share: float
+) -> None:
+    probe: Any = FarProbe()
+    found = measure_link(probe, [Scheme.parse("fp32")], [Parameter(1 << 18, 512)], lambda _: None)
+    link = _cluster(Ranks(probe, torch.device(device), "gloo", 4, cores), found).link
+    (leg,) = found.legs
+    assert link.cpu_s[leg.name] == share * leg.cpu_s
+    assert link.cpu_s_per_byte[leg.name] == share * leg.cpu_s_per_byte
+
+
 @pytest.mark.parametrize(("backend", "parts", "sends"), [("gloo", 4, 2), ("nccl", 1, 1)])
 def test_the_backend_decides_alike_what_is_measured_and_what_is_predicted(
     backend: str, parts: int, sends: int

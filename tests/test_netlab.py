@@ -309,6 +309,18 @@ def test_a_delay_is_added_once_each_way_and_nothing_is_lost() -> None:
     assert float(transfer[0]) > RATE.seconds(PAYLOAD_BYTES - 4 * 65536)
 
 
+@pytest.mark.usefixtures("_namespaces")
+@pytest.mark.parametrize(("keeps", "value"), [(True, "0"), (False, "1")])
+def test_tcp_keeps_its_windows_over_pauses_only_where_the_link_says_so(
+    keeps: bool, value: str
+) -> None:
+    read = ["sysctl", "-n", "net.ipv4.tcp_slow_start_after_idle"]
+    link = Link.parse("20mbit", keeps_windows=keeps)
+    assert link.name.endswith("+windows") == keeps
+    with NetLab(2, link) as built:
+        assert run_in_lab(built, read, timeout_s=20, quiet=True) == [f"{value}\n"] * 2
+
+
 @pytest.mark.usefixtures("_delays")
 @pytest.mark.parametrize("_delays", ["process"], indirect=True)
 def test_a_delaying_process_that_ends_ends_the_run() -> None:

@@ -190,6 +190,7 @@ class NetLab:
         window = self.link.window_bytes
         settings = {
             "tcp_no_metrics_save": "1",  # no connection inherits what an earlier one met
+            "tcp_slow_start_after_idle": str(int(not self.link.keeps_windows)),
             "tcp_rmem": f"4096 131072 {window}",
             "tcp_wmem": f"4096 65536 {window}",
         }

@@ -24,10 +24,13 @@ class Link:
     Attributes:
         rate: Bits per second, in each direction, Ethernet headers included.
         delay_ms: One-way delay between any two hosts, half of it added by each of the two links.
+        keeps_windows: Whether TCP goes on as fast as before after a pause, and does not begin slowly
+            again: ``net.ipv4.tcp_slow_start_after_idle`` is 0.
     """
 
     rate: float
     delay_ms: float = 0.0
+    keeps_windows: bool = False
 
     def __post_init__(self) -> None:
         if not _SLOWEST <= self.rate <= _FASTEST:
@@ -40,12 +43,13 @@ class Link:
             )
 
     @classmethod
-    def parse(cls, rate: str, delay_ms: float = 0.0) -> Link:
+    def parse(cls, rate: str, delay_ms: float = 0.0, keeps_windows: bool = False) -> Link:
         """A link from a rate as people write it.
 
         Args:
             rate: Such as ``"200mbit"`` or ``"2.5gbit"``.
             delay_ms: One-way delay between two hosts.
+            keeps_windows: See :class:`Link`.
 
         Returns:
             The link.
@@ -58,14 +62,15 @@ class Link:
             raise ValueError(
                 f"Invalid rate: {rate!r}. Must be a number and kbit, mbit or gbit, as in 200mbit."
             )
-        return cls(float(match[1]) * _UNITS[match[2]], delay_ms)
+        return cls(float(match[1]) * _UNITS[match[2]], delay_ms, keeps_windows)
 
     @property
     def name(self) -> str:
         """The link as people write it."""
         unit, size = ("gbit", 1e9) if self.rate >= 1e9 else ("mbit", 1e6)
         delay = f"+{self.delay_ms:g}ms" if self.delay_ms else ""
-        return f"{self.rate / size:g}{unit}{delay}"
+        windows = "+windows" if self.keeps_windows else ""
+        return f"{self.rate / size:g}{unit}{delay}{windows}"
 
     def seconds(self, wire_bytes: float) -> float:
         """How long the link is busy with some bytes.

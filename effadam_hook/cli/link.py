@@ -66,7 +66,8 @@ class LinkFound:
         """For the cost model. Bytes are payload bytes: what was measured has no headers in it.
 
         Args:
-            sharing: Ranks that share a core: processor time takes so many times as long.
+            sharing: Ranks that share a core: processor time takes so many times as long. 0 if it
+                takes nothing from what the model computes.
         """
         return Link(
             self.payload_bytes_s,

@@ -69,10 +69,12 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _cluster(ranks: Ranks, found: LinkFound) -> Cluster:
+    on_cpu = ranks.device.type == "cpu"
     return Cluster(
         ranks.probe.world_size,
-        found.as_link(ranks.sharing),
-        cores=max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0,
+        # What the processor is busy with messages takes nothing from computing on a GPU.
+        found.as_link(ranks.sharing if on_cpu else 0.0),
+        cores=max(1.0, ranks.cores) if on_cpu else 1.0,
         tree=ranks.on_nccl,
         in_order=ranks.on_nccl,
     )
