@@ -57,8 +57,10 @@ def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Iterator[Excha
             for future in futures:
                 future.wait()
 
-        yield ours
-        state.close()
+        try:
+            yield ours
+        finally:
+            state.close()
         return
 
     def dense() -> None:

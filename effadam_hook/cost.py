@@ -2,11 +2,11 @@
 
 A leg of an exchange, see :mod:`effadam_hook.traffic`, takes
 
-    ``rounds × latency + messages × message time + bytes / (bandwidth × efficiency) × slowdown``.
+    ``rounds × latency + messages × message time + bytes / (bandwidth × efficiency) × slowdown``
 
-Kernels take a time per element, and the reduction one per element and payload.
-:mod:`effadam_hook.pipeline` lets the buckets overlap one another and backward, sharing link and
-processor.
+and ``cpu_s + bytes × cpu_s_per_byte`` of the rank's processor. Kernels take a time per element, and
+the reduction one per element and payload. :mod:`effadam_hook.pipeline` lets the buckets overlap one
+another and backward, sharing link and processor.
 
 This module is integers and floats only.
 """
@@ -91,7 +91,8 @@ class Speed:
         reduce_s: Per element that a server reduces.
         reduce_payload_s: Per element that a server reduces and payload that it has of it.
         decode_s: Per element, after the downlink.
-        call_s: Per bucket and kernel.
+        call_s: Per part of a bucket and kernel, with what else the part needs of the processor
+            besides its messages.
     """
 
     encode_s: float = 0.0

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from effadam_hook.cli.plan import _cluster
 from effadam_hook.cli.ranks import Ranks
 from effadam_hook.cli.report import read_log
 from effadam_hook.cli.rows import rows_of
+from effadam_hook.cli.speed import measure_speed
 from effadam_hook.cli.ui import CommandError
 from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count, to_device
 from effadam_hook.cost import Prediction, predict
@@ -388,9 +390,60 @@ def compute_of_a_step(rank: int, world_size: int) -> list[float]:
 
 
 def test_computing_is_timed_also_where_ranks_meet_in_it() -> None:
-    first, second = run_ranks(compute_of_a_step, 2, timeout=30)
-    assert first == second
-    assert first[1] >= 0.0125  # the mean of a rank that sleeps and one that does not
+    for _, backward_s, _ in run_ranks(compute_of_a_step, 2, timeout=30):
+        assert backward_s >= 0.0125  # the mean of a rank that sleeps and one that does not
+
+
+class LeavesPartsOut(nn.Module):
+    """Another layer every time; one is frozen, and a buffer counts the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        out: torch.Tensor = self.layers[int(self.calls) % 3](self.frozen(x))
+        return out
+
+
+class KnowsItIsWrapped(Workload):
+    """Its loss needs the wrapped model."""
+
+    def model(self) -> nn.Module:
+        return LeavesPartsOut()
+
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        assert isinstance(model.module, LeavesPartsOut)
+        return super().loss(model, batch)
+
+
+def compute_of_a_model_with_unused_parts(rank: int, world_size: int) -> float:
+    assert dist.group.WORLD is not None
+    probe = Probe(dist.group.WORLD, torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        workload = KnowsItIsWrapped(1, 8, 4)
+        return measure_compute(probe, workload, 1.0, torch.device("cpu")).forward_s
+
+
+def test_computing_is_timed_also_where_steps_leave_parameters_out() -> None:
+    assert min(run_ranks(compute_of_a_model_with_unused_parts, 2, timeout=30)) > 0
+
+
+def call_s_beside(rank: int, world_size: int, messages_s: float) -> float:
+    assert dist.group.WORLD is not None
+    device = torch.device("cpu")
+    cpu_s = {"up/sharded": messages_s, "down/sharded": 0.0}
+    probe = Probe(dist.group.WORLD, device)
+    return measure_speed(probe, Scheme.parse("lloyd4/sharded"), device, cpu_s).call_s
+
+
+def test_what_messages_take_of_the_processor_is_not_counted_with_the_kernels_again() -> None:
+    assert min(run_ranks(call_s_beside, 2, 0.0, timeout=TIMEOUT)) > 0
+    assert run_ranks(call_s_beside, 2, 3600.0, timeout=TIMEOUT) == [0.0, 0.0]
 
 
 def test_env_as_json_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -625,25 +678,32 @@ class FakeProbe:
 
 
 class FarProbe(FakeProbe):
-    """Transfers of a MB a second that arrive 40 ms later, and take a rank 1 ms and 2 ns a byte."""
+    """Transfers that arrive some time after they left, and take a rank 1 ms and 2 ns a byte."""
+
+    def __init__(self, bytes_s: float = 1e6, delay_s: float = 0.04) -> None:
+        super().__init__()
+        self.bytes_s, self.delay_s = bytes_s, delay_s
 
     def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
-        took = size / 1e6 + 0.04 / depth
+        took = size / self.bytes_s + self.delay_s / depth
         return Timing(took, took, 1e-3 + 2e-9 * size)
 
     def time_leg(self, name: str, size: int, repeats: int, depth: int = 1) -> Timing:
         return self.time_link(size * 3 // 4, repeats, depth)
 
 
-def test_a_delay_is_not_taken_for_a_slow_link_nor_messages_for_bytes() -> None:
-    probe: Any = FarProbe()
+@pytest.mark.parametrize(("bytes_s", "delay_s"), [(1e6, 0.04), (25e6, 0.2), (1e8, 0.1)])
+def test_a_delay_is_not_taken_for_a_slow_link_nor_messages_for_bytes(
+    bytes_s: float, delay_s: float
+) -> None:
+    probe: Any = FarProbe(bytes_s, delay_s)
     model = [Parameter(1 << 18, 512)]
     found = measure_link(probe, [Scheme.parse("lloyd4/sharded")], model, lambda part: None)
-    assert found.payload_bytes_s == pytest.approx(1e6, rel=0.01)
-    alone, shared = found.as_link(), found.as_link(sharing=3.0)
+    assert found.payload_bytes_s == pytest.approx(bytes_s, rel=0.01)
+    alone, shared = found.as_link(), found.as_link(cpu_weight=3.0)
     for leg in found.legs:
         assert leg.slowdown == pytest.approx(1.0, abs=0.02)
-        assert alone.overhead_s[leg.name] == pytest.approx(0.04, rel=0.01)
+        assert alone.overhead_s[leg.name] == pytest.approx(delay_s, rel=0.01)
         assert alone.cpu_s[leg.name] == pytest.approx(1e-3, rel=0.01)
         assert alone.cpu_s_per_byte[leg.name] == pytest.approx(2e-9, rel=0.01)
         assert shared.cpu_s[leg.name] == 3 * alone.cpu_s[leg.name]

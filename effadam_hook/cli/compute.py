@@ -32,14 +32,19 @@ def measure_compute(
         device: Where this rank computes.
 
     Returns:
-        Mean over steps and ranks; nothing if the user's model came without a loss.
+        Mean over steps and ranks, and of a few tries the one in the middle; nothing if the user's model
+        came without a loss.
     """
     model = workload.model().to(device)
     if isinstance(workload, UserModel) and not workload.can_step:
         return Compute()
     batch = to_device(workload.batch(probe.rank), device)
-    workload.backward(workload.loss(model, batch))
     ddp = _wrap(model, bucket_mb)
+    workload.backward(workload.loss(ddp, batch))
+    if any(p.grad is None for p in model.parameters() if p.requires_grad):
+        model.zero_grad()
+        del ddp  # with its hooks, before another one comes
+        ddp = _wrap(model, bucket_mb, finds_unused=True)
     optimizer = torch.optim.Adam(ddp.parameters(), lr=0.0, fused=True)
     parts: list[list[float]] = []
 
@@ -68,16 +73,19 @@ def measure_compute(
             one_step()
         shared = [part for rank in probe.share(parts) for part in rank]
         found.append(Compute(*(statistics.fmean(part) for part in zip(*shared, strict=True))))
-    # The window in which others on the machine disturbed least.
-    return min(found, key=lambda one: one.forward_s + one.backward_s + one.rest_s)
+    # Not the best: ranks that are done early leave their cores to the others.
+    found.sort(key=lambda one: one.forward_s + one.backward_s + one.rest_s)
+    return found[len(found) // 2]
 
 
-def _wrap(model: nn.Module, bucket_mb: float | None) -> DistributedDataParallel:
-    """All that DDP does, but with nobody: its group is this rank alone."""
+def _wrap(
+    model: nn.Module, bucket_mb: float | None, finds_unused: bool = False
+) -> DistributedDataParallel:
+    """All that DDP does in a step but communicate: its group is this rank alone."""
     return DistributedDataParallel(
         model,
         process_group=new_group_alone(),
         bucket_cap_mb=bucket_mb,
         gradient_as_bucket_view=True,
-        find_unused_parameters=any(p.grad is None for p in model.parameters() if p.requires_grad),
+        find_unused_parameters=finds_unused,
     )

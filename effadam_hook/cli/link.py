@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from effadam_hook.cost import Link
-from effadam_hook.exchange.probe import Probe
+from effadam_hook.exchange.probe import Probe, Timing
 from effadam_hook.scheme import Scheme
 from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets, parts_of
 
@@ -62,12 +62,17 @@ class LinkFound:
     latency_s: float
     legs: Sequence[LegFound]
 
-    def as_link(self, sharing: float = 1.0) -> Link:
+    @property
+    def cpu_s(self) -> Mapping[str, float]:
+        """By name of a leg, processor time of a rank for one that is as good as empty."""
+        return {leg.name: leg.cpu_s for leg in self.legs}
+
+    def as_link(self, cpu_weight: float = 1.0) -> Link:
         """For the cost model. Bytes are payload bytes: what was measured has no headers in it.
 
         Args:
-            sharing: Ranks that share a core: processor time takes so many times as long. 0 if it
-                takes nothing from what the model computes.
+            cpu_weight: What a second of processor time takes from computing: as many seconds as ranks
+                share a core; none where the model is computed elsewhere.
         """
         return Link(
             self.payload_bytes_s,
@@ -75,8 +80,8 @@ class LinkFound:
             efficiency=1.0,
             slowdown={leg.name: leg.slowdown for leg in self.legs},
             overhead_s={leg.name: leg.overhead_s for leg in self.legs},
-            cpu_s={leg.name: leg.cpu_s * sharing for leg in self.legs},
-            cpu_s_per_byte={leg.name: leg.cpu_s_per_byte * sharing for leg in self.legs},
+            cpu_s={leg.name: leg.cpu_s * cpu_weight for leg in self.legs},
+            cpu_s_per_byte={leg.name: leg.cpu_s_per_byte * cpu_weight for leg in self.legs},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,19 +118,18 @@ def measure_link(
         What was found.
     """
     advance("link")
+    empty = probe.time_link(1, _EMPTY_REPEATS)
     size = _FIRST_BYTES
-    while (took := probe.time_link(size, 1).seconds) < _LONG_ENOUGH_S and size < _MOST_BYTES:
+    while (took := _sending_s(probe.time_link(size, 1), empty)) < _LONG_ENOUGH_S:
+        if size == _MOST_BYTES:
+            break
         size = min(_MOST_BYTES, max(2 * size, int(size * _LONG_ENOUGH_S / max(took, 1e-6))))
-    latency_s = probe.time_link(1, _EMPTY_REPEATS).seconds
-    # The best of them: what disturbs a transfer never makes it faster. The last of those under way
-    # together arrives when nothing is left to send.
-    took = probe.time_link(size, _REPEATS, _DEPTH).best_s
-    rate = size / max(took - latency_s / _DEPTH, took / 2, 1e-9)
+    rate = size / _sending_s(probe.time_link(size, _REPEATS, _DEPTH), empty, _DEPTH)
     legs = []
     for name, scheme in _examples(schemes).items():
         advance(name)
         legs.append(_measure_leg(probe, name, scheme, parameters, rate, nccl))
-    return LinkFound(rate, latency_s, legs)
+    return LinkFound(rate, empty.seconds, legs)
 
 
 def _examples(schemes: Sequence[Scheme]) -> Mapping[str, Scheme]:
@@ -162,17 +166,24 @@ def _measure_leg(
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
     empties = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS, _DEPTH)
     full = probe.time_leg(name, size, _REPEATS, _DEPTH)
-    # The last of them waits for messages under way when nothing is left to send.
-    sending_s = full.best_s - empty.best_s / _DEPTH
     return LegFound(
         name,
         busiest,
         full.best_s,
         empty.best_s,
-        max(1.0, sending_s * rate / busiest),
+        max(1.0, _sending_s(full, empty, _DEPTH) * rate / busiest),
         empties.cpu_s,
         max(0.0, full.cpu_s - empties.cpu_s) / busiest,
     )
+
+
+def _sending_s(full: Timing, empty: Timing, depth: int = 1) -> float:
+    """What one of ``depth`` transfers under way together takes of the link.
+
+    Of what the best took, as what disturbs a transfer never makes it faster. The last of them is still
+    under way when nothing is left to send.
+    """
+    return max(full.best_s - empty.best_s / depth, full.best_s / 100, 1e-9)
 
 
 def _share(leg: Leg, n: int, nccl: bool) -> float:

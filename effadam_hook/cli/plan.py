@@ -69,12 +69,10 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _cluster(ranks: Ranks, found: LinkFound) -> Cluster:
-    on_cpu = ranks.device.type == "cpu"
     return Cluster(
         ranks.probe.world_size,
-        # What the processor is busy with messages takes nothing from computing on a GPU.
-        found.as_link(ranks.sharing if on_cpu else 0.0),
-        cores=max(1.0, ranks.cores) if on_cpu else 1.0,
+        found.as_link(ranks.cpu_weight),
+        cores=max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0,
         tree=ranks.on_nccl,
         in_order=ranks.on_nccl,
     )
@@ -129,7 +127,9 @@ def _measure(
         speeds = {}
         for name, scheme in kinds.items():
             advance(name)
-            speeds[name] = measure_speed(ranks.probe, scheme, ranks.device, ranks.sharing)
+            speeds[name] = measure_speed(
+                ranks.probe, scheme, ranks.device, found.cpu_s, ranks.cpu_weight
+            )
         advance("compute")
         return found, speeds, _compute(args, ranks, workload)
 

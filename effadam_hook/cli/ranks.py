@@ -42,9 +42,9 @@ class Ranks:
     cores: float
 
     @property
-    def sharing(self) -> float:
-        """How many ranks share a core; 1 if each has one for itself."""
-        return max(1.0, 1.0 / self.cores)
+    def cpu_weight(self) -> float:
+        """Seconds that a second of processor time takes from computing; none on a GPU."""
+        return max(1.0, 1.0 / self.cores) if self.device.type == "cpu" else 0.0
 
     @property
     def on_nccl(self) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,14 +23,18 @@ __all__ = ["measure_speed"]
 _NUMEL = 1 << 20
 _FEW, _MANY = 2, 6
 _SETS = 8
-_TINY = 256
-_BUCKETS = 32
+_TINY, _ROW = 256, 16
+_BUCKETS = 8
 _KERNELS = 3
 _ADAM = (0.9, 0.1, 0.999, 0.001, 1e-3, 1.0, 1e-8)
 
 
 def measure_speed(
-    probe: Probe, scheme: Scheme, device: torch.device, sharing: float = 1.0
+    probe: Probe,
+    scheme: Scheme,
+    device: torch.device,
+    cpu_s: Mapping[str, float],
+    cpu_weight: float = 1.0,
 ) -> Speed:
     """Time a scheme's arithmetic; a collective operation.
 
@@ -34,10 +42,13 @@ def measure_speed(
         probe: The ranks.
         scheme: How gradients are averaged.
         device: Where they are.
-        sharing: Ranks that share a core.
+        cpu_s: By name of a leg, processor time of a rank for one that is as good as empty.
+        cpu_weight: What a second of processor time takes from computing, see
+            :meth:`LinkFound.as_link <effadam_hook.cli.link.LinkFound.as_link>`.
 
     Returns:
-        Its speed, with the other ranks of this machine as busy as this one.
+        Its speed, with the other ranks of this machine as busy as this one, and on memory that no
+        cache holds, as a model's is not held.
     """
     if scheme.kind in ("none", "dense"):
         return Speed()
@@ -45,25 +56,37 @@ def measure_speed(
         return _cast(probe, scheme, device)
     if scheme.kind == "powersgd":
         return _powersgd(probe, scheme.rank, device)
-    return _quantized(probe, scheme, device, sharing)
+    speed = _quantized(probe, scheme, device)
+    if device.type == "cpu":
+        messages_s = sum(cpu_s[f"{way}/{scheme.topology}"] for way in ("up", "down"))
+        part_s = max(0.0, _cpu_s_of_empty_part(probe, scheme) - messages_s)
+        speed = replace(speed, call_s=cpu_weight * part_s / _KERNELS)
+    return speed
+
+
+def _in_turn(sets: Tensor) -> Callable[[], Tensor]:
+    """Another row at every call, so that caches do not hold it."""
+    return itertools.cycle(sets).__next__
 
 
 def _cast(probe: Probe, scheme: Scheme, device: torch.device) -> Speed:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[scheme.quantizer]
-    bucket = torch.randn(_NUMEL, device=device)
-    cast = bucket.to(dtype)
-    before_s = probe.time_busy(lambda: _discard(bucket.to(dtype).div_(2)))
-    after_s = probe.time_busy(lambda: _discard(bucket.copy_(cast)))
+    buckets = torch.randn(_SETS, _NUMEL, device=device)
+    bucket, cast = _in_turn(buckets), _in_turn(buckets.to(dtype))
+    before_s = probe.time_busy(lambda: _discard(bucket().to(dtype).div_(2)))
+    after_s = probe.time_busy(lambda: _discard(bucket().copy_(cast())))
     return Speed(encode_s=before_s / _NUMEL, decode_s=after_s / _NUMEL)
 
 
 def _powersgd(probe: Probe, rank: int, device: torch.device) -> Speed:
     """The three products and the passes over memory that torch's hook makes of a square matrix."""
     side = int(_NUMEL**0.5)
-    matrix, error = torch.randn(side, side, device=device), torch.zeros(side, side, device=device)
+    matrices = torch.randn(_SETS, side, side, device=device)
+    next_matrix, next_error = _in_turn(matrices), _in_turn(torch.zeros_like(matrices))
     p, q = torch.randn(side, rank, device=device), torch.randn(side, rank, device=device)
 
     def before() -> None:
+        matrix, error = next_matrix(), next_error()
         matrix.add_(error)
         error.copy_(matrix)
         torch.mm(matrix, q, out=p)
@@ -71,6 +94,7 @@ def _powersgd(probe: Probe, rank: int, device: torch.device) -> Speed:
         torch.mm(matrix.t(), p, out=q)
 
     def after() -> None:
+        matrix, error = next_matrix(), next_error()
         torch.mm(p, q.t(), out=matrix)
         torch.sub(error, matrix, out=error)
         matrix.mul_(1e-3)
@@ -80,25 +104,29 @@ def _powersgd(probe: Probe, rank: int, device: torch.device) -> Speed:
     )
 
 
-def _quantized(probe: Probe, scheme: Scheme, device: torch.device, sharing: float) -> Speed:
-    few, many = _Calls(scheme, device, _FEW), _Calls(scheme, device, _MANY)
-    reduce_few_s, reduce_many_s = probe.time_busy(few.reduce), probe.time_busy(many.reduce)
-    each_s = max(0.0, reduce_many_s - reduce_few_s) / (_MANY - _FEW)
+def _quantized(probe: Probe, scheme: Scheme, device: torch.device) -> Speed:
+    calls = _Calls(scheme, device, _NUMEL)
+    few_s = probe.time_busy(lambda: calls.reduce(_FEW))
+    each_s = max(0.0, probe.time_busy(lambda: calls.reduce(_MANY)) - few_s) / (_MANY - _FEW)
     return Speed(
-        encode_s=probe.time_busy(few.encode) / _NUMEL,
-        reduce_s=max(0.0, reduce_few_s - _FEW * each_s) / _NUMEL,
+        encode_s=probe.time_busy(calls.encode) / _NUMEL,
+        reduce_s=max(0.0, few_s - _FEW * each_s) / _NUMEL,
         reduce_payload_s=each_s / _NUMEL,
-        decode_s=probe.time_busy(few.decode) / _NUMEL,
-        call_s=_call_s(probe, scheme, device, sharing),
+        decode_s=probe.time_busy(calls.decode) / _NUMEL,
+        call_s=probe.time_busy(_Calls(scheme, device, _TINY).encode),
     )
 
 
 class _Calls:
-    """The kernels, at every call on other memory: a model is too large to stay in the caches."""
+    """The three kernels, at every call on other memory.
 
-    def __init__(
-        self, scheme: Scheme, device: torch.device, workers: int, numel: int = _NUMEL
-    ) -> None:
+    Args:
+        scheme: Which quantizer, and whether it encodes Adam updates.
+        device: Where.
+        numel: Elements of each call.
+    """
+
+    def __init__(self, scheme: Scheme, device: torch.device, numel: int) -> None:
         quantizer = get_quantizer(scheme.quantizer)
         self._kernels = select(device)
         self._layout = plan_bucket(
@@ -115,19 +143,15 @@ class _Calls:
         self._worker, self._server, self._out = (torch.zeros_like(self._x) for _ in range(3))
         self._sent = torch.zeros(_SETS, 1, stride, dtype=torch.uint8, device=device)
         self._adam = [_adam(x) if scheme.kind == "update" else None for x in self._x]
-        self._turn = 0
+        self._turn = itertools.cycle(range(_SETS))
         for _ in range(_SETS):
             self.encode()
-        self._received = self._sent.repeat(1, workers, 1)
+        self._received = self._sent.repeat(1, _MANY, 1)
         self._outgoing = torch.zeros_like(self._sent)
-
-    def _next(self) -> int:
-        self._turn = (self._turn + 1) % _SETS
-        return self._turn
 
     def encode(self) -> None:
         """What a worker does before the uplink."""
-        i = self._next()
+        i = next(self._turn)
         self._kernels.encode_(
             self._layout.uplink,
             self._x[i],
@@ -137,14 +161,14 @@ class _Calls:
             adam=self._adam[i],
         )
 
-    def reduce(self) -> None:
-        """What a server does."""
-        i = self._next()
+    def reduce(self, workers: int) -> None:
+        """What a server does with the payloads of some workers."""
+        i = next(self._turn)
         self._kernels.reduce_encode_(
             self._layout.uplink,
             self._layout.downlink,
             0,
-            self._received[i],
+            self._received[i, :workers],
             self._server[i],
             torch.float32,
             self._outgoing[i, 0],
@@ -152,28 +176,25 @@ class _Calls:
 
     def decode(self) -> None:
         """What a worker does after the downlink."""
-        i = self._next()
+        i = next(self._turn)
         self._kernels.decode(self._layout.downlink, self._sent[i], self._out[i], torch.float32)
 
 
-def _call_s(probe: Probe, scheme: Scheme, device: torch.device, sharing: float) -> float:
-    """What a part takes whatever its size, for each of the three kernels."""
-    if device.type != "cpu":  # threads, hand-overs and messages are no work for the device
-        return probe.time_busy(_Calls(scheme, device, _FEW, _TINY).encode)
+def _cpu_s_of_empty_part(probe: Probe, scheme: Scheme) -> float:
+    """Processor time of a part with next to nothing in it: messages, Python, threads that hand over."""
     state = EfficientAdamState(quantizer=scheme.quantizer, topology=scheme.topology)
-    parameters = [torch.zeros(_TINY) for _ in range(_BUCKETS)]
-    buffers = [torch.zeros(_TINY) for _ in range(_BUCKETS)]
+    matrices = torch.zeros(_BUCKETS, _TINY // _ROW, _ROW)
+    buffers = torch.zeros(_BUCKETS, _TINY)
 
     def exchange() -> None:
-        last = _BUCKETS - 1
         futures = [
-            state.run_bucket(index, buffer, [parameter], index == last)
-            for index, (buffer, parameter) in enumerate(zip(buffers, parameters, strict=True))
+            state.run_bucket(index, buffer, [matrix], index == _BUCKETS - 1)
+            for index, (buffer, matrix) in enumerate(zip(buffers, matrices, strict=True))
         ]
         torch.futures.wait_all(futures)
 
     try:
-        return sharing * probe.time_processor(exchange) / _BUCKETS / _KERNELS
+        return probe.time_processor(exchange) / _BUCKETS
     finally:
         state.close()
 

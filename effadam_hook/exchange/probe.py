@@ -170,7 +170,8 @@ class Probe:
         begin = time.perf_counter()
         call()
         self.synchronize()
-        return max(1, round(seconds / max(self.share(time.perf_counter() - begin))))
+        once_s: float = max(self.share(time.perf_counter() - begin))
+        return max(1, round(seconds / once_s))
 
     def time_processor(self, call: Callable[[], None], seconds: float = 0.3) -> float:
         """Processor time of something that waits in between, while every rank does the same.

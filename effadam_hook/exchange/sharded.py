@@ -27,7 +27,7 @@ __all__ = ["Sharded"]
 
 _NEAR_S = 1e-3
 """What an empty message may wait for another's arrival: less than what full ones gain."""
-_CLEARLY = 4.0
+_SURELY_NEAR, _SURELY_FAR = 1 / 4, 16.0
 _REPEATS, _MOST_LOOKS = 3, 4
 
 
@@ -60,8 +60,8 @@ class Sharded:
         for _ in range(_MOST_LOOKS):
             best = [min(s, _fastest(way)) for s, way in zip(best, ways, strict=True)]
             ring_s, straight_s = slowest(best, group, sent.device)
-            # What disturbs a look only makes it slower: one that is clear either way will do.
-            if not near_s / _CLEARLY < ring_s - straight_s < near_s * _CLEARLY:
+            # Beyond what a busy machine adds, or without it: a further look would say the same.
+            if not near_s * _SURELY_NEAR < ring_s - straight_s < near_s * _SURELY_FAR:
                 break
         self._goes_straight = ring_s - straight_s > near_s
         self.way = (
