@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effadam_hook import EfficientAdamState
+from effadam_hook.cli.speed import exchange_all
+from effadam_hook.cli.stepping import between_ends
 from effadam_hook.cli.workloads import Workload
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.scheme import Scheme
@@ -48,17 +49,8 @@ def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Iterator[Excha
     if scheme.is_ours:
         state = EfficientAdamState(quantizer=scheme.quantizer, topology=scheme.topology)
 
-        def ours() -> None:
-            last = len(buckets) - 1
-            futures = [
-                state.run_bucket(i, buffer, bucket, i == last)
-                for i, (buffer, bucket) in enumerate(zip(buffers, buckets, strict=True))
-            ]
-            for future in futures:
-                future.wait()
-
         try:
-            yield ours
+            yield lambda: exchange_all(state, buffers, buckets)
         finally:
             state.close()
         return
@@ -89,8 +81,7 @@ def measure(name: str, workload: Workload, repeats: int) -> float:
         for _ in range(repeats):  # no barrier in between: a pause would close TCP's windows
             run()
             ends.append(time.perf_counter() - begin)
-        last = [max(rank) for rank in zip(*probe.share(ends), strict=True)]
-    return statistics.median(b - a for a, b in pairwise([0.0, *last]))
+        return statistics.median(between_ends(probe.share(ends)))
 
 
 def main() -> None:

@@ -62,11 +62,6 @@ class LinkFound:
     latency_s: float
     legs: Sequence[LegFound]
 
-    @property
-    def cpu_s(self) -> Mapping[str, float]:
-        """By name of a leg, processor time of a rank for one that is as good as empty."""
-        return {leg.name: leg.cpu_s for leg in self.legs}
-
     def as_link(self, cpu_weight: float = 1.0) -> Link:
         """For the cost model. Bytes are payload bytes: what was measured has no headers in it.
 

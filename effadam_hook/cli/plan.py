@@ -128,7 +128,7 @@ def _measure(
         for name, scheme in kinds.items():
             advance(name)
             speeds[name] = measure_speed(
-                ranks.probe, scheme, ranks.device, found.cpu_s, ranks.cpu_weight
+                ranks.probe, scheme, ranks.device, found.as_link().cpu_s, ranks.cpu_weight
             )
         advance("compute")
         return found, speeds, _compute(args, ranks, workload)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from effadam_hook.quantizers import get_quantizer
 from effadam_hook.scheme import Scheme
 from effadam_hook.state import EfficientAdamState
 
-__all__ = ["measure_speed"]
+__all__ = ["exchange_all", "measure_speed"]
 
 _NUMEL = 1 << 20
 _FEW, _MANY = 2, 6
@@ -56,12 +55,13 @@ def measure_speed(
         return _cast(probe, scheme, device)
     if scheme.kind == "powersgd":
         return _powersgd(probe, scheme.rank, device)
-    speed = _quantized(probe, scheme, device)
     if device.type == "cpu":
         messages_s = sum(cpu_s[f"{way}/{scheme.topology}"] for way in ("up", "down"))
         part_s = max(0.0, _cpu_s_of_empty_part(probe, scheme) - messages_s)
-        speed = replace(speed, call_s=cpu_weight * part_s / _KERNELS)
-    return speed
+        call_s = cpu_weight * part_s / _KERNELS
+    else:
+        call_s = probe.time_busy(_Calls(scheme, device, _TINY).encode)
+    return _quantized(probe, scheme, device, call_s)
 
 
 def _in_turn(sets: Tensor) -> Callable[[], Tensor]:
@@ -104,7 +104,7 @@ def _powersgd(probe: Probe, rank: int, device: torch.device) -> Speed:
     )
 
 
-def _quantized(probe: Probe, scheme: Scheme, device: torch.device) -> Speed:
+def _quantized(probe: Probe, scheme: Scheme, device: torch.device, call_s: float) -> Speed:
     calls = _Calls(scheme, device, _NUMEL)
     few_s = probe.time_busy(lambda: calls.reduce(_FEW))
     each_s = max(0.0, probe.time_busy(lambda: calls.reduce(_MANY)) - few_s) / (_MANY - _FEW)
@@ -113,7 +113,7 @@ def _quantized(probe: Probe, scheme: Scheme, device: torch.device) -> Speed:
         reduce_s=max(0.0, few_s - _FEW * each_s) / _NUMEL,
         reduce_payload_s=each_s / _NUMEL,
         decode_s=probe.time_busy(calls.decode) / _NUMEL,
-        call_s=probe.time_busy(_Calls(scheme, device, _TINY).encode),
+        call_s=call_s,
     )
 
 
@@ -186,17 +186,29 @@ def _cpu_s_of_empty_part(probe: Probe, scheme: Scheme) -> float:
     matrices = torch.zeros(_BUCKETS, _TINY // _ROW, _ROW)
     buffers = torch.zeros(_BUCKETS, _TINY)
 
-    def exchange() -> None:
-        futures = [
-            state.run_bucket(index, buffer, [matrix], index == _BUCKETS - 1)
-            for index, (buffer, matrix) in enumerate(zip(buffers, matrices, strict=True))
-        ]
-        torch.futures.wait_all(futures)
-
+    buckets = [[matrix] for matrix in matrices]
     try:
-        return probe.time_processor(exchange) / _BUCKETS
+        return probe.time_processor(lambda: exchange_all(state, buffers, buckets)) / _BUCKETS
     finally:
         state.close()
+
+
+def exchange_all(
+    state: EfficientAdamState, buffers: Iterable[Tensor], buckets: Sequence[Sequence[Tensor]]
+) -> None:
+    """Exchange a whole model's gradients, all of them ready at once; a collective operation.
+
+    Args:
+        state: Whose exchange.
+        buffers: ``[numel]`` each, the gradients of one bucket, overwritten with their mean.
+        buckets: The parameters of each.
+    """
+    last = len(buckets) - 1
+    futures = [
+        state.run_bucket(index, buffer, bucket, index == last)
+        for index, (buffer, bucket) in enumerate(zip(buffers, buckets, strict=True))
+    ]
+    torch.futures.wait_all(futures)
 
 
 def _adam(x: Tensor) -> AdamSource:

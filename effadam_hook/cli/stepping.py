@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypedDict
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "KernelsError",
     "KernelsUsed",
     "Plan",
+    "between_ends",
     "check_kernels",
     "run_cells",
     "step",
@@ -224,18 +226,30 @@ def _measure(
     topology = _summary_line(prepared, "topology")
     prepared.close()
     shared = probe.share({"ends": ends, "cpu": cpu / plan.steps})
-    # Counted from when all had read the counters; a step has ended when it has on the last rank.
-    last = [max(times) for times in zip(*(one["ends"] for one in shared), strict=True)]
     return {
         "round": number,
         "method": name,
         "kernels": kernels,
         "topology": topology,
-        "step_s": [b - a for a, b in zip([0.0, *last], last, strict=False)],
+        "step_s": between_ends([one["ends"] for one in shared]),  # from the counters' reading on
         "cpu_s": sum(one["cpu"] for one in shared),
         "sent_bytes": _each_step(sent, sent_after, plan.steps),
         "received_bytes": _each_step(received, received_after, plan.steps),
     }
+
+
+def between_ends(ends: Sequence[Sequence[float]]) -> list[float]:
+    """How long each of several things in a row took, all ranks together.
+
+    Args:
+        ends: By rank, seconds from the common begin to the end of each; one has ended when it has on
+            the last rank.
+
+    Returns:
+        Seconds of each.
+    """
+    last = [max(times) for times in zip(*ends, strict=True)]
+    return [b - a for a, b in pairwise([0.0, *last])]
 
 
 def _each_step(before: list[int], after: list[int], steps: int) -> list[float]:
