@@ -1,0 +1,25 @@
+"""What the exchange computes stays the same to the bit: see bits.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bits import PATH, WORLD_SIZES, environment, run_of
+from effadam_hook.quantizers import QUANTIZERS
+from harness import run_ranks
+
+RECORDED = json.loads(PATH.read_text())
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_payloads_residuals_and_weights_after_50_steps_are_the_recorded_ones(
+    quantizer: str, world_size: int
+) -> None:
+    recorded_for = {key: RECORDED[key] for key in environment()}
+    if recorded_for != environment():
+        pytest.skip(f"recorded for {recorded_for}, and this is {environment()}")
+    runs = run_ranks(run_of, world_size, quantizer, timeout=120)
+    assert runs == RECORDED["runs"][f"{quantizer} on {world_size}"]
