@@ -5,8 +5,8 @@ A leg of an exchange, see :mod:`effadam_hook.planner.traffic`, takes
     ``rounds × latency + messages × message time + bytes / (bandwidth × efficiency) × slowdown``
 
 and ``cpu_s + bytes × cpu_s_per_byte`` of the rank's processor. Kernels take a time per element, and
-the reduction one per element and payload. :mod:`effadam_hook.planner.timeline` overlaps the buckets with
-one another and with backward; they share link and processor.
+the reduction one per element and payload. :mod:`~effadam_hook.planner.timeline` overlaps the buckets
+with one another and with backward; they share link and processor.
 
 This module is integers and floats only.
 """
