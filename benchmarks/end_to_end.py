@@ -30,8 +30,8 @@ from stepping import Cell, Plan
 from effadam_hook.cli.environment import environment
 from effadam_hook.cli.rows import Row as Measured
 from effadam_hook.cli.rows import rows_of
-from effadam_hook.cli.workloads import Workload
-from effadam_hook.scheme import expand_names
+from effadam_hook.planner.method import expand_names
+from effadam_hook.planner.workloads import Workload
 
 __all__ = ["Row", "measure", "table"]
 
@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--rate", default="1gbit", help="of each link, as in 200mbit")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one way, host to host")
     parser.add_argument("--keep-windows", action="store_true", help="of TCP over pauses")
-    parser.add_argument("--methods", default=_ALL, help="see scheme.py; {a,b} stands for either")
+    parser.add_argument("--methods", default=_ALL, help="see method.py; {a,b} stands for either")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured in each cell")
     parser.add_argument("--warmup", type=int, default=5, help="steps before those")

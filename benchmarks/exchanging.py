@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effadam_hook import EfficientAdamState
-from effadam_hook.cli.speed import exchange_all
 from effadam_hook.cli.stepping import between_ends
-from effadam_hook.cli.workloads import Workload
 from effadam_hook.exchange.probe import Probe
-from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Parameter, make_buckets
+from effadam_hook.planner.measure_speed import exchange_all
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.traffic import Parameter, make_buckets
+from effadam_hook.planner.workloads import Workload
 
 Exchange = Callable[[], None]
 
@@ -43,11 +43,11 @@ def buckets_of(model: nn.Module, bucket_mb: float | None) -> list[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Iterator[Exchange]:
-    """The exchange of a scheme as a call that returns when it is done on this rank."""
+def make_exchange(method: Method, buckets: list[list[Tensor]]) -> Iterator[Exchange]:
+    """The exchange of a method as a call that returns when it is done on this rank."""
     buffers = [torch.randn(sum(p.numel() for p in bucket)) for bucket in buckets]
-    if scheme.is_ours:
-        state = EfficientAdamState(quantizer=scheme.quantizer, topology=scheme.topology)
+    if method.is_ours:
+        state = EfficientAdamState(quantizer=method.quantizer, topology=method.topology)
 
         try:
             yield lambda: exchange_all(state, buffers, buckets)
@@ -56,11 +56,11 @@ def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Iterator[Excha
         return
 
     def dense() -> None:
-        sent = [buffer.half() if scheme.kind == "cast" else buffer for buffer in buffers]
+        sent = [buffer.half() if method.kind == "cast" else buffer for buffer in buffers]
         works = [dist.all_reduce(each.div_(dist.get_world_size()), async_op=True) for each in sent]
         for work, each, buffer in zip(works, sent, buffers, strict=True):
             work.wait()
-            if scheme.kind == "cast":
+            if method.kind == "cast":
                 buffer.copy_(each)
 
     yield dense
@@ -68,11 +68,11 @@ def make_exchange(scheme: Scheme, buckets: list[list[Tensor]]) -> Iterator[Excha
 
 def measure(name: str, workload: Workload, repeats: int) -> float:
     """Median seconds of an exchange."""
-    scheme = Scheme.parse(name)
+    method = Method.parse(name)
     group = dist.group.WORLD
     assert group is not None
     probe = Probe(group, torch.device("cpu"))
-    with make_exchange(scheme, buckets_of(workload.model(), scheme.bucket_mb)) as run:
+    with make_exchange(method, buckets_of(workload.model(), method.bucket_mb)) as run:
         for _ in range(_WARMUP):
             run()
         probe.share(None)

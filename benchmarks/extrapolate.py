@@ -14,9 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from effadam_hook.cost import Cluster, Compute, Link, Speed, predict
-from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import square_model
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.predict import Cluster, Compute, Link, Speed, predict
+from effadam_hook.planner.traffic import square_model
 
 RANKS = (64, 128, 256, 512, 1024)
 GBITS = (1, 2.5, 5, 10, 25, 50, 100, 200, 400)
@@ -65,9 +65,9 @@ BITS = {"fp16": 16.0, "lloyd4": 4.0, "lloyd2": 2.0}
 def ratios(setting: Setting, name: str, bucket_mb: float) -> list[list[float]]:
     """Step time over dense, by ranks and bandwidth."""
     parameters = square_model(setting.numel, 4096)
-    scheme = Scheme.parse(name).with_buckets(bucket_mb)
-    dense = Scheme.parse("fp32").with_buckets(bucket_mb)
-    speed = setting.speed(BITS[scheme.quantizer])
+    method = Method.parse(name).with_buckets(bucket_mb)
+    dense = Method.parse("fp32").with_buckets(bucket_mb)
+    speed = setting.speed(BITS[method.quantizer])
     rows = []
     for ranks in RANKS:
         row = []
@@ -75,7 +75,7 @@ def ratios(setting: Setting, name: str, bucket_mb: float) -> list[list[float]]:
             link = Link(gbit * 1e9 / 8, LATENCY_S, MESSAGE_S)
             # The device does one thing at a time: kernels slow backward, transfers do not.
             cluster = Cluster(ranks, link, cores=1.0, tree=True, in_order=True)
-            ours = predict(scheme, parameters, cluster, speed, setting.compute)
+            ours = predict(method, parameters, cluster, speed, setting.compute)
             row.append(
                 ours.step_s / predict(dense, parameters, cluster, None, setting.compute).step_s
             )

@@ -24,8 +24,8 @@ from netlab import LabError, Link, NetLab, RankError, run_in_lab
 from stepping import Plan
 
 from effadam_hook.cli.environment import environment
-from effadam_hook.cli.workloads import Workload
-from effadam_hook.scheme import expand_names
+from effadam_hook.planner.method import expand_names
+from effadam_hook.planner.workloads import Workload
 
 _HERE = Path(__file__).parent
 _METHODS = "fp32,fp16,{lloyd4,lloyd2}/{sharded,rank0}@1"
@@ -76,11 +76,11 @@ def check(args: argparse.Namespace, link: Link) -> tuple[list[Compared], dict[st
     compared = [
         Compared(
             link.name,
-            one["scheme"],
+            one["method"],
             1e3 * one["exchange_s"],
-            1e3 * exchanges[one["scheme"]],
+            1e3 * exchanges[one["method"]],
             1e3 * one["step_s"],
-            rows[one["scheme"]].median_ms,
+            rows[one["method"]].median_ms,
         )
         for one in planned["predictions"]
     ]

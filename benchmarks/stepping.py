@@ -14,8 +14,8 @@ from netlab import read_wire_bytes
 
 from effadam_hook.cli.stepping import Cell, KernelsError, KernelsUsed, check_kernels, run_cells
 from effadam_hook.cli.stepping import Plan as AnyPlan
-from effadam_hook.cli.workloads import Workload
 from effadam_hook.exchange.probe import Probe
+from effadam_hook.planner.workloads import Workload
 
 __all__ = ["Cell", "KernelsError", "KernelsUsed", "Plan", "check_kernels"]
 

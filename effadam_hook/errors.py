@@ -8,10 +8,12 @@ children, so that a training loop can tell them from its own errors.
 from __future__ import annotations
 
 __all__ = [
+    "CommandError",
     "DisagreementError",
     "EffAdamError",
     "StateMismatchError",
     "UnsupportedBackendError",
+    "UserCodeError",
 ]
 
 
@@ -29,3 +31,11 @@ class DisagreementError(EffAdamError):
 
 class StateMismatchError(EffAdamError):
     """A saved state does not fit the running one; the running one was left untouched."""
+
+
+class CommandError(RuntimeError):
+    """The ``effadam`` command or a benchmark cannot run as requested; the message is for the user."""
+
+
+class UserCodeError(RuntimeError):
+    """The user's own code raised within the command; the cause is the original error."""

@@ -20,9 +20,6 @@ PACKAGES = ("effadam_hook", "lightning_plugin")
 LADDER = (
     ("effadam_hook.errors", "effadam_hook._version"),
     ("effadam_hook.config", "effadam_hook.quantizers", "effadam_hook.layout"),
-    ("effadam_hook.scheme", "effadam_hook.pipeline"),
-    ("effadam_hook.traffic",),
-    ("effadam_hook.cost",),
     (
         "effadam_hook.accumulation",
         "effadam_hook.idle",
@@ -43,6 +40,7 @@ LADDER = (
     ("effadam_hook.state",),
     ("effadam_hook.hook",),
     ("effadam_hook",),
+    ("effadam_hook.planner",),
     ("effadam_hook.cli",),
     ("lightning_plugin",),
 )
@@ -53,12 +51,12 @@ GRAD_BUCKET_HOME = "effadam_hook.hook"
 COLLECTIVES_HOME = "effadam_hook.exchange"
 TORCH_FREE = {
     "effadam_hook._version",
-    "effadam_hook.cost",
+    "effadam_hook.planner.predict",
     "effadam_hook.errors",
     "effadam_hook.layout",
-    "effadam_hook.pipeline",
-    "effadam_hook.scheme",
-    "effadam_hook.traffic",
+    "effadam_hook.planner.timeline",
+    "effadam_hook.planner.method",
+    "effadam_hook.planner.traffic",
 }
 
 # Everything that all ranks of a group must call in the same order.

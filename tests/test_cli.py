@@ -21,23 +21,23 @@ import torch.distributed as dist
 from torch import nn
 
 from effadam_hook.cli import main
-from effadam_hook.cli.compute import measure_compute
-from effadam_hook.cli.forecast import advise, code_for
 from effadam_hook.cli.interface import InterfaceCounter
-from effadam_hook.cli.link import measure_link
 from effadam_hook.cli.methods import prepare
 from effadam_hook.cli.plan import _cluster
 from effadam_hook.cli.ranks import Ranks
 from effadam_hook.cli.report import read_log
 from effadam_hook.cli.rows import rows_of
-from effadam_hook.cli.speed import measure_speed
-from effadam_hook.cli.ui import CommandError
-from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count, to_device
-from effadam_hook.cost import Prediction, predict
+from effadam_hook.errors import CommandError
 from effadam_hook.exchange.probe import Probe, Timing
 from effadam_hook.log import RunLog
-from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Parameter, payload_bytes
+from effadam_hook.planner.advice import advise, code_for
+from effadam_hook.planner.measure_compute import measure_compute
+from effadam_hook.planner.measure_link import measure_link
+from effadam_hook.planner.measure_speed import measure_speed
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.predict import Prediction, predict
+from effadam_hook.planner.traffic import Parameter, payload_bytes
+from effadam_hook.planner.workloads import UserModel, Workload, describe, parse_count, to_device
 from harness import run_ranks
 
 TIMEOUT = 120.0
@@ -134,7 +134,7 @@ def test_plan_predicts_every_method_and_recommends_one() -> None:
     found = json.loads(out)
     assert (found["world_size"], found["backend"], found["parameters"]) == (2, "gloo", 33024)
     assert found["ranks_on_this_machine"] == 2
-    names = [one["scheme"] for one in found["predictions"]]
+    names = [one["method"] for one in found["predictions"]]
     assert names[3:5] == ["lloyd4/sharded", "lloyd4/rank0"] and len(names) == 8
     assert {leg["name"] for leg in found["link"]["legs"]} == {
         *("all_reduce", "up/sharded", "down/sharded", "up/rank0", "down/rank0")
@@ -144,7 +144,7 @@ def test_plan_predicts_every_method_and_recommends_one() -> None:
     for one in found["predictions"]:
         assert one["step_s"] >= compute_s * (1 - 1e-9)
         assert one["exchange_s"] > 0 and one["busiest_bytes"] > 0
-        assert one["bucket_mb"] == (None if one["scheme"] == "powersgd2" else 1.0)
+        assert one["bucket_mb"] == (None if one["method"] == "powersgd2" else 1.0)
     assert all(speed["encode_s"] > 0 for speed in found["speeds"].values())
     assert found["recommended"]["reason"] and found["recommended"]["code"]
 
@@ -185,7 +185,7 @@ def test_bench_trains_by_every_method_and_says_what_it_counted() -> None:
 
 def mean_by(rank: int, world_size: int, name: str) -> tuple[list[float], list[float]]:
     torch.manual_seed(0)
-    prepared = prepare(Scheme.parse(name), nn.Linear(8, 8))
+    prepared = prepare(Method.parse(name), nn.Linear(8, 8))
     torch.manual_seed(1 + rank)
     with prepared.scope():
         prepared.model(torch.randn(4, 8)).square().mean().backward()
@@ -438,7 +438,7 @@ def call_s_beside(rank: int, world_size: int, messages_s: float) -> float:
     device = torch.device("cpu")
     cpu_s = {"up/sharded": messages_s, "down/sharded": 0.0}
     probe = Probe(dist.group.WORLD, device)
-    return measure_speed(probe, Scheme.parse("lloyd4/sharded"), device, cpu_s).call_s
+    return measure_speed(probe, Method.parse("lloyd4/sharded"), device, cpu_s).call_s
 
 
 def test_what_messages_take_of_the_processor_is_not_counted_with_the_kernels_again() -> None:
@@ -496,14 +496,14 @@ def test_a_report_as_json_needs_no_matplotlib_unless_a_picture_was_asked_for(
 
 
 def prediction(name: str, step_s: float) -> Prediction:
-    return Prediction(Scheme.parse(name), step_s, step_s, step_s / 2, 0.0, 0.0)
+    return Prediction(Method.parse(name), step_s, step_s, step_s / 2, 0.0, 0.0)
 
 
 def test_dense_is_kept_unless_a_step_gets_a_tenth_shorter() -> None:
     dense = prediction("fp32", 1.0)
     assert not advise([dense, prediction("lloyd4/sharded", 0.91)], dense).pays
     advice = advise([dense, prediction("lloyd4/sharded", 0.89)], dense)
-    assert advice.pays and advice.best.scheme.name == "lloyd4/sharded"
+    assert advice.pays and advice.best.method.name == "lloyd4/sharded"
 
 
 def test_fewer_bits_must_be_worth_it_and_other_trainings_are_never_recommended() -> None:
@@ -516,8 +516,8 @@ def test_fewer_bits_must_be_worth_it_and_other_trainings_are_never_recommended()
 
 def test_the_line_to_paste_is_python_and_says_the_buckets() -> None:
     for name in ("fp32", "fp16", "lloyd4/sharded", "lloyd2/rank0@4"):
-        compile(code_for(Scheme.parse(name)), name, "exec")
-    assert code_for(Scheme.parse("lloyd2/rank0@4")).splitlines() == [
+        compile(code_for(Method.parse(name)), name, "exec")
+    assert code_for(Method.parse("lloyd2/rank0@4")).splitlines() == [
         "ddp_model = DistributedDataParallel(model, bucket_cap_mb=4)",
         'state = effadam_hook.attach(ddp_model, quantizer="lloyd2", topology="rank0")',
     ]
@@ -647,7 +647,7 @@ def test_plan_times_the_dense_all_reduce_also_where_only_ours_is_asked_for() -> 
     found = json.loads(out)
     (all_reduce,) = [leg for leg in found["link"]["legs"] if leg["name"] == "all_reduce"]
     assert all_reduce["seconds"] > 0
-    assert [(one["scheme"], one["bucket_mb"]) for one in found["dense"]] == [("fp32", 1.0)]
+    assert [(one["method"], one["bucket_mb"]) for one in found["dense"]] == [("fp32", 1.0)]
     # One message after another: what was measured, and not what latency alone would make of it.
     assert found["dense"][0]["exchange_s"] >= all_reduce["overhead_s"]
 
@@ -698,7 +698,7 @@ def test_a_delay_is_not_taken_for_a_slow_link_nor_messages_for_bytes(
 ) -> None:
     probe: Any = FarProbe(bytes_s, delay_s)
     model = [Parameter(1 << 18, 512)]
-    found = measure_link(probe, [Scheme.parse("lloyd4/sharded")], model, lambda part: None)
+    found = measure_link(probe, [Method.parse("lloyd4/sharded")], model, lambda part: None)
     assert found.payload_bytes_s == pytest.approx(bytes_s, rel=0.01)
     alone, shared = found.as_link(), found.as_link(cpu_weight=3.0)
     for leg in found.legs:
@@ -716,7 +716,7 @@ def test_messages_take_processor_time_from_computing_on_the_processor_alone(
     device: str, cores: float, share: float
 ) -> None:
     probe: Any = FarProbe()
-    found = measure_link(probe, [Scheme.parse("fp32")], [Parameter(1 << 18, 512)], lambda _: None)
+    found = measure_link(probe, [Method.parse("fp32")], [Parameter(1 << 18, 512)], lambda _: None)
     link = _cluster(Ranks(probe, torch.device(device), "gloo", 4, cores), found).link
     (leg,) = found.legs
     assert link.cpu_s[leg.name] == share * leg.cpu_s
@@ -727,15 +727,15 @@ def test_messages_take_processor_time_from_computing_on_the_processor_alone(
 def test_the_backend_decides_alike_what_is_measured_and_what_is_predicted(
     backend: str, parts: int, sends: int
 ) -> None:
-    scheme, model = Scheme.parse("lloyd4/rank0@64"), [Parameter(1 << 20, 1024)] * 4
+    method, model = Method.parse("lloyd4/rank0@64"), [Parameter(1 << 20, 1024)] * 4
     probe: Any = FakeProbe()
     ranks = Ranks(probe, torch.device("cpu"), backend, 1, 2.0)
-    found = measure_link(probe, [scheme], model, lambda part: None, ranks.on_nccl)
+    found = measure_link(probe, [method], model, lambda part: None, ranks.on_nccl)
     payload = payload_bytes(model[: 4 // parts], "lloyd4", servers=1)
     assert probe.sizes == {"up/rank0": payload, "down/rank0": payload}
     down = next(leg for leg in found.legs if leg.name == "down/rank0")
     assert down.busiest_bytes == sends * payload
-    predicted = predict(scheme, model, _cluster(ranks, found))
+    predicted = predict(method, model, _cluster(ranks, found))
     assert predicted.busiest_bytes == max(3, sends) * payload * parts
 
 

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effadam_hook.cost import Cluster, Compute, Link, Speed, predict
 from effadam_hook.layout import Slot, plan_bucket
-from effadam_hook.pipeline import Passing, Work, run_pipeline
-from effadam_hook.quantizers import get_quantizer
-from effadam_hook.scheme import Scheme, expand_names
-from effadam_hook.traffic import (
+from effadam_hook.planner.method import Method, expand_names
+from effadam_hook.planner.predict import Cluster, Compute, Link, Speed, predict
+from effadam_hook.planner.timeline import Transit, Work, run_timeline
+from effadam_hook.planner.traffic import (
     Parameter,
     legs_of,
     make_buckets,
@@ -22,6 +21,7 @@ from effadam_hook.traffic import (
     payload_bytes,
     square_model,
 )
+from effadam_hook.quantizers import get_quantizer
 
 MLP = [parameter for _ in range(6) for parameter in (Parameter(1 << 20, 1024), Parameter(1024))]
 NUMEL = 6 * ((1 << 20) + 1024)
@@ -34,7 +34,7 @@ def link(megabytes_s: float = 100.0, **values: float) -> Link:
 
 
 def test_a_dense_ring_carries_twice_the_gradients_less_one_nth() -> None:
-    predicted = predict(Scheme.parse("fp32"), MLP, Cluster(4, link(25.0)))
+    predicted = predict(Method.parse("fp32"), MLP, Cluster(4, link(25.0)))
     assert predicted.busiest_bytes == 2 * 4 * NUMEL * 3 / 4
     assert predicted.exchange_s == pytest.approx(2 * 4 * NUMEL * 3 / 4 / 25e6)
 
@@ -43,13 +43,13 @@ def test_an_all_reduce_waits_for_every_round_of_its_ring_or_tree() -> None:
     late, model = link(1e6, latency_s=0.001), [Parameter(1024)]
     for tree, rounds in ((False, 30), (True, 8)):
         cluster = Cluster(16, late, tree=tree)
-        exchange_s = predict(Scheme.parse("fp32"), model, cluster).exchange_s
+        exchange_s = predict(Method.parse("fp32"), model, cluster).exchange_s
         assert exchange_s == pytest.approx(rounds * 0.001, rel=1e-3)
 
 
 def test_half_the_bytes_take_half_the_time() -> None:
     cluster = Cluster(4, link())
-    dense, half = (predict(Scheme.parse(name), MLP, cluster) for name in ("fp32", "fp16"))
+    dense, half = (predict(Method.parse(name), MLP, cluster) for name in ("fp32", "fp16"))
     assert half.exchange_s == pytest.approx(dense.exchange_s / 2)
 
 
@@ -57,20 +57,20 @@ def test_rank_0_takes_in_n_minus_1_payloads_and_is_the_root_of_a_tree() -> None:
     bucket = [Parameter(1 << 20, 1024)]
     size = payload_bytes(bucket, "lloyd4", servers=1)
     assert size == (1 << 20) // 2 + (1 << 20) // 256 * 2 + 16  # codes, scales, seal
-    up, down = legs_of(Scheme.parse("lloyd4/rank0"), bucket, 4)
+    up, down = legs_of(Method.parse("lloyd4/rank0"), bucket, 4)
     assert (up.out_bytes, up.in_bytes, up.rounds) == (0, 3 * size, 1)
     assert (down.out_bytes, down.in_bytes, down.rounds) == (2 * size, 0, 2)
-    assert legs_of(Scheme.parse("lloyd4/rank0"), bucket, 2)[1].rounds == 1
-    assert legs_of(Scheme.parse("lloyd4/rank0"), bucket, 8, tree=True)[1].out_bytes == size
+    assert legs_of(Method.parse("lloyd4/rank0"), bucket, 2)[1].rounds == 1
+    assert legs_of(Method.parse("lloyd4/rank0"), bucket, 8, tree=True)[1].out_bytes == size
     assert (up.messages, down.messages) == (2, 0)
 
 
 def test_large_buckets_of_ours_travel_in_parts_but_not_on_one_stream() -> None:
     bucket = [Parameter(1 << 20, 1024)] * 4
-    ours = Scheme.parse("lloyd4/sharded")
+    ours = Method.parse("lloyd4/sharded")
     assert [len(part) for part in parts_of(ours, bucket, 4)] == [1, 1, 1, 1]
     assert [len(part) for part in parts_of(ours, bucket, 32)] == [2, 2]
-    assert parts_of(Scheme.parse("fp32"), bucket, 4) == [bucket]
+    assert parts_of(Method.parse("fp32"), bucket, 4) == [bucket]
     speed = Speed(encode_s=1e-8, decode_s=1e-8)
     whole, parts = (
         predict(ours, bucket, Cluster(4, link(), in_order=in_order), speed).exchange_s
@@ -82,12 +82,12 @@ def test_large_buckets_of_ours_travel_in_parts_but_not_on_one_stream() -> None:
 def test_sharded_sends_what_is_not_its_own_and_gets_as_much_in_both_legs() -> None:
     bucket = [Parameter(1 << 20, 1024)]
     size = payload_bytes(bucket, "lloyd4", servers=4)
-    for leg in legs_of(Scheme.parse("lloyd4/sharded"), bucket, 4):
+    for leg in legs_of(Method.parse("lloyd4/sharded"), bucket, 4):
         assert (leg.out_bytes, leg.in_bytes, leg.rounds) == (size * 3 / 4, size * 3 / 4, 1)
 
 
 def test_powersgd_sends_two_thin_factors_and_the_vectors() -> None:
-    sizes = [leg.busiest_bytes for leg in legs_of(Scheme.parse("powersgd4"), MLP, 2)]
+    sizes = [leg.busiest_bytes for leg in legs_of(Method.parse("powersgd4"), MLP, 2)]
     assert sizes == [4 * 6 * 1024, 4 * 6 * 4 * 1024, 4 * 6 * 4 * 1024]
 
 
@@ -95,10 +95,10 @@ def test_both_legs_of_sharded_share_the_link_and_those_of_rank0_do_not() -> None
     model = square_model(64 << 20)
     cluster = Cluster(2, link())
     size = sum(payload_bytes(b, "lloyd4", 2) for b in make_buckets(model, 4))
-    sharded = predict(Scheme.parse("lloyd4/sharded@4"), model, cluster)
+    sharded = predict(Method.parse("lloyd4/sharded@4"), model, cluster)
     assert sharded.exchange_s == pytest.approx(size / 100e6, rel=0.01)
     # Two ranks: one payload each way, so up and down fill a direction each.
-    rank0 = predict(Scheme.parse("lloyd4/rank0@4"), model, cluster)
+    rank0 = predict(Method.parse("lloyd4/rank0@4"), model, cluster)
     assert rank0.exchange_s == pytest.approx(size / 100e6 * (1 + 1 / 64), rel=0.01)
     assert sharded.floor_s == pytest.approx(sharded.exchange_s, rel=0.01)
 
@@ -108,7 +108,7 @@ def test_one_bucket_overlaps_nothing() -> None:
     model = [Parameter(1 << 20, 1024)]
     size = payload_bytes(model, "lloyd4", 4)
     predicted = predict(
-        Scheme.parse("lloyd4/sharded"), model, Cluster(4, link(latency_s=0.01)), speed
+        Method.parse("lloyd4/sharded"), model, Cluster(4, link(latency_s=0.01)), speed
     )
     kernels_s = (1 << 20) * (1e-9 + (2e-9 + 4 * 1e-9) / 4 + 3e-9) + 3e-4
     assert predicted.exchange_s == pytest.approx(kernels_s + 2 * (size * 0.75 / 100e6 + 0.01))
@@ -117,7 +117,7 @@ def test_one_bucket_overlaps_nothing() -> None:
 def test_an_exchange_hides_behind_a_long_backward_all_but_its_last_bucket() -> None:
     compute = Compute(forward_s=1.0, backward_s=10.0, rest_s=0.5)
     cluster = Cluster(4, link(1000))
-    predicted = predict(Scheme.parse("lloyd4/sharded@1"), MLP, cluster, compute=compute)
+    predicted = predict(Method.parse("lloyd4/sharded@1"), MLP, cluster, compute=compute)
     last = make_buckets(MLP, 1)[-1]
     legs_s = 2 * payload_bytes(last, "lloyd4", 4) * 0.75 / 1e9
     assert predicted.step_s == pytest.approx(11.5 + legs_s)
@@ -128,53 +128,53 @@ def test_messages_take_their_processor_time_from_backward_where_cores_are_short(
     legs = {"up/sharded": 0.05, "down/sharded": 0.02}
     busy = replace(link(1e6), cpu_s=legs, cpu_s_per_byte={"up/sharded": 1e-8})
     compute = Compute(backward_s=10.0)
-    scheme = Scheme.parse("lloyd4/sharded@1")
-    parts = [p for b in make_buckets(MLP, 1) for p in parts_of(scheme, b, 4)]
+    method = Method.parse("lloyd4/sharded@1")
+    parts = [p for b in make_buckets(MLP, 1) for p in parts_of(method, b, 4)]
     bytes_up = sum(payload_bytes(part, "lloyd4", 4) * 0.75 for part in parts)
-    one_core = predict(scheme, MLP, Cluster(4, busy, cores=1.0), compute=compute)
+    one_core = predict(method, MLP, Cluster(4, busy, cores=1.0), compute=compute)
     assert one_core.step_s == pytest.approx(10 + len(parts) * 0.07 + bytes_up * 1e-8, rel=1e-3)
-    many_cores = predict(scheme, MLP, Cluster(4, busy), compute=compute)
+    many_cores = predict(method, MLP, Cluster(4, busy), compute=compute)
     assert many_cores.step_s == pytest.approx(10, rel=1e-3)
 
 
 def test_where_the_link_is_slow_a_step_is_what_the_wire_takes() -> None:
     compute = Compute(backward_s=0.05)
-    predicted = predict(Scheme.parse("fp32@4"), MLP, Cluster(4, link(1.0)), compute=compute)
+    predicted = predict(Method.parse("fp32@4"), MLP, Cluster(4, link(1.0)), compute=compute)
     assert predicted.floor_s < predicted.step_s < predicted.floor_s + 0.05
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_rank_has_no_traffic(name: str) -> None:
     predicted = predict(
-        Scheme.parse(name), MLP, Cluster(1, link(latency_s=1.0)), compute=Compute(1.0, 2.0, 3.0)
+        Method.parse(name), MLP, Cluster(1, link(latency_s=1.0)), compute=Compute(1.0, 2.0, 3.0)
     )
     assert (predicted.step_s, predicted.floor_s, predicted.busiest_bytes) == (6.0, 0.0, 0.0)
 
 
 def test_no_communication_costs_nothing() -> None:
-    predicted = predict(Scheme.parse("none"), MLP, Cluster(8, link()), compute=Compute(1, 2, 3))
+    predicted = predict(Method.parse("none"), MLP, Cluster(8, link()), compute=Compute(1, 2, 3))
     assert (predicted.step_s, predicted.exposed_s) == (6.0, 0.0)
 
 
 def test_threads_that_share_a_core_take_their_times_together() -> None:
     backward = Work("backward", 1.0, {"cpu": 1.0})
-    passing = Passing(0.0, [Work("encode", 0.5, {"cpu": 1.0})])
-    assert run_pipeline(backward, [passing], {"cpu": 1.0}) == (1.5, 1.5)
-    assert run_pipeline(backward, [passing], {"cpu": 2.0}) == (1.0, 1.0)
+    transit = Transit(0.0, [Work("encode", 0.5, {"cpu": 1.0})])
+    assert run_timeline(backward, [transit], {"cpu": 1.0}) == (1.5, 1.5)
+    assert run_timeline(backward, [transit], {"cpu": 2.0}) == (1.0, 1.0)
     # Half of backward alone, then both at half speed.
-    late = Passing(0.5, [Work("encode", 0.5, {"cpu": 1.0})])
-    assert run_pipeline(backward, [late], {"cpu": 1.0}) == pytest.approx((1.5, 1.5))
+    late = Transit(0.5, [Work("encode", 0.5, {"cpu": 1.0})])
+    assert run_timeline(backward, [late], {"cpu": 1.0}) == pytest.approx((1.5, 1.5))
 
 
 def test_a_stage_takes_one_bucket_at_a_time_and_delays_any_number() -> None:
     none = Work("backward", 0.0)
-    buckets = [Passing(0.0, [Work("up", 1.0), Work("", 5.0), Work("down", 1.0)])] * 3
-    assert run_pipeline(none, buckets, {})[0] == 9.0
+    buckets = [Transit(0.0, [Work("up", 1.0), Work("", 5.0), Work("down", 1.0)])] * 3
+    assert run_timeline(none, buckets, {})[0] == 9.0
 
 
 def test_buckets_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match=r"ready at \[1.0, 0.5\]"):
-        run_pipeline(Work("b", 1.0), [Passing(1.0, []), Passing(0.5, [])], {})
+        run_timeline(Work("b", 1.0), [Transit(1.0, []), Transit(0.5, [])], {})
 
 
 slow = st.floats(1.0, 4.0)
@@ -186,12 +186,12 @@ SPEED = Speed(1e-9, 1e-9, 1e-9, 1e-9, 1e-5)
 def test_what_is_slower_takes_longer_and_never_less_than_the_wire(
     name: str, n: int, rate: float, bandwidth: float, latency: float, kernels: float
 ) -> None:
-    scheme, compute = Scheme.parse(name), Compute(0.01, 0.02, 0.01)
+    method, compute = Method.parse(name), Compute(0.01, 0.02, 0.01)
 
     def step(b: float, late: float, k: float) -> float:
         speed = Speed(*(k * value for value in vars(SPEED).values()))
         cluster = Cluster(n, link(rate / b, latency_s=late * 1e-4), cores=2)
-        predicted = predict(scheme, MLP, cluster, speed, compute)
+        predicted = predict(method, MLP, cluster, speed, compute)
         assert predicted.step_s >= max(predicted.floor_s, 0.04) * (1 - 1e-9)
         return predicted.step_s
 
@@ -204,7 +204,7 @@ def test_what_is_slower_takes_longer_and_never_less_than_the_wire(
 @pytest.mark.parametrize("name", ["lloyd4/rank0", "fp32"])
 def test_more_ranks_mean_more_bytes(name: str) -> None:
     sizes = [
-        predict(Scheme.parse(name), MLP, Cluster(n, link())).busiest_bytes for n in (2, 3, 8, 64)
+        predict(Method.parse(name), MLP, Cluster(n, link())).busiest_bytes for n in (2, 3, 8, 64)
     ]
     assert sizes == sorted(sizes)
 
@@ -260,12 +260,12 @@ def test_a_model_of_which_the_size_is_known_has_that_size() -> None:
         (lambda: Cluster(0, Link(1.0)), "world_size: 0"),
         (lambda: Cluster(1, Link(1.0), cores=0), "cores: 0"),
         (lambda: make_buckets(MLP, -1.0), "bucket_mb: -1.0"),
-        (lambda: predict(Scheme.parse("fp32"), [], Cluster(2, Link(1.0))), "parameters: none"),
-        (lambda: Scheme.parse("lloyd5"), "method: 'lloyd5'"),
-        (lambda: Scheme.parse("lloyd4/ring"), "method: 'lloyd4/ring'"),
-        (lambda: Scheme.parse("fp16@"), "method: 'fp16@'"),
-        (lambda: Scheme.parse("fp16@1.2.3"), "method: 'fp16@1.2.3'"),
-        (lambda: Scheme.parse("powersgd"), "method: 'powersgd'"),
+        (lambda: predict(Method.parse("fp32"), [], Cluster(2, Link(1.0))), "parameters: none"),
+        (lambda: Method.parse("lloyd5"), "method: 'lloyd5'"),
+        (lambda: Method.parse("lloyd4/ring"), "method: 'lloyd4/ring'"),
+        (lambda: Method.parse("fp16@"), "method: 'fp16@'"),
+        (lambda: Method.parse("fp16@1.2.3"), "method: 'fp16@1.2.3'"),
+        (lambda: Method.parse("powersgd"), "method: 'powersgd'"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(make: object, said: str) -> None:
@@ -276,8 +276,8 @@ def test_a_value_that_cannot_be_is_refused(make: object, said: str) -> None:
 def test_names_say_the_scheme_and_what_its_speed_depends_on() -> None:
     names = list(expand_names("fp32,{lloyd4,sign}/{sharded,rank0}@1, update:lloyd2"))
     assert names[1:3] == ["lloyd4/sharded@1", "lloyd4/rank0@1"]
-    update = Scheme.parse("update:lloyd2/rank0@5")
+    update = Method.parse("update:lloyd2/rank0@5")
     assert (update.kind, update.arithmetic, update.bucket_mb) == ("update", "update:lloyd2", 5.0)
-    assert Scheme.parse("fp32@3").arithmetic == ""
+    assert Method.parse("fp32@3").arithmetic == ""
     assert update.with_buckets(1.0).bucket_mb == 5.0
-    assert Scheme.parse("fp16").with_buckets(1.0).bucket_mb == 1.0
+    assert Method.parse("fp16").with_buckets(1.0).bucket_mb == 1.0

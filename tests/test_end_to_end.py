@@ -14,8 +14,8 @@ from netlab import Link
 from stepping import Cell, KernelsError, KernelsUsed, Plan, check_kernels
 
 from effadam_hook.cli.environment import kernel_build
-from effadam_hook.cli.workloads import Workload
-from effadam_hook.scheme import Scheme, expand_names
+from effadam_hook.planner.method import Method, expand_names
+from effadam_hook.planner.workloads import Workload
 
 FUSED = KernelsUsed("cpu", "abc", "abc")
 
@@ -104,12 +104,12 @@ def test_names_with_braces_stand_for_each_of_them() -> None:
 
 
 def test_a_name_says_the_method_and_its_buckets() -> None:
-    ours = Scheme.parse("update:lloyd2/rank0@5")
+    ours = Method.parse("update:lloyd2/rank0@5")
     assert (ours.kind, ours.quantizer, ours.topology, ours.bucket_mb) == (
         "update",
         "lloyd2",
         "rank0",
         5.0,
     )
-    assert Scheme.parse("fp32").bucket_mb is None
-    assert Scheme.parse("powersgd4").rank == 4
+    assert Method.parse("fp32").bucket_mb is None
+    assert Method.parse("powersgd4").rank == 4

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from effadam_hook.cli.agreement import agree
 from effadam_hook.cli.environment import environment
 from effadam_hook.cli.interface import InterfaceCounter
 from effadam_hook.cli.methods import read_methods
 from effadam_hook.cli.ranks import backend_for, check_launched, pick_device, rank_here
+from effadam_hook.cli.rendezvous import check_command_lines
 from effadam_hook.cli.rows import Row, dense_method, rows_of
 from effadam_hook.cli.stepping import Cell, Plan, run_cells
-from effadam_hook.cli.ui import CommandError, Screen
-from effadam_hook.cli.workloads import Trained, UserModel, Workload
-from effadam_hook.scheme import Scheme
+from effadam_hook.cli.ui import Screen
+from effadam_hook.errors import CommandError
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.workloads import Trained, UserModel, Workload
 
 __all__ = ["add_bench", "run_bench"]
 
@@ -55,7 +56,7 @@ def run_bench(args: argparse.Namespace) -> int:
         workload = user
     device = pick_device(args.device)
     backend = backend_for(device)
-    meeting = agree(args, device, backend)
+    meeting = check_command_lines(args, device, backend)
     counter = InterfaceCounter()
     plan = Plan(methods, args.rounds, args.warmup, args.steps, workload)
     cells: list[Cell] = []
@@ -78,11 +79,11 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
-def _full_name(scheme: Scheme) -> str:
+def _full_name(method: Method) -> str:
     """The name with the buckets that it did not say."""
-    if "@" in scheme.name or scheme.bucket_mb is None:
-        return scheme.name
-    return f"{scheme.name}@{scheme.bucket_mb:f}".rstrip("0").rstrip(".")
+    if "@" in method.name or method.bucket_mb is None:
+        return method.name
+    return f"{method.name}@{method.bucket_mb:f}".rstrip("0").rstrip(".")
 
 
 def _show(screen: Screen, rows: list[Row], counter: InterfaceCounter) -> None:

@@ -15,8 +15,7 @@ from effadam_hook.cli.env import add_env, run_env
 from effadam_hook.cli.plan import add_plan, run_plan
 from effadam_hook.cli.report import add_report, run_report
 from effadam_hook.cli.stepping import KernelsError
-from effadam_hook.cli.ui import CommandError, UserCodeError
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import CommandError, EffAdamError, UserCodeError
 
 __all__ = ["main"]
 

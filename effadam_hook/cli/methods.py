@@ -1,4 +1,4 @@
-"""A scheme made real: the model wrapped in DDP, with the optimizer and hook that the scheme says."""
+"""A method made real: the model wrapped in DDP, with the optimizer and hook that the method says."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach
-from effadam_hook.cli.ui import CommandError
-from effadam_hook.scheme import Scheme, expand_names
+from effadam_hook.errors import CommandError
+from effadam_hook.planner.method import Method, expand_names
 
 __all__ = ["Prepared", "prepare", "read_methods"]
 
@@ -30,13 +30,13 @@ _CASTS: dict[str, Any] = {
 
 @dataclass
 class Prepared:
-    """A model ready to be trained by a scheme.
+    """A model ready to be trained by a method.
 
     Attributes:
         model: The DDP model.
         optimizer: Its optimizer.
         scope: What every step runs in.
-        close: Ends what the scheme has started.
+        close: Ends what the method has started.
         state: Ours: the hook's state; None for the others.
     """
 
@@ -47,8 +47,8 @@ class Prepared:
     state: EfficientAdamState | None = None
 
 
-def read_methods(text: str, bucket_mb: float | None) -> list[Scheme]:
-    """The schemes of a ``--methods`` option.
+def read_methods(text: str, bucket_mb: float | None) -> list[Method]:
+    """The methods of a ``--methods`` option.
 
     Args:
         text: The option's value.
@@ -63,54 +63,54 @@ def read_methods(text: str, bucket_mb: float | None) -> list[Scheme]:
     """
     if bucket_mb is not None and not 0 < bucket_mb < math.inf:
         raise CommandError(f"Invalid --bucket-mb: {bucket_mb}. Must be above 0, and finite.")
-    schemes = [Scheme.parse(name).with_buckets(bucket_mb) for name in expand_names(text)]
-    if not schemes:
+    methods = [Method.parse(name).with_buckets(bucket_mb) for name in expand_names(text)]
+    if not methods:
         raise CommandError(
             f"Invalid --methods: {text!r}. Must name one method or more, such as "
             '"fp32,lloyd4/sharded"; leave it out for the usual ones.'
         )
-    names: dict[Scheme, str] = {}
-    for scheme in schemes:
-        first = names.setdefault(replace(scheme, name=""), scheme.name)
-        if first is not scheme.name:
+    names: dict[Method, str] = {}
+    for method in methods:
+        first = names.setdefault(replace(method, name=""), method.name)
+        if first is not method.name:
             raise CommandError(
-                f"Invalid --methods: {text!r}. {scheme.name} is the same as {first}, with the same "
+                f"Invalid --methods: {text!r}. {method.name} is the same as {first}, with the same "
                 "buckets. Must be each method once: leave one of them out."
             )
-    return schemes
+    return methods
 
 
-def prepare(scheme: Scheme, model: nn.Module, lr: float = 1e-4) -> Prepared:
+def prepare(method: Method, model: nn.Module, lr: float = 1e-4) -> Prepared:
     """Wrap a model; a collective operation.
 
     Args:
-        scheme: How its gradients are averaged.
+        method: How its gradients are averaged.
         model: The bare model, equal on all ranks, on its device.
-        lr: Learning rate of Adam, which every scheme uses.
+        lr: Learning rate of Adam, which every method uses.
 
     Returns:
         What to train.
     """
-    cap = _ONE_BUCKET_MB if scheme.kind == "powersgd" else scheme.bucket_mb
+    cap = _ONE_BUCKET_MB if method.kind == "powersgd" else method.bucket_mb
     ddp = DistributedDataParallel(model, bucket_cap_mb=cap, gradient_as_bucket_view=True)
-    if scheme.kind == "update":
+    if method.kind == "update":
         optimizer: torch.optim.Optimizer = EfficientAdam(ddp.parameters(), lr=lr)
     else:
         optimizer = torch.optim.Adam(ddp.parameters(), lr=lr, fused=True)
     close: Callable[[], None] = _nothing
     ours: EfficientAdamState | None = None
-    if scheme.kind == "cast":
-        ddp.register_comm_hook(None, _CASTS[scheme.quantizer])
-    elif scheme.kind == "powersgd":
+    if method.kind == "cast":
+        ddp.register_comm_hook(None, _CASTS[method.quantizer])
+    elif method.kind == "powersgd":
         state = powerSGD_hook.PowerSGDState(
-            None, matrix_approximation_rank=scheme.rank, start_powerSGD_iter=3
+            None, matrix_approximation_rank=method.rank, start_powerSGD_iter=3
         )
         ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    elif scheme.is_ours:
-        given: dict[str, Any] = {"optimizer": optimizer} if scheme.kind == "update" else {}
-        ours = attach(ddp, quantizer=scheme.quantizer, topology=scheme.topology, **given)
+    elif method.is_ours:
+        given: dict[str, Any] = {"optimizer": optimizer} if method.kind == "update" else {}
+        ours = attach(ddp, quantizer=method.quantizer, topology=method.topology, **given)
         close = ours.close
-    scope = ddp.no_sync if scheme.kind == "none" else contextlib.nullcontext
+    scope = ddp.no_sync if method.kind == "none" else contextlib.nullcontext
     return Prepared(ddp, optimizer, scope, close, ours)
 
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from effadam_hook.cli.compute import measure_compute
-from effadam_hook.cli.forecast import (
+from effadam_hook.cli.methods import read_methods
+from effadam_hook.cli.ranks import Ranks, join_ranks, rank_here
+from effadam_hook.cli.ui import Screen
+from effadam_hook.errors import CommandError
+from effadam_hook.kernels import choose
+from effadam_hook.planner.advice import (
     Advice,
     advise,
     code_for,
     dense_for,
-    dense_schemes,
+    dense_methods,
     forecast,
 )
-from effadam_hook.cli.link import LinkFound, measure_link, parts_of_link
-from effadam_hook.cli.methods import read_methods
-from effadam_hook.cli.ranks import Ranks, join_ranks, rank_here
-from effadam_hook.cli.speed import measure_speed
-from effadam_hook.cli.ui import CommandError, Screen
-from effadam_hook.cli.workloads import UserModel, Workload, describe, parse_count
-from effadam_hook.cost import Cluster, Compute, Prediction, Speed
-from effadam_hook.kernels import choose
-from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Parameter, square_model
+from effadam_hook.planner.measure_compute import measure_compute
+from effadam_hook.planner.measure_link import MeasuredLink, measure_link, parts_of_link
+from effadam_hook.planner.measure_speed import measure_speed
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.predict import Cluster, Compute, Prediction, Speed
+from effadam_hook.planner.traffic import Parameter, square_model
+from effadam_hook.planner.workloads import UserModel, Workload, describe, parse_count
 
 __all__ = ["add_plan", "run_plan"]
 
@@ -51,15 +52,15 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 def run_plan(args: argparse.Namespace) -> int:
     """Measure, predict, recommend."""
     screen = Screen(args.json, rank_here())
-    schemes = _schemes(args)
+    methods = _methods(args)
     workload, parameters = _model(args)
     with join_ranks(args) as ranks:
-        off = dense_schemes(schemes, args.bucket_mb)
+        off = dense_methods(methods, args.bucket_mb)
         found, speeds, compute = _measure(
-            args, screen, ranks, [*schemes, *off], parameters, workload
+            args, screen, ranks, [*methods, *off], parameters, workload
         )
         cluster = _cluster(ranks, found)
-        predictions = forecast(schemes, parameters, cluster, speeds, compute)
+        predictions = forecast(methods, parameters, cluster, speeds, compute)
         dense = [_same(predictions, one) for one in forecast(off, parameters, cluster, {}, compute)]
         advice = advise(predictions, *dense)
         _show(screen, ranks, found, predictions, dense, advice, compute)
@@ -68,7 +69,7 @@ def run_plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cluster(ranks: Ranks, found: LinkFound) -> Cluster:
+def _cluster(ranks: Ranks, found: MeasuredLink) -> Cluster:
     return Cluster(
         ranks.probe.world_size,
         found.as_link(ranks.cpu_weight),
@@ -78,7 +79,7 @@ def _cluster(ranks: Ranks, found: LinkFound) -> Cluster:
     )
 
 
-def _schemes(args: argparse.Namespace) -> list[Scheme]:
+def _methods(args: argparse.Namespace) -> list[Method]:
     if args.compute_ms is not None and not args.compute_ms >= 0:
         raise CommandError(f"Invalid --compute-ms: {args.compute_ms}. Must be 0 or more.")
     return read_methods(args.methods, args.bucket_mb)
@@ -86,8 +87,8 @@ def _schemes(args: argparse.Namespace) -> list[Scheme]:
 
 def _same(predictions: list[Prediction], dense: Prediction) -> Prediction:
     """The dense prediction among those that were asked for, if it is there."""
-    asked = (p for p in predictions if p.scheme.kind == "dense")
-    return next((p for p in asked if p.scheme.bucket_mb == dense.scheme.bucket_mb), dense)
+    asked = (p for p in predictions if p.method.kind == "dense")
+    return next((p for p in asked if p.method.bucket_mb == dense.method.bucket_mb), dense)
 
 
 def _model(args: argparse.Namespace) -> tuple[Workload | UserModel | None, list[Parameter]]:
@@ -116,19 +117,19 @@ def _measure(
     args: argparse.Namespace,
     screen: Screen,
     ranks: Ranks,
-    schemes: list[Scheme],
+    methods: list[Method],
     parameters: list[Parameter],
     workload: Workload | UserModel | None,
-) -> tuple[LinkFound, dict[str, Speed], Compute]:
-    kinds = {scheme.arithmetic: scheme for scheme in schemes if scheme.arithmetic}
-    total = parts_of_link(schemes) + len(kinds) + 1
+) -> tuple[MeasuredLink, dict[str, Speed], Compute]:
+    kinds = {method.arithmetic: method for method in methods if method.arithmetic}
+    total = parts_of_link(methods) + len(kinds) + 1
     with screen.progress("measuring", total) as advance:
-        found = measure_link(ranks.probe, schemes, parameters, advance, ranks.on_nccl)
+        found = measure_link(ranks.probe, methods, parameters, advance, ranks.on_nccl)
         speeds = {}
-        for name, scheme in kinds.items():
+        for name, method in kinds.items():
             advance(name)
             speeds[name] = measure_speed(
-                ranks.probe, scheme, ranks.device, found.as_link().cpu_s, ranks.cpu_weight
+                ranks.probe, method, ranks.device, found.as_link().cpu_s, ranks.cpu_weight
             )
         advance("compute")
         return found, speeds, _compute(args, ranks, workload)
@@ -148,7 +149,7 @@ def _compute(
 def _show(
     screen: Screen,
     ranks: Ranks,
-    found: LinkFound,
+    found: MeasuredLink,
     predictions: list[Prediction],
     dense: list[Prediction],
     advice: Advice,
@@ -189,9 +190,9 @@ def _show(
         ("method", "step ms", "x fp32", "exchange ms", "waits ms", "wire floor ms", "MB"),
         [
             (
-                p.scheme.name.replace("fp32", "off (fp32)"),
+                p.method.name.replace("fp32", "off (fp32)"),
                 f"{1e3 * p.step_s:.1f}",
-                f"{p.step_s / dense_for(p.scheme, dense).step_s:.3f}",
+                f"{p.step_s / dense_for(p.method, dense).step_s:.3f}",
                 f"{1e3 * p.exchange_s:.1f}",
                 f"{1e3 * p.exposed_s:.1f}",
                 f"{1e3 * p.floor_s:.1f}",
@@ -202,12 +203,12 @@ def _show(
         marked=next((i for i, p in enumerate(predictions) if p is advice.best), None),
     )
     screen.note(advice.reason)
-    screen.code(code_for(advice.best.scheme))
+    screen.code(code_for(advice.best.method))
 
 
 def _result(
     ranks: Ranks,
-    found: LinkFound,
+    found: MeasuredLink,
     speeds: dict[str, Speed],
     compute: Compute,
     predictions: list[Prediction],
@@ -227,14 +228,14 @@ def _result(
         "compute": vars(compute),
         "predictions": [_as_dict(p) for p in predictions],
         "recommended": {
-            "method": advice.best.scheme.name,
+            "method": advice.best.method.name,
             "compression_pays": advice.pays,
             "reason": advice.reason,
-            "code": code_for(advice.best.scheme),
+            "code": code_for(advice.best.method),
         },
     }
 
 
 def _as_dict(prediction: Prediction) -> dict[str, Any]:
-    scheme = prediction.scheme
-    return {**vars(prediction), "scheme": scheme.name, "bucket_mb": scheme.bucket_mb}
+    method = prediction.method
+    return {**vars(prediction), "method": method.name, "bucket_mb": method.bucket_mb}

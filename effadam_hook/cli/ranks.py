@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from effadam_hook.cli.agreement import agree
-from effadam_hook.cli.ui import CommandError
+from effadam_hook.cli.rendezvous import check_command_lines
+from effadam_hook.errors import CommandError
 from effadam_hook.exchange.probe import Probe
 
 __all__ = ["Ranks", "backend_for", "check_launched", "join_ranks", "pick_device", "rank_here"]
@@ -97,7 +97,7 @@ def join_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
     check_launched(args.command)
     where = pick_device(args.device)
     backend = backend_for(where)
-    store, rank, world_size = agree(args, where, backend)
+    store, rank, world_size = check_command_lines(args, where, backend)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     dist.init_process_group(

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effadam_hook.cli.ui import CommandError, Screen, require
+from effadam_hook.cli.ui import Screen, require
+from effadam_hook.errors import CommandError
 
 __all__ = ["add_report", "read_log", "run_report"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from effadam_hook.cli.stepping import Cell
-from effadam_hook.scheme import Scheme
+from effadam_hook.planner.method import Method
 
 __all__ = ["Row", "dense_method", "rows_of"]
 
@@ -86,10 +86,10 @@ def dense_method(method: str, methods: Sequence[str]) -> str | None:
     Returns:
         Its name; None if no dense method was measured.
     """
-    cap = Scheme.parse(method).bucket_mb
-    dense = [name for name in methods if Scheme.parse(name).kind == "dense"]
+    cap = Method.parse(method).bucket_mb
+    dense = [name for name in methods if Method.parse(name).kind == "dense"]
     return next(
-        (name for name in dense if Scheme.parse(name).bucket_mb == cap), next(iter(dense), None)
+        (name for name in dense if Method.parse(name).bucket_mb == cap), next(iter(dense), None)
     )
 
 

@@ -20,9 +20,9 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 
 from effadam_hook.cli.environment import kernel_build
 from effadam_hook.cli.methods import Prepared, prepare
-from effadam_hook.cli.workloads import Trained, to_device
 from effadam_hook.exchange.probe import Probe
-from effadam_hook.scheme import Scheme
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.workloads import Trained, to_device
 
 __all__ = [
     "Cell",
@@ -208,7 +208,7 @@ def _measure(
     group = dist.group.WORLD
     assert group is not None
     probe = Probe(group, device)
-    prepared = prepare(Scheme.parse(name), plan.workload.model().to(device))
+    prepared = prepare(Method.parse(name), plan.workload.model().to(device))
     batch = to_device(plan.workload.batch(probe.rank), device)
     for _ in range(plan.warmup):
         step(prepared, plan.workload, batch, plan.optimize)

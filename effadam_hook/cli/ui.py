@@ -10,17 +10,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["CommandError", "Screen", "UserCodeError", "require"]
+from effadam_hook.errors import CommandError
+
+__all__ = ["Screen", "require"]
 
 _EXTRA = 'pip install "effadam-hook[cli]"'
-
-
-class CommandError(RuntimeError):
-    """The command cannot do what was asked; the message is for the user."""
-
-
-class UserCodeError(RuntimeError):
-    """The user's own code raised; the cause is what it raised."""
 
 
 def require(package: str, purpose: str) -> None:

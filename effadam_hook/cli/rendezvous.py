@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from effadam_hook.cli.ui import CommandError
+from effadam_hook.errors import CommandError
 
-__all__ = ["agree"]
+__all__ = ["check_command_lines"]
 
 _TIMEOUT = timedelta(minutes=5)
 _READ_TIMEOUT = timedelta(seconds=10)
@@ -26,7 +26,9 @@ _PRIVATE = ("run", "json")
 """What does not change what ranks do together."""
 
 
-def agree(args: argparse.Namespace, device: torch.device, backend: str) -> tuple[Store, int, int]:
+def check_command_lines(
+    args: argparse.Namespace, device: torch.device, backend: str
+) -> tuple[Store, int, int]:
     """Check that all ranks were asked the same; every rank must call it.
 
     Args:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from effadam_hook.cost import Link
 from effadam_hook.exchange.probe import Probe, Timing
-from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets, parts_of
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.predict import Link
+from effadam_hook.planner.traffic import Leg, Parameter, legs_of, make_buckets, parts_of
 
-__all__ = ["LegFound", "LinkFound", "measure_link", "parts_of_link"]
+__all__ = ["MeasuredLeg", "MeasuredLink", "measure_link", "parts_of_link"]
 
 _FIRST_BYTES = 1 << 18
 _MOST_BYTES = 1 << 26
@@ -24,7 +24,7 @@ _EMPTY_REPEATS = 20
 
 
 @dataclass(frozen=True)
-class LegFound:
+class MeasuredLeg:
     """What one collective does.
 
     Attributes:
@@ -49,7 +49,7 @@ class LegFound:
 
 
 @dataclass(frozen=True)
-class LinkFound:
+class MeasuredLink:
     """What the link does.
 
     Attributes:
@@ -60,7 +60,7 @@ class LinkFound:
 
     payload_bytes_s: float
     latency_s: float
-    legs: Sequence[LegFound]
+    legs: Sequence[MeasuredLeg]
 
     def as_link(self, cpu_weight: float = 1.0) -> Link:
         """For the cost model. Bytes are payload bytes: what was measured has no headers in it.
@@ -88,23 +88,23 @@ class LinkFound:
         }
 
 
-def parts_of_link(schemes: Sequence[Scheme]) -> int:
+def parts_of_link(methods: Sequence[Method]) -> int:
     """How often :func:`measure_link` calls its ``advance``."""
-    return 1 + len(_examples(schemes))
+    return 1 + len(_examples(methods))
 
 
 def measure_link(
     probe: Probe,
-    schemes: Sequence[Scheme],
+    methods: Sequence[Method],
     parameters: Sequence[Parameter],
     advance: Callable[[str], None],
     nccl: bool = False,
-) -> LinkFound:
-    """Measure the link, then every collective that the schemes use; a collective operation.
+) -> MeasuredLink:
+    """Measure the link, then every collective that the methods use; a collective operation.
 
     Args:
         probe: The ranks.
-        schemes: What will be predicted.
+        methods: What will be predicted.
         parameters: The model's. Collectives are measured with messages as large as its own are.
         advance: Called with a description when a part begins.
         nccl: Whether NCCL runs the collectives, and not Gloo.
@@ -121,39 +121,39 @@ def measure_link(
         size = min(_MOST_BYTES, max(2 * size, int(size * _LONG_ENOUGH_S / max(took, 1e-6))))
     rate = size / _sending_s(probe.time_link(size, _REPEATS, _DEPTH), empty, _DEPTH)
     legs = []
-    for name, scheme in _examples(schemes).items():
+    for name, method in _examples(methods).items():
         advance(name)
-        legs.append(_measure_leg(probe, name, scheme, parameters, rate, nccl))
-    return LinkFound(rate, empty.seconds, legs)
+        legs.append(_measure_leg(probe, name, method, parameters, rate, nccl))
+    return MeasuredLink(rate, empty.seconds, legs)
 
 
-def _examples(schemes: Sequence[Scheme]) -> Mapping[str, Scheme]:
-    """For every collective, the scheme that sends most by it."""
+def _examples(methods: Sequence[Method]) -> Mapping[str, Method]:
+    """For every collective, the method that sends most by it."""
     tiny = [Parameter(1 << 16, 1 << 8)]
-    found: dict[str, tuple[float, Scheme]] = {}
-    for scheme in schemes:
-        for leg in legs_of(scheme, tiny, 2):
+    found: dict[str, tuple[float, Method]] = {}
+    for method in methods:
+        for leg in legs_of(method, tiny, 2):
             if leg.name not in found or leg.busiest_bytes > found[leg.name][0]:
-                found[leg.name] = (leg.busiest_bytes, scheme)
-    return {name: scheme for name, (_, scheme) in found.items()}
+                found[leg.name] = (leg.busiest_bytes, method)
+    return {name: method for name, (_, method) in found.items()}
 
 
 def _measure_leg(
     probe: Probe,
     name: str,
-    scheme: Scheme,
+    method: Method,
     parameters: Sequence[Parameter],
     rate: float,
     nccl: bool,
-) -> LegFound:
+) -> MeasuredLeg:
     n = probe.world_size
     parts = [
         part
-        for bucket in make_buckets(parameters, scheme.bucket_mb)
-        for part in parts_of(scheme, bucket, n, nccl)
+        for bucket in make_buckets(parameters, method.bucket_mb)
+        for part in parts_of(method, bucket, n, nccl)
     ]
     largest = max(parts, key=lambda part: sum(p.numel for p in part))
-    leg = next(leg for leg in legs_of(scheme, largest, n, tree=nccl) if leg.name == name)
+    leg = next(leg for leg in legs_of(method, largest, n, tree=nccl) if leg.name == name)
     share = _share(leg, n, nccl)
     size = int(leg.busiest_bytes / share)
     size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _LEG_S / share)))
@@ -161,7 +161,7 @@ def _measure_leg(
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
     empties = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS, _DEPTH)
     full = probe.time_leg(name, size, _REPEATS, _DEPTH)
-    return LegFound(
+    return MeasuredLeg(
         name,
         busiest,
         full.best_s,

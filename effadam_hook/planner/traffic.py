@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from effadam_hook.layout import SEAL_BYTES, aligned, cut, part_numel, share_of
+from effadam_hook.planner.method import Method
 from effadam_hook.quantizers import SCALE_BYTES, get_quantizer
-from effadam_hook.scheme import Scheme
 
 __all__ = [
     "Leg",
@@ -62,7 +62,8 @@ class Leg:
     """One collective, as the link of the busiest rank sees it.
 
     Attributes:
-        name: What :attr:`Link.slowdown <effadam_hook.cost.Link.slowdown>` and the probes call it.
+        name: The key in :attr:`Link.slowdown <effadam_hook.planner.predict.Link.slowdown>` and in the
+            probe's legs.
         out_bytes: Payload bytes that leave that rank.
         in_bytes: Payload bytes that arrive there.
         rounds: Messages that must follow one another.
@@ -125,12 +126,12 @@ def make_buckets(
 
 
 def parts_of(
-    scheme: Scheme, bucket: Sequence[Parameter], world_size: int, nccl: bool = False
+    method: Method, bucket: Sequence[Parameter], world_size: int, nccl: bool = False
 ) -> list[Sequence[Parameter]]:
     """What of a bucket travels together.
 
     Args:
-        scheme: How it is averaged; only our exchange cuts buckets.
+        method: How it is averaged; only our exchange cuts buckets.
         bucket: Its parameters.
         world_size: Number of ranks.
         nccl: Whether NCCL carries them: there buckets travel whole.
@@ -138,7 +139,7 @@ def parts_of(
     Returns:
         The parameters of each part.
     """
-    if nccl or not scheme.is_ours:
+    if nccl or not method.is_ours:
         return [bucket]
     return [bucket[part] for part in cut([p.numel for p in bucket], part_numel(world_size))]
 
@@ -188,12 +189,12 @@ def _payload_bytes(
 
 
 def legs_of(
-    scheme: Scheme, bucket: Sequence[Parameter], world_size: int, tree: bool = False
+    method: Method, bucket: Sequence[Parameter], world_size: int, tree: bool = False
 ) -> list[Leg]:
     """The collectives of one bucket.
 
     Args:
-        scheme: How it is averaged.
+        method: How it is averaged.
         bucket: Its parameters.
         world_size: Number of ranks.
         tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees, and not ``2 (N-1)``, and
@@ -203,21 +204,21 @@ def legs_of(
         In their order; none for one rank, or without communication.
     """
     n = world_size
-    if n == 1 or scheme.kind == "none":
+    if n == 1 or method.kind == "none":
         return []
     numel = sum(parameter.numel for parameter in bucket)
-    if scheme.kind in ("dense", "cast"):
-        return [_all_reduce(numel * (_ITEM_BYTES if scheme.kind == "dense" else 2), n, tree)]
-    if scheme.kind == "powersgd":
+    if method.kind in ("dense", "cast"):
+        return [_all_reduce(numel * (_ITEM_BYTES if method.kind == "dense" else 2), n, tree)]
+    if method.kind == "powersgd":
         matrices = [p for p in bucket if p.rows]
-        rank = scheme.rank
+        rank = method.rank
         sizes = [sum(p.numel for p in bucket if not p.rows)]
         sizes.append(sum(p.rows * min(rank, p.rows) for p in matrices))
         sizes.append(sum(p.numel // p.rows * min(rank, p.rows) for p in matrices))
         return [_all_reduce(size * _ITEM_BYTES, n, tree) for size in sizes]
-    servers = n if scheme.topology == "sharded" else 1
-    size = payload_bytes(bucket, scheme.quantizer, servers)
-    if scheme.topology == "sharded":
+    servers = n if method.topology == "sharded" else 1
+    size = payload_bytes(bucket, method.quantizer, servers)
+    if method.topology == "sharded":
         share = size * (n - 1) / n
         return [
             Leg("up/sharded", share, share, 1, n - 2),

@@ -1,12 +1,12 @@
 """What a training step costs: exchange time and step time, from a few measured numbers.
 
-A leg of an exchange, see :mod:`effadam_hook.traffic`, takes
+A leg of an exchange, see :mod:`effadam_hook.planner.traffic`, takes
 
     ``rounds × latency + messages × message time + bytes / (bandwidth × efficiency) × slowdown``
 
 and ``cpu_s + bytes × cpu_s_per_byte`` of the rank's processor. Kernels take a time per element, and
-the reduction one per element and payload. :mod:`effadam_hook.pipeline` lets the buckets overlap one
-another and backward, sharing link and processor.
+the reduction one per element and payload. :mod:`~effadam_hook.planner.timeline` overlaps the buckets
+with one another and with backward; they share link and processor.
 
 This module is integers and floats only.
 """
@@ -17,9 +17,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from effadam_hook.pipeline import Passing, Work, run_pipeline
-from effadam_hook.scheme import Scheme
-from effadam_hook.traffic import Leg, Parameter, legs_of, make_buckets, parts_of
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.timeline import Transit, Work, run_timeline
+from effadam_hook.planner.traffic import Leg, Parameter, legs_of, make_buckets, parts_of
 
 __all__ = [
     "TCP_EFFICIENCY",
@@ -84,7 +84,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Speed:
-    """What the arithmetic of a scheme takes, in seconds.
+    """What the arithmetic of a method takes, in seconds.
 
     Attributes:
         encode_s: Per element, before the uplink.
@@ -145,10 +145,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a scheme.
+    """What the model says of a method.
 
     Attributes:
-        scheme: The scheme.
+        method: The method.
         step_s: A training step.
         exchange_s: The exchange alone, with all gradients ready at its begin.
         exposed_s: What a step takes longer than without communication.
@@ -156,7 +156,7 @@ class Prediction:
         busiest_bytes: Those bytes, headers included.
     """
 
-    scheme: Scheme
+    method: Method
     step_s: float
     exchange_s: float
     exposed_s: float
@@ -165,7 +165,7 @@ class Prediction:
 
 
 def predict(
-    scheme: Scheme,
+    method: Method,
     parameters: Sequence[Parameter],
     cluster: Cluster,
     speed: Speed | None = None,
@@ -174,10 +174,10 @@ def predict(
     """Predict a step.
 
     Args:
-        scheme: How gradients are averaged.
+        method: How gradients are averaged.
         parameters: The model's, in its order.
         cluster: The ranks.
-        speed: Of the scheme's arithmetic; None takes no time.
+        speed: Of the method's arithmetic; None takes no time.
         compute: The step without communication; None takes no time.
 
     Returns:
@@ -191,29 +191,29 @@ def predict(
         raise ValueError(
             "Invalid parameters: none. Must be at least one, of those that are trained."
         )
-    cap = math.inf if scheme.kind == "powersgd" else scheme.bucket_mb
+    cap = math.inf if method.kind == "powersgd" else method.bucket_mb
     buckets = make_buckets(parameters, cap)
     total = sum(parameter.numel for parameter in parameters)
-    passings: list[Passing] = []
+    transits: list[Transit] = []
     ready = 0
     sent = received = 0.0
     for bucket in buckets:
         ready += sum(parameter.numel for parameter in bucket)
-        for part in parts_of(scheme, bucket, cluster.world_size, nccl=cluster.in_order):
-            legs = legs_of(scheme, part, cluster.world_size, cluster.tree)
+        for part in parts_of(method, bucket, cluster.world_size, nccl=cluster.in_order):
+            legs = legs_of(method, part, cluster.world_size, cluster.tree)
             sent += sum(leg.out_bytes for leg in legs)
             received += sum(leg.in_bytes for leg in legs)
-            works = _works(scheme, part, legs, cluster, speed)
+            works = _works(method, part, legs, cluster, speed)
             if cluster.in_order:
                 works = [replace(work, stage="stream") for work in works]
-            passings.append(Passing(ready / total, works))
+            transits.append(Transit(ready / total, works))
     capacity = {"out": 1.0, "in": 1.0, "cpu": cluster.cores}
     backward = Work("backward", compute.backward_s, {"cpu": 1.0})
-    overlapped_s, _ = run_pipeline(backward, passings, capacity)
-    exchange_s, _ = run_pipeline(Work("backward", 0.0), passings, capacity)
+    overlapped_s, _ = run_timeline(backward, transits, capacity)
+    exchange_s, _ = run_timeline(Work("backward", 0.0), transits, capacity)
     busiest = max(sent, received) / cluster.link.efficiency
     return Prediction(
-        scheme,
+        method,
         compute.forward_s + overlapped_s + compute.rest_s,
         exchange_s,
         overlapped_s - compute.backward_s,
@@ -223,22 +223,22 @@ def predict(
 
 
 def _works(
-    scheme: Scheme,
+    method: Method,
     bucket: Sequence[Parameter],
     legs: Sequence[Leg],
     cluster: Cluster,
     speed: Speed,
 ) -> list[Work]:
     """What is done with one bucket, in order."""
-    if scheme.kind == "none":
+    if method.kind == "none":
         return []
     numel = sum(parameter.numel for parameter in bucket)
     transfers = [work for leg in legs for work in _transfer(leg, cluster.link)]
-    if not scheme.is_ours:
+    if not method.is_ours:
         before, after = speed.encode_s * numel, speed.decode_s * numel
         return [_arithmetic("encode", before), *transfers, _arithmetic("decode", after)]
     n = cluster.world_size
-    reduced = numel / n if scheme.topology == "sharded" else numel
+    reduced = numel / n if method.topology == "sharded" else numel
     reduce_s = reduced * (speed.reduce_s + n * speed.reduce_payload_s) + speed.call_s
     split = len(transfers) // 2
     return [

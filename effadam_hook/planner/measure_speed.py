@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from effadam_hook.cost import Speed
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.kernels import select
 from effadam_hook.kernels.sources import AdamSource
 from effadam_hook.layout import Slot, plan_bucket
+from effadam_hook.planner.method import Method
+from effadam_hook.planner.predict import Speed
 from effadam_hook.quantizers import get_quantizer
-from effadam_hook.scheme import Scheme
 from effadam_hook.state import EfficientAdamState
 
 __all__ = ["exchange_all", "measure_speed"]
@@ -30,38 +30,38 @@ _ADAM = (0.9, 0.1, 0.999, 0.001, 1e-3, 1.0, 1e-8)
 
 def measure_speed(
     probe: Probe,
-    scheme: Scheme,
+    method: Method,
     device: torch.device,
     cpu_s: Mapping[str, float],
     cpu_weight: float = 1.0,
 ) -> Speed:
-    """Time a scheme's arithmetic; a collective operation.
+    """Time a method's arithmetic; a collective operation.
 
     Args:
         probe: The ranks.
-        scheme: How gradients are averaged.
+        method: How gradients are averaged.
         device: Where they are.
         cpu_s: By name of a leg, processor time of a rank for one that is as good as empty.
         cpu_weight: What a second of processor time takes from computing, see
-            :meth:`LinkFound.as_link <effadam_hook.cli.link.LinkFound.as_link>`.
+            :meth:`MeasuredLink.as_link <effadam_hook.planner.measure_link.MeasuredLink.as_link>`.
 
     Returns:
         Its speed, with the other ranks of this machine as busy as this one, and on memory that no
         cache holds, as a model's is not held.
     """
-    if scheme.kind in ("none", "dense"):
+    if method.kind in ("none", "dense"):
         return Speed()
-    if scheme.kind == "cast":
-        return _cast(probe, scheme, device)
-    if scheme.kind == "powersgd":
-        return _powersgd(probe, scheme.rank, device)
+    if method.kind == "cast":
+        return _cast(probe, method, device)
+    if method.kind == "powersgd":
+        return _powersgd(probe, method.rank, device)
     if device.type == "cpu":
-        messages_s = sum(cpu_s[f"{way}/{scheme.topology}"] for way in ("up", "down"))
-        part_s = max(0.0, _cpu_s_of_empty_part(probe, scheme) - messages_s)
+        messages_s = sum(cpu_s[f"{way}/{method.topology}"] for way in ("up", "down"))
+        part_s = max(0.0, _cpu_s_of_empty_part(probe, method) - messages_s)
         call_s = cpu_weight * part_s / _KERNELS
     else:
-        call_s = probe.time_busy(_Calls(scheme, device, _TINY).encode)
-    return _quantized(probe, scheme, device, call_s)
+        call_s = probe.time_busy(_Calls(method, device, _TINY).encode)
+    return _quantized(probe, method, device, call_s)
 
 
 def _in_turn(sets: Tensor) -> Callable[[], Tensor]:
@@ -69,8 +69,8 @@ def _in_turn(sets: Tensor) -> Callable[[], Tensor]:
     return itertools.cycle(sets).__next__
 
 
-def _cast(probe: Probe, scheme: Scheme, device: torch.device) -> Speed:
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[scheme.quantizer]
+def _cast(probe: Probe, method: Method, device: torch.device) -> Speed:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[method.quantizer]
     buckets = torch.randn(_SETS, _NUMEL, device=device)
     bucket, cast = _in_turn(buckets), _in_turn(buckets.to(dtype))
     before_s = probe.time_busy(lambda: _discard(bucket().to(dtype).div_(2)))
@@ -104,8 +104,8 @@ def _powersgd(probe: Probe, rank: int, device: torch.device) -> Speed:
     )
 
 
-def _quantized(probe: Probe, scheme: Scheme, device: torch.device, call_s: float) -> Speed:
-    calls = _Calls(scheme, device, _NUMEL)
+def _quantized(probe: Probe, method: Method, device: torch.device, call_s: float) -> Speed:
+    calls = _Calls(method, device, _NUMEL)
     few_s = probe.time_busy(lambda: calls.reduce(_FEW))
     each_s = max(0.0, probe.time_busy(lambda: calls.reduce(_MANY)) - few_s) / (_MANY - _FEW)
     return Speed(
@@ -121,13 +121,13 @@ class _Calls:
     """The three kernels, at every call on other memory.
 
     Args:
-        scheme: Which quantizer, and whether it encodes Adam updates.
+        method: Which quantizer, and whether it encodes Adam updates.
         device: Where.
         numel: Elements of each call.
     """
 
-    def __init__(self, scheme: Scheme, device: torch.device, numel: int) -> None:
-        quantizer = get_quantizer(scheme.quantizer)
+    def __init__(self, method: Method, device: torch.device, numel: int) -> None:
+        quantizer = get_quantizer(method.quantizer)
         self._kernels = select(device)
         self._layout = plan_bucket(
             [Slot("weight", 0, 0, numel, False)],
@@ -142,7 +142,7 @@ class _Calls:
         self._x = torch.randn(_SETS, numel, device=device)
         self._worker, self._server, self._out = (torch.zeros_like(self._x) for _ in range(3))
         self._sent = torch.zeros(_SETS, 1, stride, dtype=torch.uint8, device=device)
-        self._adam = [_adam(x) if scheme.kind == "update" else None for x in self._x]
+        self._adam = [_adam(x) if method.kind == "update" else None for x in self._x]
         self._turn = itertools.cycle(range(_SETS))
         for _ in range(_SETS):
             self.encode()
@@ -180,9 +180,9 @@ class _Calls:
         self._kernels.decode(self._layout.downlink, self._sent[i], self._out[i], torch.float32)
 
 
-def _cpu_s_of_empty_part(probe: Probe, scheme: Scheme) -> float:
+def _cpu_s_of_empty_part(probe: Probe, method: Method) -> float:
     """Processor time of a part with next to nothing in it: messages, Python, threads that hand over."""
-    state = EfficientAdamState(quantizer=scheme.quantizer, topology=scheme.topology)
+    state = EfficientAdamState(quantizer=method.quantizer, topology=method.topology)
     matrices = torch.zeros(_BUCKETS, _TINY // _ROW, _ROW)
     buffers = torch.zeros(_BUCKETS, _TINY)
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from effadam_hook.cli.workloads import Trained, UserModel, to_device
-from effadam_hook.cost import Compute
 from effadam_hook.exchange.compat import new_group_alone
 from effadam_hook.exchange.probe import Probe
+from effadam_hook.planner.predict import Compute
+from effadam_hook.planner.workloads import Trained, UserModel, to_device
 
 __all__ = ["measure_compute"]
 

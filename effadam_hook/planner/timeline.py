@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-__all__ = ["Passing", "Work", "run_pipeline"]
+__all__ = ["Transit", "Work", "run_timeline"]
 
 _ROUNDING = 1e-12
 
@@ -43,7 +43,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Passing:
+class Transit:
     """One bucket's way.
 
     Attributes:
@@ -63,14 +63,14 @@ class _Task:
         self.left_s = work.seconds
 
 
-def run_pipeline(
-    backward: Work, passings: Sequence[Passing], capacity: Mapping[str, float]
+def run_timeline(
+    backward: Work, transits: Sequence[Transit], capacity: Mapping[str, float]
 ) -> tuple[float, float]:
     """Let backward and the buckets run until all is done.
 
     Args:
         backward: The backward pass; its stage's name is not looked at.
-        passings: The buckets, in the order in which they become ready.
+        transits: The buckets, in the order in which they become ready.
         capacity: How much there is of each resource; of those that are not named there is enough.
 
     Returns:
@@ -79,24 +79,24 @@ def run_pipeline(
     Raises:
         ValueError: If the buckets are not in the order in which they become ready.
     """
-    if any(a.ready > b.ready for a, b in pairwise(passings)):
+    if any(a.ready > b.ready for a, b in pairwise(transits)):
         raise ValueError(
-            f"Invalid passings: ready at {[p.ready for p in passings]} of backward. Must be in the "
+            f"Invalid transits: ready at {[p.ready for p in transits]} of backward. Must be in the "
             "order in which they become ready."
         )
     clock = backward_end_s = 0.0
     running = _Task(backward)
-    position = [0] * len(passings)
+    position = [0] * len(transits)
     tasks: dict[int, _Task] = {}
-    done = sum(not passing.works for passing in passings)
-    while done < len(passings) or running.left_s > 0:
+    done = sum(not transit.works for transit in transits)
+    while done < len(transits) or running.left_s > 0:
         progress = 1.0 - running.left_s / backward.seconds if running.left_s > 0 else 1.0
         busy: set[str] = set()
         tasks_now: dict[int, _Task] = {}
-        for index, passing in enumerate(passings):
-            if position[index] == len(passing.works) or passing.ready > progress + _ROUNDING:
+        for index, transit in enumerate(transits):
+            if position[index] == len(transit.works) or transit.ready > progress + _ROUNDING:
                 continue
-            work = passing.works[position[index]]
+            work = transit.works[position[index]]
             # Earlier buckets come first, so that the head of each stage's queue is its oldest.
             if work.stage and work.stage in busy:
                 continue
@@ -110,7 +110,7 @@ def run_pipeline(
             default=0.0,
         )
         if running.left_s > 0:
-            waiting = [p.ready for p in passings if p.ready > progress + _ROUNDING]
+            waiting = [p.ready for p in transits if p.ready > progress + _ROUNDING]
             if waiting:
                 until_s = (waiting[0] - progress) * backward.seconds / speeds[-1]
                 step_s = min(step_s, until_s)
@@ -125,7 +125,7 @@ def run_pipeline(
             if task.left_s == 0.0:
                 del tasks[index]
                 position[index] += 1
-                done += position[index] == len(passings[index].works)
+                done += position[index] == len(transits[index].works)
     return clock, backward_end_s
 
 

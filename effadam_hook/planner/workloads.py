@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from effadam_hook.cli.ui import CommandError, UserCodeError
-from effadam_hook.traffic import Parameter
+from effadam_hook.errors import CommandError, UserCodeError
+from effadam_hook.planner.traffic import Parameter
 
 __all__ = ["Trained", "UserModel", "Workload", "describe", "parse_count", "to_device"]
 
@@ -133,7 +133,7 @@ class UserModel:
         spec: The name.
 
     What the user's code prints goes to standard error. What it raises becomes a
-    :class:`~effadam_hook.cli.ui.UserCodeError`.
+    :class:`~effadam_hook.errors.UserCodeError`.
 
     Raises:
         CommandError: If there is no such function, it returns something else, or a model without

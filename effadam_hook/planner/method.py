@@ -22,14 +22,14 @@ from dataclasses import dataclass, replace
 
 from effadam_hook.quantizers import QUANTIZERS
 
-__all__ = ["Scheme", "expand_names"]
+__all__ = ["Method", "expand_names"]
 
 _TOPOLOGIES = ("sharded", "rank0")
 _NAME = re.compile(r"(?P<rest>[^@]+)(@(?P<cap>[0-9.]+))?")
 
 
 @dataclass(frozen=True)
-class Scheme:
+class Method:
     """A way to average gradients, as its name says.
 
     Attributes:
@@ -61,14 +61,14 @@ class Scheme:
         return self.name.partition("@")[0].partition("/")[0]
 
     @classmethod
-    def parse(cls, name: str) -> Scheme:
-        """The scheme of a name.
+    def parse(cls, name: str) -> Method:
+        """The method of a name.
 
         Args:
             name: See the module.
 
         Returns:
-            The scheme.
+            The method.
 
         Raises:
             ValueError: If there is none of that name.
@@ -97,7 +97,7 @@ class Scheme:
             raise _unknown(name)
         return cls(name, kind, quantizer, topology or "sharded", bucket_mb=bucket_mb)
 
-    def with_buckets(self, bucket_mb: float | None) -> Scheme:
+    def with_buckets(self, bucket_mb: float | None) -> Method:
         """The same with other buckets, unless the name says which, or there is only ever one."""
         fixed = self.bucket_mb is not None or self.kind == "powersgd"
         return self if fixed else replace(self, bucket_mb=bucket_mb)
