@@ -304,7 +304,7 @@ class _UpdateContent(GradientContent):
             for key, flat in flats.items():
                 view = shaped_view(flat[slot.start : slot.start + slot.numel], parameter)
                 state[key] = view.copy_(state[key])
-        terms = torch.zeros(len(slots), len(ADAM_TERMS), dtype=torch.float64, device="cpu")
+        terms = torch.zeros(len(slots), len(ADAM_TERMS), dtype=torch.float64)
         self.adam = AdamSource(flats["exp_avg"], flats["exp_avg_sq"], terms)
 
     def begin(self) -> None:
@@ -322,7 +322,7 @@ class _UpdateContent(GradientContent):
                 'refreshed for all of them at once. Use second_moment="local".'
             )
         self.averages_first = any(self._optimizer.refreshes(step) for step in steps)
-        self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64))
 
     def target(self, bucket: Tensor) -> Tensor:
         return bucket if self._update is None else self._update

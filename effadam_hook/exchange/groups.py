@@ -48,7 +48,7 @@ def borrow_groups(group: dist.ProcessGroup) -> GroupPair:
     """
     pairs = _pairs.setdefault(group, [])
     if pairs:
-        free = torch.tensor([pair.is_free for pair in pairs], dtype=torch.int32, device="cpu")
+        free = torch.tensor([pair.is_free for pair in pairs], dtype=torch.int32)
         dist.all_reduce(free, op=dist.ReduceOp.MIN, group=group)
         for pair, is_free_everywhere in zip(pairs, free.tolist(), strict=True):
             if is_free_everywhere:
