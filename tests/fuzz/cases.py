@@ -263,6 +263,7 @@ def _draw_kinds(
         kinds["scales"] = chance.random() < 0.25
     if mode != "preconditioned" and chance.random() < 0.12:
         kinds["batches"] = tuple(chance.randint(1, steps) for _ in range(world_size))
+        kinds["scales"] = False  # a rank out of data does not learn of another loss scale
         return kinds
     if mode != "preconditioned" and parameters > 1 and chance.random() < 0.35:
         kinds["unused"] = _draw_unused(chance, parameters, steps, world_size)

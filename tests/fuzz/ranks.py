@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,7 +100,9 @@ def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[R
         report = Report()
         reports.append(report)
         layout.PART_NUMEL = case.part_numel
-        with _replaced(case, rank):
+        # What can end a run as an error, with -W error, must not be said in vain.
+        with warnings.catch_warnings(), _replaced(case, rank):
+            warnings.filterwarnings("error", "Gradients of the last backward were still there")
             _run(case, rank, report, alone)
         if bool(report.error) != bool(case.ending):
             break
