@@ -119,7 +119,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=32, help="of input, on each rank")
-    parser.add_argument("--sleep-ms", type=float, default=-1.0, help="see cli/workloads.py")
+    parser.add_argument("--sleep-ms", type=float, default=-1.0, help="see planner/workloads.py")
     parser.add_argument("--no-optimizer", action="store_true", help="leave out optimizer.step()")
     parser.add_argument("--csv", type=Path, help="append the table to this file")
     parser.add_argument("--json", type=Path, help="write every step's time to this file")

@@ -54,7 +54,14 @@ class AccumulationCheck:
             kept = last.grad is not None if last is not None else not is_view
             # Views of one bucket count their changes together.
             written = len(parameters) if is_view else 1
-            if kept and (weight._version, self._grad._version) == (version, grad_version + written):
+            expected = (version, grad_version + written)
+            # A gradient that is zero was filled with zeros, after a step that was skipped, and the
+            # backward did not use the parameter.
+            if (
+                kept
+                and (weight._version, self._grad._version) == expected
+                and bool(self._grad.any())
+            ):
                 self._warned = True
                 warnings.warn(
                     "Gradients of the last backward were still there, averaged over all ranks, and "

@@ -265,7 +265,8 @@ class Engine:
             return
         for residuals in (self.worker, self.server):
             for _, view in residuals:
-                view.mul_(scale / self.loss_scale)
+                # What overflows saturates, as sums do in the kernels.
+                view.mul_(scale / self.loss_scale).nan_to_num_()
         self.loss_scale = scale
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ __all__ = ["QUANTIZERS", "SCALE_BYTES", "SCALE_RULES", "Quantizer", "get_quantiz
 SCALE_BYTES = 2
 """Bytes of a scale on the wire: one bfloat16, which has the range of float32."""
 
-_FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+_BFLOAT16_MAX = (2 - 2.0**-7) * 2.0**127
 
 SCALE_RULES = ("least_squares", "absmax")
 """How the final scale of a block is found."""
@@ -85,8 +85,8 @@ class Quantizer:
 
     @property
     def largest_scale(self) -> float:
-        """The largest bfloat16 whose product with the top level is finite in float32."""
-        (bits,) = struct.unpack("<I", struct.pack("<f", _FLOAT32_MAX / self.magnitudes[-1]))
+        """The largest bfloat16 whose product with the top level is finite in bfloat16, unrounded."""
+        (bits,) = struct.unpack("<I", struct.pack("<f", _BFLOAT16_MAX / self.magnitudes[-1]))
         (scale,) = struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))
         return float(scale)
 

@@ -219,6 +219,28 @@ def extreme(rank: int, world_size: int, dtype: torch.dtype, quantizer: str) -> l
     return wrong
 
 
+def pull_for_long(rank: int, world_size: int, dtype: torch.dtype, quantizer: str) -> list[str]:
+    wrong = []
+    model = ddp(ChosenGradients(dtype=dtype))
+    state = attach(model, quantizer=quantizer, topology="sharded")
+    draws = drawn_gradients(rank, 0, dtype=torch.float64)
+    # The largest element makes errors add up where the others decide the scale.
+    gradients = [(g / g.abs().max() * torch.finfo(dtype).max).to(dtype) for g in draws]
+    for step in range(25):
+        got = step_once(model, gradients)
+        if not all(bool(g.isfinite().all()) for g in got) or not all_finite(state):
+            wrong.append(f"step {step}")
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantizer", ["lloyd2", "ternary", "sign"])
+def test_gradients_at_the_end_of_float32_stay_finite_for_many_steps(
+    dtype: torch.dtype, quantizer: str
+) -> None:
+    assert run_ranks(pull_for_long, 3, dtype, quantizer) == [[]] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("quantizer", ["lloyd3", "uniform8", "sign"])
 def test_values_of_any_size_stay_finite(dtype: torch.dtype, quantizer: str) -> None:

@@ -12,9 +12,25 @@ from typing import Any
 
 from effadam_hook.errors import CommandError
 
-__all__ = ["Screen", "require"]
+__all__ = ["Screen", "printable", "require"]
 
 _EXTRA = 'pip install "effadam-hook[cli]"'
+
+
+def printable(text: str) -> str:
+    """Make text safe for a terminal, wherever it comes from.
+
+    Args:
+        text: Any, such as a file's name, a key of a log or the message of an exception.
+
+    Returns:
+        The same with escapes for control and format characters, among them those that begin a
+        terminal's escape sequences or reverse its direction; new lines and tabs stay.
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def require(package: str, purpose: str) -> None:
@@ -51,13 +67,14 @@ class Screen:
         """A line for people."""
         if self._main and not self._as_json:
             from rich.console import Console
+            from rich.text import Text
 
-            Console(soft_wrap=True, highlight=False, markup=False).print(text)
+            Console(soft_wrap=True).print(Text(printable(text)))
 
     def code(self, text: str) -> None:
         """Lines to paste, as they are."""
         if self._main and not self._as_json:
-            sys.stdout.write(f"\n{text}\n\n")
+            sys.stdout.write(f"\n{printable(text)}\n\n")
 
     def table(
         self,
@@ -79,12 +96,15 @@ class Screen:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        # As Text, so that brackets are no markup and colons no emoji.
+        table = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+            header = Text(printable(column))
+            table.add_column(header, justify="right" if index else "left", no_wrap=True)
         for index, row in enumerate(rows):
-            cells = [str(cell) for cell in row]
+            cells = [Text(printable(str(cell))) for cell in row]
             table.add_row(*cells, style="bold green" if index == marked else None)
         console = Console()
         if not console.is_terminal:
@@ -115,12 +135,17 @@ class Screen:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeElapsedColumn as Elapsed
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Elapsed(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=total + 1)
 
             def advance(part: str) -> None:
-                bar.update(task, advance=1, description=f"{label}: {part}")
+                bar.update(task, advance=1, description=printable(f"{label}: {part}"))
 
             yield advance
 

@@ -50,7 +50,7 @@ class Sharded:
         """Find out how far apart ranks are, see :class:`~effadam_hook.exchange.topology.Topology`."""
         if self.servers <= 2:  # the two ways are one
             return
-        sent, got = torch.zeros(2, self.servers, dtype=torch.uint8)
+        sent, got = torch.zeros(2, self.servers, dtype=torch.uint8, device="cpu")
         ways = (
             lambda: all_gather_flat(got, sent[:1], group),
             lambda: self.send_up(sent, got, group),

@@ -18,7 +18,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from effadam_hook.kernels.sources import AdamSource, Preconditioner, check_arguments
+from effadam_hook.kernels.sources import (
+    TABLE_CODES,
+    AdamSource,
+    Preconditioner,
+    check_arguments,
+    level_table,
+)
 from effadam_hook.layout import Wire
 from effadam_hook.quantizers import Quantizer
 
@@ -27,7 +33,6 @@ __all__ = ["CpuKernels", "load"]
 _ABI_VERSION = 1
 _LIBRARY_VARIABLE = "EFFADAM_CPU_LIBRARY"
 _MAX_BLOCK = 4096
-_TABLE_CODES = 16
 _TABLE_THRESHOLDS = 8
 _STORES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _ENCODE, _REDUCE_ENCODE, _DECODE = range(3)
@@ -44,7 +49,7 @@ class _Quantizer(ctypes.Structure):
         ("spread", ctypes.c_double),
         ("top", ctypes.c_double),
         ("largest_scale", ctypes.c_double),
-        ("levels", ctypes.c_float * _TABLE_CODES),
+        ("levels", ctypes.c_float * TABLE_CODES),
         ("thresholds", ctypes.c_float * _TABLE_THRESHOLDS),
     )
 
@@ -315,7 +320,8 @@ def _describe(quantizer: Quantizer, scale_rule: str) -> _Quantizer:
     described.spread = quantizer.spread or 0.0
     described.top = magnitudes[-1]
     described.largest_scale = quantizer.largest_scale
-    if len(quantizer.levels) <= _TABLE_CODES:
-        described.levels[: len(quantizer.levels)] = quantizer.levels
+    levels = level_table(quantizer)
+    if levels:
+        described.levels[: len(levels)] = levels
         described.thresholds[: len(magnitudes) - 1] = quantizer.thresholds
     return described

@@ -18,11 +18,23 @@ import torch
 from torch import Tensor
 
 from effadam_hook.layout import Wire
+from effadam_hook.quantizers import Quantizer
 
-__all__ = ["ADAM_TERMS", "AdamSource", "Preconditioner", "check_arguments", "compute_dtype"]
+__all__ = [
+    "ADAM_TERMS",
+    "TABLE_CODES",
+    "AdamSource",
+    "Preconditioner",
+    "check_arguments",
+    "compute_dtype",
+    "level_table",
+]
 
 ADAM_TERMS = ("beta1", "1-beta1", "beta2", "1-beta2", "step_size", "inv_sqrt_correction2", "eps")
 """Columns of :attr:`AdamSource.terms`."""
+
+TABLE_CODES = 16
+"""Levels that fused kernels look up in a table; integer levels need none."""
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -72,6 +84,31 @@ class AdamSource:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The arithmetic's dtype: float64 where raw elements are float64, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def level_table(quantizer: Quantizer) -> tuple[float, ...]:
+    """Levels by code, for kernels that look them up.
+
+    Args:
+        quantizer: Any.
+
+    Returns:
+        At most :data:`TABLE_CODES` levels; none where levels are raw, or integers from 0, which codes
+        yield by a subtraction.
+
+    Raises:
+        ValueError: If there are more.
+    """
+    levels = quantizer.levels
+    if quantizer.magnitudes == tuple(range(len(quantizer.magnitudes))):
+        return levels if len(levels) <= TABLE_CODES else ()
+    if len(levels) > TABLE_CODES:
+        raise ValueError(
+            f"Invalid quantizer {quantizer.name!r}: it has {len(levels)} levels. Must be at most "
+            f"{TABLE_CODES} for the fused kernels, unless its magnitudes are 0, 1, 2 and so on. Set "
+            "EFFADAM_KERNELS=reference, which takes any number."
+        )
+    return levels
 
 
 def check_arguments(
