@@ -20,9 +20,9 @@ up to √N smaller (with no noise, equal). ``second_moment`` says what to do abo
   1-bit Adam. A parameter that the warm-up did not use is estimated in its own first ``refresh_every``
   steps.
 
-A parameter is stepped when its ``.grad`` is not None, as in every optimizer of torch. Whether it is there
-is all that matters about it: the update itself is kept here. A parameter that no rank used is
-left as it was, moments, residuals and step count included.
+A parameter is stepped if its ``.grad`` is not None, as in every optimizer of torch. Nothing else about
+``.grad`` matters: the update itself is kept here. A parameter that no rank used stays as it was, with
+its moments, residuals and step count.
 """
 
 from __future__ import annotations
