@@ -208,6 +208,7 @@ class Engine:
                 self._start_beside_dense(buffer.device)
             self._check_names()
             self.watch.is_in_backward = in_backward
+            self.mode.begin_backward(self.is_joining())
         # Numbered in every step, so that their order does not depend on when compression starts.
         for tensor in parameters:
             self.parameters.find(tensor)
@@ -221,6 +222,8 @@ class Engine:
             self._when_backward_ends()
             self.clock.stop_after(future)
             self.counters.steps += 1
+            if not self.watch.is_in_backward:
+                future = self._then_end_without_backward(future)
         return future
 
     def _continue_trial(self, trial: Trial, device: torch.device) -> None:
@@ -244,10 +247,13 @@ class Engine:
         here runs before it, and what that queues, after it.
         """
         watch, accumulation, mode = self.watch, self._accumulation, self.mode
+        plans = self.plans if self._compressing else []
 
         def after_ddp() -> None:
             accumulation.end()
             watch.check()
+            for plan in plans:
+                plan.restore_unused()
             mode.notice_end_of_backward()
 
         def before_ddp() -> None:
@@ -255,6 +261,17 @@ class Engine:
             _at_end_of_backward(after_ddp)
 
         _at_end_of_backward(before_ddp)
+
+    def _then_end_without_backward(self, last: Future[Tensor]) -> Future[Tensor]:
+        """Let the mode end the step of a rank out of data, which no backward and no loop will end."""
+        mode = self.mode
+
+        def end(done: Future[Tensor]) -> Tensor:
+            buffer = done.value()  # raises what the exchange raised
+            mode.end_without_backward()
+            return buffer
+
+        return last.then(end)
 
     def _follow_loss_scale(self) -> None:
         """Take the residuals along when the loss is multiplied by something else than before."""
@@ -295,7 +312,7 @@ class Engine:
         self.counters.count(size, size, size)
         if self._dense is None:
             self._dense = DenseExchange(self.group, self.watch)
-        also = self.mode.averaged(parameters)
+        also = self.mode.averaged(parameters, buffer)
         return self._dense.submit(f"bucket {index}", buffer, also)
 
     def _run_compressed(
@@ -303,14 +320,16 @@ class Engine:
     ) -> Future[Tensor]:
         plans = self._plan(index, buffer, parameters)
         assert self._exchange is not None
-        look = self.check_replicas and not self.is_joining()
+        joins = self.is_joining()
+        look = self.check_replicas and not joins
+        in_backward = self.watch.is_in_backward and not joins
         future: Future[Tensor] | None = None
         start = 0
         for plan in plans:
             layout = plan.layout
             part = buffer[start : start + layout.numel]
             start += layout.numel
-            plan.load(part, look)
+            plan.load(part, look, in_backward)
             size = part.numel() * part.element_size()
             beside = size if plan.averages_first else 0
             self.counters.count(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
-from effadam_hook.optim import EfficientAdam
+from effadam_hook.optim import EfficientAdam, unwrapped
 from effadam_hook.state import EfficientAdamState
 from effadam_hook.trial import check_auto
 
@@ -131,6 +131,7 @@ def attach(
                 "Invalid grad_scaler with an EfficientAdam: update mode sends finished updates, which "
                 "cannot be unscaled. Train in bfloat16, which needs no scaler, or in gradient mode."
             )
+        _check_dense_gradients(ddp_model)
         mode.optimizer.attach_to(ddp_model.module.named_parameters())
     state.use(mode)
     group = options.get("process_group") or ddp_model.process_group
@@ -142,6 +143,19 @@ def attach(
     return state
 
 
+def _check_dense_gradients(ddp_model: DistributedDataParallel) -> None:
+    ignored = ddp_model.parameters_to_ignore
+    for prefix, module in ddp_model.module.named_modules():
+        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.sparse:
+            name = f"{prefix}.weight" if prefix else "weight"
+            if module.weight.requires_grad and name not in ignored:
+                raise EffAdamError(
+                    f"Parameter {name!r} belongs to an {type(module).__name__} with sparse=True. In "
+                    "update mode gradients must be dense, as in torch.optim.Adam: use sparse=False, "
+                    "or gradient mode with SparseAdam."
+                )
+
+
 def _mode_for(
     ddp_model: DistributedDataParallel,
     optimizer: Optimizer | None,
@@ -149,6 +163,10 @@ def _mode_for(
     quantize_weights: bool,
     warmup_steps: int,
 ) -> Mode:
+    kinds: tuple[type[Optimizer], ...] = (EfficientAdam,)
+    if precondition:
+        kinds = (torch.optim.Adam, torch.optim.AdamW)
+    optimizer = unwrapped(optimizer, kinds)
     if quantize_weights and (precondition or not isinstance(optimizer, EfficientAdam)):
         raise TypeError(
             f"Invalid optimizer for quantize_weights=True: {type(optimizer).__name__}. Must be an "

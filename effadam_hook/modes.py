@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from effadam_hook.errors import EffAdamError
 from effadam_hook.kernels.sources import ADAM_TERMS, AdamSource, Preconditioner
 from effadam_hook.layout import Piece, Slot
-from effadam_hook.optim import MOMENTS, EfficientAdam
+from effadam_hook.moments import MOMENTS
+from effadam_hook.optim import EfficientAdam
 from effadam_hook.parameters import flat_view, shaped_view
 
 __all__ = [
@@ -63,6 +64,13 @@ class GradientContent:
 
         Args:
             bucket: ``[numel]``, DDP's buffer.
+        """
+
+    def withdraw(self, parameter: Tensor) -> None:
+        """Drop the result for a parameter that no rank used, as DDP does with its gradient.
+
+        Args:
+            parameter: One of the bucket's.
         """
 
     def apply_on_server(
@@ -112,11 +120,19 @@ class GradientMode:
         """
         return GradientContent()
 
-    def averaged(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def begin_backward(self, joins: bool) -> None:
+        """Prepare for the buckets of a backward; called when the first one comes.
+
+        Args:
+            joins: Whether the model is under ``join()``.
+        """
+
+    def averaged(self, parameters: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
         """Note that a bucket's gradient is averaged densely this time.
 
         Args:
             parameters: Its parameters.
+            buffer: ``[numel]``, the bucket, which will hold the mean; or a sparse tensor.
 
         Returns:
             Further tensors to average, so that dense steps leave all ranks equal.
@@ -129,6 +145,9 @@ class GradientMode:
 
     def notice_end_of_backward(self) -> None:
         """Called after a backward that exchanged, when DDP has written the gradients."""
+
+    def end_without_backward(self) -> None:
+        """Called when a rank that has run out of data under ``join()`` has exchanged all buckets."""
 
     def save(self) -> dict[str, dict[str, Any]]:
         """What this rank needs besides the residuals to continue.
@@ -204,8 +223,10 @@ class UpdateMode(GradientMode):
     def __init__(self, optimizer: EfficientAdam) -> None:
         self.optimizer = optimizer
         self.max_grad_norm = optimizer.max_grad_norm
-        # Parameters whose first moments may differ between the ranks.
-        self._differing: set[Tensor] = set()
+        # Parameters whose moments may differ between the ranks.
+        self._differing: set[Tensor] = set(optimizer.state)
+        self._generation = optimizer.generation
+        self._joins = False
 
     def describe(self) -> dict[str, Any]:
         """The optimizer's settings."""
@@ -216,6 +237,7 @@ class UpdateMode(GradientMode):
             "max_grad_norm": optimizer.max_grad_norm,
             "bias_correction": optimizer.bias_correction,
             "schedule": repr(optimizer.schedule),
+            "steps": sorted({state["step"] for state in optimizer.state.values() if state}),
             **_settings(optimizer),
         }
 
@@ -232,14 +254,34 @@ class UpdateMode(GradientMode):
         self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
     ) -> GradientContent:
         """A content with this bucket's moments, laid out like the bucket."""
-        self._differing.update(parameters)
-        return _UpdateContent(self.optimizer, parameters, slots, dtype, self.wire_dtype(dtype))
+        return _UpdateContent(
+            self.optimizer, self._differing, parameters, slots, dtype, self.wire_dtype(dtype)
+        )
 
-    def averaged(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def begin_backward(self, joins: bool) -> None:
+        """Have the optimizer forget what was not applied."""
+        self._joins = joins
+        self.optimizer.begin_backward(joins)
+        if self._generation != self.optimizer.generation:  # a state was loaded, perhaps each rank's
+            self._generation = self.optimizer.generation
+            self._differing.update(self.optimizer.state)
+
+    def averaged(self, parameters: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
         """The first dense step after compressed ones averages the workers' moments too."""
+        if buffer.is_sparse:
+            raise EffAdamError(
+                f"A bucket of shape {tuple(buffer.shape)} has a sparse gradient. In update mode "
+                "gradients must be dense, as in torch.optim.Adam: use sparse=False in the embedding, "
+                "or gradient mode with SparseAdam."
+            )
         moments = []
+        start = 0
         for parameter in parameters:
-            self.optimizer.deliver_mean(parameter)
+            mean = None
+            if self._joins:
+                mean = shaped_view(buffer[start : start + parameter.numel()], parameter)
+            start += parameter.numel()
+            self.optimizer.deliver_mean(parameter, mean)
             if parameter in self._differing:
                 state = self.optimizer.state[parameter]
                 moments += [state[key] for key in MOMENTS if key in state]
@@ -259,6 +301,10 @@ class UpdateMode(GradientMode):
         """Have the optimizer note what DDP has written."""
         self.optimizer.note_gradients()
 
+    def end_without_backward(self) -> None:
+        """Step at once, as the training loop of a rank out of data does not."""
+        self.optimizer.step_without_backward()
+
 
 class WeightMode(UpdateMode):
     """Quantized Adam: updates go up, the server keeps the weights and sends them down quantized.
@@ -274,8 +320,9 @@ class WeightMode(UpdateMode):
         self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
     ) -> GradientContent:
         """A content whose servers apply the update."""
-        self._differing.update(parameters)
-        return _WeightContent(self.optimizer, parameters, slots, dtype, self.wire_dtype(dtype))
+        return _WeightContent(
+            self.optimizer, self._differing, parameters, slots, dtype, self.wire_dtype(dtype)
+        )
 
 
 class _UpdateContent(GradientContent):
@@ -284,12 +331,14 @@ class _UpdateContent(GradientContent):
     def __init__(
         self,
         optimizer: EfficientAdam,
+        differing: set[Tensor],
         parameters: Sequence[Tensor],
         slots: Sequence[Slot],
         bucket_dtype: torch.dtype,
         dtype: torch.dtype,
     ) -> None:
         self._optimizer = optimizer
+        self._differing = differing
         self._parameters = list(parameters)
         self._slots = list(slots)
         numel = sum(slot.numel for slot in slots)
@@ -304,38 +353,45 @@ class _UpdateContent(GradientContent):
             for key, flat in flats.items():
                 view = shaped_view(flat[slot.start : slot.start + slot.numel], parameter)
                 state[key] = view.copy_(state[key])
-        terms = torch.zeros(len(slots), len(ADAM_TERMS), dtype=torch.float64)
+        self._address = -1
+        self._results: dict[Tensor, Tensor] = {}
+        terms = torch.zeros(len(slots), len(ADAM_TERMS), dtype=torch.float64, device="cpu")
         self.adam = AdamSource(flats["exp_avg"], flats["exp_avg_sq"], terms)
 
     def begin(self) -> None:
         assert self.adam is not None
-        rows = []
-        steps = set()
-        for parameter, slot in zip(self._parameters, self._slots, strict=True):
-            step = self._optimizer.state[parameter]["step"] + 1
-            steps.add(step)
-            refresh = self._optimizer.refreshes(step)
-            rows.append(self._optimizer.terms(parameter, slot.name, dense=refresh))
-        if len(steps) > 1 and self._optimizer.second_moment == "shared":
-            raise EffAdamError(
-                "Parameters of one bucket are at different steps, and a shared second moment is "
-                'refreshed for all of them at once. Use second_moment="local".'
-            )
-        self.averages_first = any(self._optimizer.refreshes(step) for step in steps)
-        self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64))
+        optimizer = self._optimizer
+        self.averages_first = optimizer.averages(self._parameters)
+        rows = [
+            optimizer.prepare(parameter, slot.name, self.averages_first)
+            for parameter, slot in zip(self._parameters, self._slots, strict=True)
+        ]
+        self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        self._differing.update(self._parameters)
 
     def target(self, bucket: Tensor) -> Tensor:
         return bucket if self._update is None else self._update
 
     def finish(self, bucket: Tensor) -> None:
+        # What is delivered is the result itself: DDP leaves ``.grad`` alone where no rank used the
+        # parameter, whatever is in it.
         if self._update is not None:
             bucket.copy_(self._update)
-        for parameter, slot in zip(self._parameters, self._slots, strict=True):
-            update = None
-            if self._update is not None:
-                flat = self._update[slot.start : slot.start + slot.numel]
-                update = shaped_view(flat, parameter)
-            self._optimizer.deliver(parameter, update)
+        self._optimizer.deliver(self._views(self.target(bucket)))
+
+    def withdraw(self, parameter: Tensor) -> None:
+        self._optimizer.withdraw(parameter)
+
+    def _views(self, result: Tensor) -> dict[Tensor, Tensor]:
+        """By parameter, its stretch of the result, made once for a buffer that DDP hands over again."""
+        # The views keep the buffer, so that no other can come to lie at its address.
+        if result.data_ptr() != self._address:
+            self._address = result.data_ptr()
+            self._results = {
+                parameter: shaped_view(result[slot.start : slot.start + slot.numel], parameter)
+                for parameter, slot in zip(self._parameters, self._slots, strict=True)
+            }
+        return self._results
 
 
 class _WeightContent(_UpdateContent):
@@ -356,10 +412,9 @@ class _WeightContent(_UpdateContent):
     def finish(self, bucket: Tensor) -> None:
         assert self._update is not None
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
-            weights = self._update[slot.start : slot.start + slot.numel]
-            held = flat_view(parameter).to(weights.dtype)
-            bucket[slot.start : slot.start + slot.numel] = held - weights
-            self._optimizer.deliver(parameter, shaped_view(weights, parameter), replaces=True)
+            here = slice(slot.start, slot.start + slot.numel)
+            bucket[here] = flat_view(parameter).to(self._update.dtype) - self._update[here]
+        self._optimizer.deliver(self._views(self._update), replaces=True)
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:

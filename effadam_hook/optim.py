@@ -15,31 +15,51 @@ up to √N smaller (with no noise, equal). ``second_moment`` says what to do abo
 - ``"local"``: nothing, as published. Multiply the learning rate, by up to √N.
 - ``"shared"``: v is common to all workers. It follows the squared *mean* gradient, which is averaged
   uncompressed in the first ``refresh_every`` steps and then every ``refresh_every``-th; in between, v
-  rests.
+  rests. All parameters of a bucket are refreshed together, as soon as one of them is due.
 - ``"frozen"``: v is common, estimated during the warm-up's dense steps and never changed again, as in
-  1-bit Adam.
+  1-bit Adam. A parameter that the warm-up did not use is estimated in its own first ``refresh_every``
+  steps.
+
+A parameter is stepped if its ``.grad`` is not None, as in every optimizer of torch. Nothing else about
+``.grad`` matters: the update itself is kept here. A parameter that no rank used stays as it was, with
+its moments, residuals and step count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import EffAdamError, StateMismatchError
+from effadam_hook.moments import MOMENTS, adopt_group, adopt_state
 from effadam_hook.schedules import Schedule
 
-__all__ = ["SECOND_MOMENTS", "EfficientAdam"]
+__all__ = ["SECOND_MOMENTS", "EfficientAdam", "unwrapped"]
 
 SECOND_MOMENTS = ("local", "shared", "frozen")
 """Whose gradients a worker's second moment follows."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of an optimizer state's moments, as in :class:`torch.optim.Adam`."""
+_AWAKE = 64
+"""Backward passes without use after which a parameter asks for no more averages, at least."""
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """How the hook has taken a parameter's step, for the books that :meth:`EfficientAdam.step` keeps.
+
+    Attributes:
+        beta2: The weight of the second moment; 1 where it rests.
+        estimates: Whether the second moment follows the gradient.
+    """
+
+    beta2: float
+    estimates: bool
 
 
 class EfficientAdam(Optimizer):
@@ -106,16 +126,32 @@ class EfficientAdam(Optimizer):
         self.refresh_every = refresh_every
         self.max_grad_norm = max_grad_norm
         self.schedule = schedule
-        self._attached: dict[Tensor, str] | None = None
-        self._groups: dict[Tensor, dict[str, Any]] = {}
-        self._updates: dict[Tensor, Tensor | None] = {}
-        self._averaged: set[Tensor] = set()
-        self._replaces = False
-        self._versions: dict[Tensor, int] = {}
-        self.generation = 0
+        self._detach()
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
+
+    def _detach(self) -> None:
+        self._attached: dict[Tensor, str] | None = None
+        self._groups: dict[Tensor, dict[str, Any]] = {}
+        self._taken: dict[Tensor, _Taken] = {}
+        self._updates: dict[Tensor, Tensor] = {}
+        # The mean gradients, where they are not to be taken from ``.grad``.
+        self._averaged: dict[Tensor, Tensor | None] = {}
+        self._replaces = False
+        self._regardless = False
+        self._versions: dict[Tensor, int] = {}
+        self.generation = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizer's own drops the attributes of subclasses.
+        options = ("bias_correction", "second_moment", "refresh_every", "max_grad_norm", "schedule")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in options}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "second_moment" in state:  # a copy; load_state_dict() calls this, too
+            self._detach()
+        super().__setstate__(state)
 
     @classmethod
     def paper(cls, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> EfficientAdam:
@@ -186,18 +222,39 @@ class EfficientAdam(Optimizer):
             )
         return self._groups[parameter]
 
-    def refreshes(self, step: int) -> bool:
-        """Whether a step averages the gradient to refresh a shared second moment.
+    def averages(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether a step averages the gradient of a bucket densely before it makes updates.
 
         Args:
-            step: The step that is being taken, from 1.
+            parameters: Those of the bucket, with a state each. They may be at different steps.
 
         Returns:
-            With ``second_moment="shared"`` True for the first ``refresh_every`` steps, since a second
-            moment of few gradients makes wild steps, and then every ``refresh_every``-th.
+            Whether the second moment of any of them is due. The same on every rank, as step counts are.
         """
-        due = step <= self.refresh_every or (step - 1) % self.refresh_every == 0
-        return self.second_moment == "shared" and due
+        if self.second_moment == "shared" and self.refresh_every == 1:
+            return True
+        return any(self._is_due(self.state[parameter]) for parameter in parameters)
+
+    def _is_due(self, state: Mapping[str, Any]) -> bool:
+        """Whether a parameter asks for the mean gradient, for its second moment."""
+        # Or one that is never used would have its bucket averaged for ever.
+        if state.get("unused", 0) >= max(_AWAKE, self.refresh_every):
+            return False
+        step = state["step"] + 1
+        if self.second_moment == "shared":
+            # A second moment of few gradients makes wild steps.
+            return bool(step <= self.refresh_every or (step - 1) % self.refresh_every == 0)
+        if self.second_moment == "frozen":
+            return "refreshed" not in state or step <= state.get("estimate_until", 0)
+        return False
+
+    def _estimates(self, state: Mapping[str, Any], averaged: bool) -> bool:
+        """Whether the second moment follows the gradient in a step."""
+        if self.second_moment == "local" or "refreshed" not in state:
+            return True
+        if self.second_moment == "shared":
+            return averaged
+        return averaged and state["step"] < state.get("estimate_until", 0)
 
     def init_state(self, parameter: Tensor, name: str) -> dict[str, Any]:
         """The state of a parameter, made if it has none: zero moments in float32 or float64."""
@@ -215,19 +272,36 @@ class EfficientAdam(Optimizer):
             state["decay"] = 1.0
         return state
 
-    def terms(self, parameter: Tensor, name: str, dense: bool) -> tuple[float, ...]:
+    def prepare(self, parameter: Tensor, name: str, averaged: bool) -> tuple[float, ...]:
+        """Settle how the hook takes a step, and remember it for :meth:`step`.
+
+        Args:
+            parameter: The parameter.
+            name: Its name, for messages.
+            averaged: Whether the gradient is the mean of all workers'.
+
+        Returns:
+            See :meth:`terms`.
+        """
+        state = self.state[parameter]
+        estimates = self._estimates(state, averaged)
+        beta2 = self._beta2(self.group_of(parameter, name), state) if estimates else 1.0
+        self._taken[parameter] = _Taken(beta2, estimates)
+        return self.terms(parameter, name, beta2)
+
+    def terms(self, parameter: Tensor, name: str, beta2: float) -> tuple[float, ...]:
         """The numbers of the step that is being taken, as the kernels want them.
 
         Args:
             parameter: The parameter.
             name: Its name, for messages.
-            dense: Whether the gradient is the mean of all workers'.
+            beta2: β2 of this step; 1 leaves v as it is.
 
         Returns:
             β1, 1-β1, β2, 1-β2, α / (1-β1^t), 1 / √(1-Πβ2), ε.
         """
         group, state = self.group_of(parameter, name), self.state[parameter]
-        beta1, beta2 = group["betas"][0], self._beta2(group, state, dense)
+        beta1 = group["betas"][0]
         alpha, step = self._alpha(group, state), state["step"] + 1
         if not self.bias_correction:
             return (beta1, 1 - beta1, beta2, 1 - beta2, alpha, 1.0, 0.0)
@@ -243,10 +317,8 @@ class EfficientAdam(Optimizer):
             return self.schedule.alpha(state["step"] + 1)
         return float(group["lr"])
 
-    def _beta2(self, group: dict[str, Any], state: dict[str, Any], dense: bool) -> float:
-        """β2 of this step; 1 leaves v as it is."""
-        if self.second_moment != "local" and not dense:
-            return 1.0
+    def _beta2(self, group: dict[str, Any], state: dict[str, Any]) -> float:
+        """β2 of a step in which v follows the gradient."""
         step = state["step"] + 1
         beta2 = float(group["betas"][1])
         if self.schedule is not None:
@@ -269,25 +341,49 @@ class EfficientAdam(Optimizer):
         group = self.group_of(parameter, name)
         return 1 - self._alpha(group, self.state[parameter]) * float(group["weight_decay"])
 
-    def deliver(self, parameter: Tensor, update: Tensor | None, replaces: bool = False) -> None:
-        """Take the common result for a parameter, for the next :meth:`step`.
+    def begin_backward(self, joins: bool) -> None:
+        """Forget what an earlier backward has delivered; called when a backward's first bucket comes.
 
         Args:
-            parameter: The parameter.
-            update: δ̃ or the new weights, in the parameter's shape and the arithmetic's dtype; None if
-                δ̃ will be in ``parameter.grad``.
+            joins: Whether the model is under ``join()``: ranks out of data cannot know which parameters
+                nobody used, so all are stepped on every rank, whatever ``.grad`` is.
+        """
+        self._regardless = joins
+        self._taken.clear()
+        self._updates.clear()
+        self._averaged.clear()
+        self._versions.clear()
+
+    def deliver(self, updates: Mapping[Tensor, Tensor], replaces: bool = False) -> None:
+        """Take the common result for the parameters of a bucket, for the next :meth:`step`.
+
+        Args:
+            updates: By parameter, δ̃ or the new weights in its shape, kept as they are until then.
             replaces: Whether it is the new weights.
         """
-        self._updates[parameter] = update
+        self._updates.update(updates)
         self._replaces = replaces
 
-    def deliver_mean(self, parameter: Tensor) -> None:
-        """Note that ``parameter.grad`` will be the mean gradient: the next step is plain AdamW.
+    def withdraw(self, parameter: Tensor) -> None:
+        """Drop the result for a parameter that no rank used, whose moments have been put back.
 
         Args:
             parameter: The parameter.
         """
-        self._averaged.add(parameter)
+        self._updates.pop(parameter, None)
+        self._taken.pop(parameter, None)
+        if self.second_moment != "local":
+            state = self.state[parameter]
+            state["unused"] = state.get("unused", 0) + 1
+
+    def deliver_mean(self, parameter: Tensor, mean: Tensor | None = None) -> None:
+        """Note that the next step is plain AdamW on the mean gradient.
+
+        Args:
+            parameter: The parameter.
+            mean: The mean gradient; None if it will be in ``parameter.grad``, or nowhere.
+        """
+        self._averaged[parameter] = mean
 
     def note_gradients(self) -> None:
         """Remember the gradients as the exchange left them, to notice if someone changes them."""
@@ -319,6 +415,8 @@ class EfficientAdam(Optimizer):
                 state = self.init_state(parameter, name)
                 moments = {key: state[key] for key in MOMENTS}
                 state.update(saved[name])
+                if state["decay"] != 1:
+                    state.setdefault("refreshed", state["step"])
                 for key, own in moments.items():
                     state[key] = own.copy_(saved[name][key].view_as(own))
         self.generation += 1
@@ -351,32 +449,68 @@ class EfficientAdam(Optimizer):
         if self._attached is None:
             raise EffAdamError(
                 "EfficientAdam is not attached to a DDP model, and its updates are made in the "
-                "communication hook. Call effadam_hook.attach(ddp_model, optimizer=optimizer)."
+                "communication hook. Call effadam_hook.attach(ddp_model, optimizer=optimizer); a copy "
+                "of an attached optimizer has to be attached itself."
             )
-        averaged = [
-            p for group in self.param_groups for p in group["params"] if self._takes_mean(p)
-        ]
-        if self.max_grad_norm is not None and averaged:
-            torch.nn.utils.clip_grad_norm_(averaged, self.max_grad_norm)
-        for parameter in averaged:
-            self._step_dense(parameter)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._updates and parameter.grad is not None:
-                    update = self._updates[parameter]
-                    self._apply(
-                        parameter, parameter.grad if update is None else update, dense=False
-                    )
-        self._updates.clear()
-        self._averaged.clear()
-        self._versions.clear()
+        self._check_gradients()
+        self._apply_delivered(
+            [
+                parameter
+                for group in self.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None or self._regardless
+            ]
+        )
         return loss
 
-    def _takes_mean(self, parameter: Tensor) -> bool:
-        """Whether this step is a dense one; raises if the gradient is not the hook's."""
-        if parameter.grad is None:
-            return False
+    @torch.no_grad()
+    def step_without_backward(self) -> None:
+        """Apply what the exchange delivered on a rank that has run out of data under ``join()``.
+
+        Its weights, moments and step counts then stay those of the other ranks.
+        """
+        self._apply_delivered(list(self._updates) + list(self._averaged), trusts_grad=False)
+
+    def _apply_delivered(self, parameters: Sequence[Tensor], trusts_grad: bool = True) -> None:
+        """Step the parameters for which something was delivered, and forget it."""
+        means = {}
+        for parameter in parameters:
+            if parameter in self._averaged:
+                # The user may have clipped ``.grad``, which is allowed in dense steps.
+                gradient = parameter.grad if trusts_grad else None
+                gradient = self._averaged[parameter] if gradient is None else gradient
+                if gradient is not None:
+                    means[parameter] = gradient
+        if self.max_grad_norm is not None and means:
+            _clip(list(means.values()), self.max_grad_norm)
+        for parameter, gradient in means.items():
+            self._step_dense(parameter, gradient)
+        for parameter in parameters:
+            if parameter in self._updates:
+                taken = self._taken[parameter]
+                self._apply(parameter, self._updates[parameter], taken, self._replaces)
+        self.begin_backward(joins=False)
+
+    def _check_gradients(self) -> None:
+        """Raise if a gradient is not what the hook and DDP have left."""
         assert self._attached is not None
+        removed = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._check_gradient(parameter)
+                elif parameter in self._versions:
+                    removed.append(parameter)
+        if removed and len(removed) < len(self._versions):
+            raise EffAdamError(
+                f"The gradient of {self._attached[removed[0]]!r} was set to None after the exchange, "
+                "which has moved its moments and residuals already. To leave a parameter out of a "
+                "step, call requires_grad_(False) on it before the forward, and wrap the model with "
+                "find_unused_parameters=True; to leave out the whole step, do not call step()."
+            )
+
+    def _check_gradient(self, parameter: Tensor) -> None:
+        assert self._attached is not None and parameter.grad is not None
         if parameter in self._updates:
             if self._versions.get(parameter, parameter.grad._version) != parameter.grad._version:
                 raise EffAdamError(
@@ -384,9 +518,9 @@ class EfficientAdam(Optimizer):
                     "as clip_grad_norm_ does. In update mode it holds the finished update, and "
                     "changing it has no effect: use EfficientAdam(max_grad_norm=...) instead."
                 )
-            return False
+            return
         if parameter in self._averaged:
-            return True
+            return
         if parameter not in self._attached:
             raise EffAdamError(
                 f"A parameter of shape {tuple(parameter.shape)} has a gradient but is not part of "
@@ -398,51 +532,114 @@ class EfficientAdam(Optimizer):
             "before step() synchronize."
         )
 
-    def _step_dense(self, parameter: Tensor) -> None:
+    def _step_dense(self, parameter: Tensor, gradient: Tensor) -> None:
         """Plain AdamW on the mean gradient."""
-        assert self._attached is not None and parameter.grad is not None
+        assert self._attached is not None
         name = self._attached[parameter]
         state = self.init_state(parameter, name)
+        taken = _Taken(self._beta2(self.group_of(parameter, name), state), estimates=True)
         first, second = state["exp_avg"], state["exp_avg_sq"]
-        gradient = parameter.grad.to(first.dtype)
-        beta1, rest1, beta2, rest2, size, correction, eps = self.terms(parameter, name, dense=True)
+        gradient = gradient.to(first.dtype)
+        beta1, rest1, beta2, rest2, size, correction, eps = self.terms(parameter, name, taken.beta2)
         first.mul_(beta1).add_(gradient, alpha=rest1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=rest2)
         update = first.mul(size).div_(second.sqrt().mul_(correction).add_(eps))
-        self._apply(parameter, update.nan_to_num_(0.0) if eps == 0 else update, dense=True)
+        if eps == 0:
+            update = update.nan_to_num_(0.0)
+        self._apply(parameter, update, taken, replaces=False)
 
-    def _apply(self, parameter: Tensor, update: Tensor, dense: bool) -> None:
+    def _apply(self, parameter: Tensor, update: Tensor, taken: _Taken, replaces: bool) -> None:
+        """Change the weights, and keep the books of what was done."""
         assert self._attached is not None
         name = self._attached[parameter]
         group, state = self.group_of(parameter, name), self.state[parameter]
-        refreshed = dense or self.refreshes(state["step"] + 1)
-        if self._replaces and not dense:
+        if replaces:
             parameter.copy_(update)
         else:
             if group["weight_decay"] != 0:
                 parameter.mul_(self.keeps(parameter, name))
             parameter.sub_(update)
-        state["decay"] *= self._beta2(group, state, refreshed)
+        late = self.second_moment == "frozen" and "refreshed" not in state
+        state["decay"] *= taken.beta2
         state["step"] += 1
-        if refreshed:
+        state.pop("unused", None)
+        if taken.estimates:
             state["refreshed"] = state["step"]
+        if late and parameter in self._updates:
+            state["estimate_until"] = state["step"] + self.refresh_every - 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, keeping moments in their own dtype whatever the parameters'.
+        """Load a state of an EfficientAdam, or of torch's Adam or AdamW, whose moments are taken over.
+
+        Moments keep their own dtype, whatever the parameters'.
 
         Args:
             state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            StateMismatchError: If it is not such a state, asks for what EfficientAdam does not do
+                (``amsgrad``, ``maximize``, coupled weight decay), or has a value out of its range.
+                Nothing has changed then.
+            ValueError: If it has other parameter groups.
         """
-        super().load_state_dict(state_dict)
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        adopted, states = self._adopted(state_dict)
+        super().load_state_dict(adopted)
         own = [p for group in self.param_groups for p in group["params"]]
-        for key, parameter in zip(saved, own, strict=True):
-            for moment in MOMENTS:
-                if moment in state_dict["state"].get(key, {}):
-                    value = state_dict["state"][key][moment]
-                    self.state[parameter][moment] = value.to(parameter.device, copy=True)
+        for parameter, state in states.items():
+            self.state[own[parameter]] = state
         self._groups = {}
         self.generation += 1
+
+    def _adopted(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+        """A saved state as one of ours, and its parameters' states by position; all checked."""
+        if not isinstance(state_dict, Mapping) or not state_dict.keys() >= {
+            "state",
+            "param_groups",
+        }:
+            raise StateMismatchError(
+                "This is no optimizer state: it must be the dictionary that state_dict() returns, "
+                "with the keys state, param_groups."
+            )
+        adopted = dict(state_dict)
+        adopted["param_groups"] = groups = [adopt_group(g) for g in state_dict["param_groups"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        saved = [(key, group) for group in groups for key in group["params"]]
+        states = {
+            position: adopt_state(f"parameter {key}", state_dict["state"][key], parameter, group)
+            for position, ((key, group), parameter) in enumerate(zip(saved, own, strict=False))
+            if state_dict["state"].get(key)
+        }
+        return adopted, states
+
+
+def unwrapped(optimizer: Any, kinds: tuple[type[Optimizer], ...]) -> Any:
+    """The optimizer of one of the given kinds inside wrappers, such as Accelerate's or Lightning's.
+
+    Args:
+        optimizer: An optimizer, or what holds one as ``optimizer`` or ``_optimizer``.
+        kinds: The kinds that are looked for.
+
+    Returns:
+        That optimizer, or ``optimizer`` itself where there is none inside.
+    """
+    inner, seen = optimizer, []
+    while inner is not None and not isinstance(inner, kinds):
+        seen.append(inner)
+        held = (getattr(inner, name, None) for name in ("optimizer", "_optimizer"))
+        inner = next((one for one in held if one is not None), None)
+        if any(inner is one for one in seen):
+            break
+    return inner if isinstance(inner, kinds) else optimizer
+
+
+def _clip(gradients: Sequence[Tensor], bound: float) -> None:
+    """Bound the 2-norm of all gradients together, in place, as ``clip_grad_norm_`` does."""
+    norm = torch.stack([g.norm().to(gradients[0].device) for g in gradients]).norm()
+    factor = (bound / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
 
 
 def _check_range(name: str, value: float, good: bool, rule: str) -> None:

@@ -66,6 +66,7 @@ class BucketPlan:
         self._server = topology.serves
         self._dtype = dtype
         self._content = content
+        self._parameters = list(parameters)
         self.bucket = torch.empty(0, dtype=dtype, device=device)
         precise = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -87,6 +88,10 @@ class BucketPlan:
         if device.type == "cpu":
             self._looks_at = IdleInput(up), IdleMean(up, down, self._server or 0)
 
+        # Elsewhere zeros in a gradient are seen before they are sent.
+        self._restores = content.adam is not None or self._looks_at is None
+        self._savepoint: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
+
         self._raw = up.as_raw()
         rows = int(content.sends_weights and self._server is not None)
         self._weights = payload(rows, self._raw.stride_bytes)
@@ -105,17 +110,59 @@ class BucketPlan:
         """Whether the bucket itself is averaged, uncompressed, before this step's exchange."""
         return self._content.averages_first
 
-    def load(self, bucket: Tensor, look: bool) -> None:
+    def load(self, bucket: Tensor, look: bool, in_backward: bool) -> None:
         """Begin a step.
 
         Args:
             bucket: ``[numel]``, DDP's buffer, read and in the end overwritten.
             look: Whether to compare a weight with the other ranks'.
+            in_backward: Whether :meth:`restore_unused` will be called after the step.
         """
         self.bucket = bucket
         if self._seal is not None:
             self._seal.stamp(look)
         self._content.begin()
+        self._savepoint.clear()
+        if in_backward and self._restores:
+            self._save_possibly_unused()
+
+    def _save_possibly_unused(self) -> None:
+        """Copy what the exchange will change for parameters without a gradient on this rank.
+
+        If no rank used one, ``.grad`` is None on all of them, before the exchange and after it.
+        """
+        for index, parameter in enumerate(self._parameters):
+            if parameter.grad is None:
+                views = self._views_of(index)
+                self._savepoint.append((parameter, [(view, view.clone()) for view in views]))
+
+    def _views_of(self, index: int) -> list[Tensor]:
+        """Residuals and moments of one of the bucket's parameters, as far as this rank has them."""
+        slot = self.layout.slots[index]
+        here = slice(slot.start, slot.start + slot.numel)
+        views = []
+        if self._worker_residual is not None:
+            views.append(self._worker_residual[here])
+        if self._content.adam is not None:
+            views += [self._content.adam.exp_avg[here], self._content.adam.exp_avg_sq[here]]
+        if self._server_residual is not None and self._server is not None:
+            for piece in self.layout.uplink.chunks[self._server].pieces:
+                if piece.slot == index:
+                    views.append(self._server_residual[piece.local : piece.local + piece.numel])
+        return views
+
+    def restore_unused(self) -> None:
+        """Undo the step for the parameters that no rank used; called when DDP has written gradients.
+
+        DDP drops the result for them, so that nothing may have been taken from their residuals. It
+        decides for all ranks alike, and leaves ``.grad`` None.
+        """
+        for parameter, views in self._savepoint:
+            if parameter.grad is None:
+                for view, before in views:
+                    view.copy_(before)
+                self._content.withdraw(parameter)
+        self._savepoint.clear()
 
     def encode(self) -> None:
         """What is exchanged, and the worker residual, into the uplink's payload."""

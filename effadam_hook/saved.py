@@ -17,6 +17,7 @@ from torch import Tensor
 from effadam_hook._version import STATE_VERSION
 from effadam_hook.errors import StateMismatchError
 from effadam_hook.layout import share_of
+from effadam_hook.moments import MOMENTS, check_moments
 from effadam_hook.residuals import Residuals
 from effadam_hook.stats import Counters
 
@@ -26,7 +27,6 @@ _KEYS = frozenset(
     "version rank world_size servers block_size counters order worker server server_start "
     "moments".split()
 )
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_saved(saved: Any, numels: Mapping[str, int]) -> None:
@@ -54,8 +54,9 @@ def check_saved(saved: Any, numels: Mapping[str, int]) -> None:
         for name, value in saved[side].items():
             _check_vector(f"{side} residual", name, value, numels, whole=side == "worker")
     for name, state in saved["moments"].items():
-        for key in _MOMENTS:
+        for key in MOMENTS:
             _check_vector(key, name, state.get(key), numels, whole=True)
+        check_moments(name, state)
 
 
 def _check_plain_values(saved: Mapping[str, Any]) -> None:
@@ -169,7 +170,7 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     moments = {
         name: {
             **state,
-            **{key: _mean([s["moments"][name][key] for s in states], states) for key in _MOMENTS},
+            **{key: _mean([s["moments"][name][key] for s in states], states) for key in MOMENTS},
         }
         for name, state in states[0]["moments"].items()
     }

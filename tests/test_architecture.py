@@ -25,6 +25,7 @@ LADDER = (
         "effadam_hook.idle",
         "effadam_hook.kernels",
         "effadam_hook.log",
+        "effadam_hook.moments",
         "effadam_hook.parameters",
         "effadam_hook.residuals",
         "effadam_hook.saved",
