@@ -6,6 +6,8 @@ quantizer, and where the decoded result goes.
 
 from __future__ import annotations
 
+import zlib
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,12 +39,14 @@ class GradientContent:
         adam: What turns the gradient into an update, if anything.
         averages_first: Whether the gradient itself is averaged, uncompressed, before it is encoded.
         sends_weights: Whether servers apply the mean themselves and send weights down, not means.
+        progress: A digest of the optimizer's steps, which ranks compare.
     """
 
     preconditioner: Preconditioner | None = None
     adam: AdamSource | None = None
     averages_first = False
     sends_weights = False
+    progress = 0
 
     def begin(self) -> None:
         """Prepare a step; called by the hook before the exchange."""
@@ -126,6 +130,10 @@ class GradientMode:
     def describe(self) -> dict[str, Any]:
         """What else the ranks must agree on, as plain values."""
         return {}
+
+    def progress(self) -> int:
+        """A digest of the optimizer's steps, which must be the same on every rank."""
+        return 0
 
     def notice_end_of_backward(self) -> None:
         """Called after a backward that exchanged, when DDP has written the gradients."""
@@ -255,6 +263,15 @@ class UpdateMode(GradientMode):
         self.optimizer.load_moments(saved)
         self._differing.update(self.optimizer.state)
 
+    def progress(self) -> int:
+        """A digest of the steps of all parameters, in the optimizer's order."""
+        states = [
+            self.optimizer.state.get(p, {})
+            for g in self.optimizer.param_groups
+            for p in g["params"]
+        ]
+        return _digest([int(state.get("step", 0)) for state in states])
+
     def notice_end_of_backward(self) -> None:
         """Have the optimizer note what DDP has written."""
         self.optimizer.note_gradients()
@@ -310,10 +327,12 @@ class _UpdateContent(GradientContent):
     def begin(self) -> None:
         assert self.adam is not None
         rows = []
+        rows_steps = []
         steps = set()
         for parameter, slot in zip(self._parameters, self._slots, strict=True):
             step = self._optimizer.state[parameter]["step"] + 1
             steps.add(step)
+            rows_steps.append(step)
             refresh = self._optimizer.refreshes(step)
             rows.append(self._optimizer.terms(parameter, slot.name, dense=refresh))
         if len(steps) > 1 and self._optimizer.second_moment == "shared":
@@ -321,6 +340,7 @@ class _UpdateContent(GradientContent):
                 "Parameters of one bucket are at different steps, and a shared second moment is "
                 'refreshed for all of them at once. Use second_moment="local".'
             )
+        self.progress = _digest(rows_steps)
         self.averages_first = any(self._optimizer.refreshes(step) for step in steps)
         self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64))
 
@@ -360,6 +380,10 @@ class _WeightContent(_UpdateContent):
             held = flat_view(parameter).to(weights.dtype)
             bucket[slot.start : slot.start + slot.numel] = held - weights
             self._optimizer.deliver(parameter, shaped_view(weights, parameter), replaces=True)
+
+
+def _digest(steps: Sequence[int]) -> int:
+    return zlib.crc32(array("q", map(int, steps)))
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:
