@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from effadam_hook.accumulation import AccumulationCheck
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError, UnsupportedBackendError
 from effadam_hook.exchange import (
+    CONNECTING,
     Exchange,
     Passage,
     Topology,
@@ -29,8 +30,10 @@ from effadam_hook.exchange import (
     make_topology,
     slowest,
 )
-from effadam_hook.exchange.agreement import check_agreement
+from effadam_hook.exchange.agreement import check_agreement, check_steps
+from effadam_hook.exchange.compat import abandon
 from effadam_hook.exchange.dense import DenseExchange
+from effadam_hook.exchange.waiting import phase as waiting_phase
 from effadam_hook.kernels import Kernels, select
 from effadam_hook.layout import Slot, cut, plan_bucket
 from effadam_hook.modes import GradientMode, Mode
@@ -75,6 +78,8 @@ class Engine:
         topology_reason: Why the topology was chosen, if it was.
     """
 
+    _agreed = 0
+
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         self.config = config
         self.enabled = True
@@ -95,7 +100,12 @@ class Engine:
         self.topology_reason = ""
         self._group = group
         # The same on all ranks and new in every run; empty before the ranks have compared themselves.
-        self._word = ""
+        self._run_id = ""
+        self._wait_timeout_s: float | None = None
+        # What the hook is doing, and what is to be raised when DDP has put its books in order.
+        self._phase = ""
+        self._in_backward = False
+        self._error: EffAdamError | None = None
         self._compressing = False
         self._topology: Topology | None = None
         self._exchange: Exchange | None = None
@@ -172,7 +182,32 @@ class Engine:
             **self.config.to_dict(),
             "parameters": self.parameters.describe(),
         }
-        self._word = check_agreement(description, self.group, device)
+        self._run_id = check_agreement(description, self.group, device)
+        # From here on a rank that fails, before its first backward too, can tell the others.
+        self._watch = Watch(self.group, self._run_id, self._name())
+        self._watch.wait_timeout_s = self._wait_timeout_s
+        if device.type == "cpu":
+            group = self.group
+            self._watch.on_failure(lambda: abandon(group))
+        # Threads hold on to the watch and not to the engine, so that both can end.
+        weakref.finalize(self, self._watch.close)
+
+    def _name(self) -> str:
+        """A name for the model, for messages; the same on ranks that attach models in the same order."""
+        Engine._agreed += 1
+        first = self.parameters.first_name()
+        return f"model {Engine._agreed}" + (f" (with {first!r})" if first else "")
+
+    @property
+    def wait_timeout_s(self) -> float | None:
+        """Seconds after which a bucket that waits is an error; None for the group's time-out."""
+        return self._wait_timeout_s
+
+    @wait_timeout_s.setter
+    def wait_timeout_s(self, value: float | None) -> None:
+        self._wait_timeout_s = value
+        if self._watch is not None:
+            self._watch.wait_timeout_s = value
 
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
@@ -190,9 +225,53 @@ class Engine:
             A future of ``buffer``.
 
         Raises:
-            EffAdamError: If the exchange is broken, or the ranks disagree.
+            EffAdamError: If the exchange is broken, the ranks disagree, or anything else goes wrong
+                here. Within a backward it is raised when DDP has put its books in order: an error that
+                leaves the hook leaves DDP unusable.
         """
         if index == 0:
+            self._error, self._phase = None, "comparing options"
+            self._in_backward = _at_end_of_backward(self._before_ddp)
+        try:
+            if self._error is None and (self._watch is None or self._watch.failure is None):
+                return self._run_bucket(index, buffer, parameters, is_last)
+            return self._refuse(index, buffer)
+        except BaseException as error:
+            failure = self._stop(f"bucket {index}", error)
+            if not isinstance(error, Exception):
+                raise
+            if not self._in_backward:
+                raise failure from error
+            self._error = self._error or failure
+        return _completed(buffer)
+
+    def _refuse(self, index: int, buffer: Tensor) -> Future[Tensor]:
+        """Let a bucket pass as it is: the exchange has stopped, and backward raises why."""
+        if self._watch is None or self._error is not None:
+            return _completed(buffer)
+        self._watch.is_in_backward = self._in_backward
+        new_future = None if self._exchange is None else self._exchange.new_future()
+        return self._watch.enter(f"bucket {index}", "", "", "", buffer, new_future).future
+
+    def _stop(self, label: str, error: BaseException) -> EffAdamError:
+        """The error of a hook, after all other ranks have been told."""
+        if self._watch is not None:
+            return self._watch.stop(label, self._phase, error)
+        kind = type(error) if isinstance(error, EffAdamError) else EffAdamError
+        rank = self.group.rank() if dist.is_initialized() else 0
+        text = str(error) or type(error).__name__
+        failure = kind(f"Rank {rank}, {label}, {self._phase}: {text}")
+        failure.__cause__ = error
+        return failure
+
+    def _run_bucket(
+        self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
+    ) -> Future[Tensor]:
+        if index == 0:
+            if self._watch is None:
+                self.agree(buffer.device)
+            self._phase = "preparing"
+            self.watch.is_in_backward = self._in_backward
             warm = self.counters.steps >= self.config.warmup_steps
             if warm and self.trial is not None and not self.trial.is_over:
                 self._continue_trial(self.trial, buffer.device)
@@ -203,15 +282,15 @@ class Engine:
             self.clock.start(buffer.device)
             self._follow_loss_scale()
             self._accumulation.begin(parameters)
-            in_backward = _at_end_of_backward(lambda: None)
-            if self._exchange is None and not self._compressing:
-                self._start_beside_dense(buffer.device)
+            self._phase = "opening the exchange"
+            if self._exchange is None:
+                self._open(buffer.device)
             self._check_names()
-            self.watch.is_in_backward = in_backward
             self.mode.begin_backward(self.is_joining())
         # Numbered in every step, so that their order does not depend on when compression starts.
         for tensor in parameters:
             self.parameters.find(tensor)
+        self._phase = "planning"
         if not self._compressing or buffer.is_sparse:
             future = self._run_dense(index, buffer, parameters)
         else:
@@ -219,7 +298,6 @@ class Engine:
         if is_last:
             self._release_waiting()
             self._accumulation.see_last(parameters)
-            self._when_backward_ends()
             self.clock.stop_after(future)
             self.counters.steps += 1
             if not self.watch.is_in_backward:
@@ -232,7 +310,9 @@ class Engine:
         trial.begin_step(time.perf_counter())
         if not trial.is_complete:
             return
-        trial.decide(*slowest(trial.medians_s(), self.group, device))
+        with self.watch.hold("comparing dense and compressed steps", "exchanging times"):
+            times = slowest(trial.medians_s(), self.group, device)
+        trial.decide(*times)
         self.enabled = bool(trial.pays)
         if self.group.rank() == 0:
             choice = "compresses" if trial.pays else "averages densely"
@@ -240,27 +320,36 @@ class Engine:
                 "effadam_hook %s from step %d on: %s", choice, self.counters.steps, trial.reason
             )
 
-    def _when_backward_ends(self) -> None:
-        """Wait for the buckets where errors and Ctrl-C are heard, then see what DDP has written.
+    def _before_ddp(self) -> None:
+        """Wait for the buckets where errors and Ctrl-C are heard.
 
-        DDP waits and writes in a callback that it queues after the last bucket's hook. What is queued
-        here runs before it, and what that queues, after it.
+        DDP waits and writes in a callback that it queues after the last bucket's hook. What the hook of
+        the first bucket queues runs before it, and what that queues, after it.
         """
-        watch, accumulation, mode = self.watch, self._accumulation, self.mode
-        plans = self.plans if self._compressing else []
+        if self._watch is not None:
+            self._watch.join()
+        _at_end_of_backward(self._after_ddp)
 
-        def after_ddp() -> None:
-            accumulation.end()
-            watch.check()
-            for plan in plans:
-                plan.restore_unused()
-            mode.notice_end_of_backward()
-
-        def before_ddp() -> None:
-            watch.join()
-            _at_end_of_backward(after_ddp)
-
-        _at_end_of_backward(before_ddp)
+    def _after_ddp(self) -> None:
+        """Raise what went wrong; then see what DDP has written."""
+        self._phase = "after the exchange"
+        try:
+            self._accumulation.end()
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            if self._watch is not None:
+                self._watch.check()
+            if self._compressing:
+                for plan in self.plans:
+                    plan.restore_unused()
+            self.mode.notice_end_of_backward()
+        except EffAdamError as error:
+            if self._watch is not None and self._watch.failure is None:
+                raise self._stop("the end of backward", error) from error
+            raise
+        except Exception as error:
+            raise self._stop("the end of backward", error) from error
 
     def _then_end_without_backward(self, last: Future[Tensor]) -> Future[Tensor]:
         """Let the mode end the step of a rank out of data, which no backward and no loop will end."""
@@ -286,6 +375,16 @@ class Engine:
                 view.mul_(scale / self.loss_scale).nan_to_num_()
         self.loss_scale = scale
 
+    def waiting(self, label: str) -> AbstractContextManager[object]:
+        """Within it this rank waits for all others outside a backward; every rank must do so.
+
+        Args:
+            label: How messages name it, such as a method.
+        """
+        if self._watch is not None and self._watch.is_going_on():
+            return self._watch.hold(label, "gathering from all ranks")
+        return waiting_phase(self.group.rank(), label)
+
     def close(self) -> None:
         """End the exchange's threads."""
         if self._watch is not None:
@@ -293,11 +392,9 @@ class Engine:
 
     @property
     def watch(self) -> Watch:
-        """What knows the buckets under way, made when the first one comes."""
+        """The list of the buckets under way, made when the ranks have compared options."""
         if self._watch is None:
-            self._watch = Watch(self.group, self._word)
-            # Threads hold on to the watch and not to the engine, so that both can end.
-            weakref.finalize(self, self._watch.close)
+            raise EffAdamError("The ranks have not compared options yet: attach the state first.")
         return self._watch
 
     def _run_dense(
@@ -320,16 +417,17 @@ class Engine:
     ) -> Future[Tensor]:
         plans = self._plan(index, buffer, parameters)
         assert self._exchange is not None
-        joins = self.is_joining()
-        look = self.check_replicas and not joins
-        in_backward = self.watch.is_in_backward and not joins
+        is_joining = self.is_joining()
+        look = self.check_replicas and not is_joining
+        in_backward = self._in_backward and not is_joining
         future: Future[Tensor] | None = None
         start = 0
         for plan in plans:
             layout = plan.layout
             part = buffer[start : start + layout.numel]
             start += layout.numel
-            plan.load(part, look, in_backward)
+            self._phase = "loading"
+            plan.load(part, look, self.counters.steps, is_joining, in_backward)
             size = part.numel() * part.element_size()
             beside = size if plan.averages_first else 0
             self.counters.count(
@@ -386,7 +484,6 @@ class Engine:
                 f"Bucket {index} has {buffer.numel()} elements and its parameters have "
                 f"{sum(numels)}. They must be equal; a parameter was resized after DDP was built."
             )
-        self._start(buffer.device)
         assert self._exchange is not None
         parts = cut(numels, self._exchange.part_numel)
         plans = [
@@ -411,10 +508,11 @@ class Engine:
             itemsize=dtype.itemsize,
         )
         feedback = self.config.error_feedback
+        assert self.kernels is not None
         return BucketPlan(
             f"bucket {index}" + (f", part {number}" if count > 1 else ""),
             layout,
-            self._start(buffer.device),
+            self.kernels,
             self.topology,
             self.group.size(),
             dtype,
@@ -424,6 +522,7 @@ class Engine:
             self.mode.content(parameters, slots, buffer.dtype),
             parameters,
             looks_often=index == number == 0,
+            run_id=self._run_id,
         )
 
     def _check_names(self) -> None:
@@ -444,33 +543,43 @@ class Engine:
             start += tensor.numel()
         return slots
 
-    def _start_beside_dense(self, device: torch.device) -> None:
+    def _open(self, device: torch.device) -> None:
         """Open the exchange with the first bucket, even if that one is dense.
 
         A rank that opened its groups later than the others could not be told that they do something
         else.
-        """
-        with contextlib.suppress(UnsupportedBackendError):  # dense steps need no exchange
-            self._start(device)
 
-    def _start(self, device: torch.device) -> Kernels:
-        """At the first bucket: agree, if that is still to do, and open the exchange."""
-        if not self._word:
-            self.agree(device)
-        if not self.has_topology:
+        Raises:
+            UnsupportedBackendError: If the backend cannot carry compressed buckets, and this one is.
+        """
+        try:
             check_backend(self.group, device)
-            name, self.topology_reason = agree_on_topology(
-                self.saved_topology,
-                self.config.uplink.code_bytes(_PROBED_NUMEL),
-                self.group,
-                device,
-            )
-            self._topology = make_topology(name, self.group)
-        if self._exchange is None:
-            self._exchange = make_exchange(self.topology, self.group, device, self.watch)
-        if self.kernels is None:
-            self.kernels = select(device)
-        return self.kernels
+        except UnsupportedBackendError:
+            if self._compressing:
+                raise
+            return  # dense steps need no exchange
+        with self.watch.hold("opening the exchange", "comparing steps") as held:
+            # Over DDP's own connections, so that a rank that has died is noticed at once.
+            check_steps(self.counters.steps, self.mode.progress(), self.group, device)
+            if not self.has_topology:
+                held.phase = "measuring topologies"
+                name, self.topology_reason = agree_on_topology(
+                    self.saved_topology,
+                    self.config.uplink.code_bytes(_PROBED_NUMEL),
+                    self.group,
+                    device,
+                )
+                self._topology = make_topology(name, self.group)
+            held.phase = CONNECTING
+            self._exchange = make_exchange(self.topology, self.group, device, self.watch, held)
+        self._phase = "choosing kernels"
+        self.kernels = select(device)
+
+
+def _completed(buffer: Tensor) -> Future[Tensor]:
+    future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+    future.set_result(buffer)
+    return future
 
 
 def _at_end_of_backward(action: Callable[[], None]) -> bool:

@@ -6,6 +6,8 @@ quantizer, and where the decoded result goes.
 
 from __future__ import annotations
 
+import zlib
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,12 +40,14 @@ class GradientContent:
         adam: What turns the gradient into an update, if anything.
         averages_first: Whether the gradient itself is averaged, uncompressed, before it is encoded.
         sends_weights: Whether servers apply the mean themselves and send weights down, not means.
+        progress: A digest of the optimizer's steps, which ranks compare.
     """
 
     preconditioner: Preconditioner | None = None
     adam: AdamSource | None = None
     averages_first = False
     sends_weights = False
+    progress = 0
 
     def begin(self) -> None:
         """Prepare a step; called by the hook before the exchange."""
@@ -142,6 +146,10 @@ class GradientMode:
     def describe(self) -> dict[str, Any]:
         """What else the ranks must agree on, as plain values."""
         return {}
+
+    def progress(self) -> int:
+        """A digest of the optimizer's steps, which must be the same on every rank."""
+        return 0
 
     def notice_end_of_backward(self) -> None:
         """Called after a backward that exchanged, when DDP has written the gradients."""
@@ -297,6 +305,15 @@ class UpdateMode(GradientMode):
         self.optimizer.load_moments(saved)
         self._differing.update(self.optimizer.state)
 
+    def progress(self) -> int:
+        """A digest of the steps of all parameters, in the optimizer's order."""
+        states = [
+            self.optimizer.state.get(p, {})
+            for g in self.optimizer.param_groups
+            for p in g["params"]
+        ]
+        return _digest([int(state.get("step", 0)) for state in states])
+
     def notice_end_of_backward(self) -> None:
         """Have the optimizer note what DDP has written."""
         self.optimizer.note_gradients()
@@ -368,6 +385,7 @@ class _UpdateContent(GradientContent):
         ]
         self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
         self._differing.update(self._parameters)
+        self.progress = _digest([optimizer.state[p]["step"] for p in self._parameters])
 
     def target(self, bucket: Tensor) -> Tensor:
         return bucket if self._update is None else self._update
@@ -415,6 +433,10 @@ class _WeightContent(_UpdateContent):
             here = slice(slot.start, slot.start + slot.numel)
             bucket[here] = flat_view(parameter).to(self._update.dtype) - self._update[here]
         self._optimizer.deliver(self._views(self._update), replaces=True)
+
+
+def _digest(steps: Sequence[int]) -> int:
+    return zlib.crc32(array("q", map(int, steps)))
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:

@@ -85,6 +85,12 @@ class ParameterTable:
         # By id; holding the tensor keeps its id from being used again.
         self._known: dict[int, tuple[Tensor, Parameter]] = {}
 
+    def first_name(self) -> str:
+        """The name of the first parameter; empty where names are not known."""
+        if not self.bound:
+            return ""
+        return next((parameter.name for _, parameter in self._known.values()), "")
+
     def bind(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Take the names of a model.
 

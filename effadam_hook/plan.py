@@ -41,6 +41,7 @@ class BucketPlan:
         content: What is exchanged: the gradient, or what is made of it.
         parameters: The bucket's parameters.
         looks_often: Whether to compare a weight with the other ranks' at every step.
+        run_id: Tells this model's buckets from those of another model.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class BucketPlan:
         content: GradientContent,
         parameters: Sequence[Tensor],
         looks_often: bool,
+        run_id: str = "",
     ) -> None:
         self.label = label
         self.layout = layout
-        digest = _digest(label, layout, dtype)
+        digest = _digest(label, layout, dtype, run_id)
         self.fingerprint = f"{digest:08x}"
         self._kernels = kernels
         self._server = topology.serves
@@ -110,18 +112,27 @@ class BucketPlan:
         """Whether the bucket itself is averaged, uncompressed, before this step's exchange."""
         return self._content.averages_first
 
-    def load(self, bucket: Tensor, look: bool, in_backward: bool) -> None:
+    def load(
+        self,
+        bucket: Tensor,
+        look: bool,
+        steps: int = 0,
+        is_joining: bool = True,
+        in_backward: bool = False,
+    ) -> None:
         """Begin a step.
 
         Args:
             bucket: ``[numel]``, DDP's buffer, read and in the end overwritten.
             look: Whether to compare a weight with the other ranks'.
+            steps: How many steps the exchange has made, to be compared likewise.
+            is_joining: Whether some ranks may make no optimizer steps, so that those are not compared.
             in_backward: Whether :meth:`restore_unused` will be called after the step.
         """
         self.bucket = bucket
-        if self._seal is not None:
-            self._seal.stamp(look)
         self._content.begin()
+        if self._seal is not None:
+            self._seal.stamp(look, steps, 0 if is_joining else self._content.progress)
         self._savepoint.clear()
         if in_backward and self._restores:
             self._save_possibly_unused()
@@ -233,9 +244,9 @@ class BucketPlan:
         self._content.finish(self.bucket)
 
 
-def _digest(label: str, layout: BucketLayout, dtype: torch.dtype) -> int:
+def _digest(label: str, layout: BucketLayout, dtype: torch.dtype, run_id: str) -> int:
     wires = [
         (wire.quantizer.name, wire.scale_rule, wire.block_size, len(wire.chunks))
         for wire in (layout.uplink, layout.downlink)
     ]
-    return zlib.crc32(repr((label, layout.slots, wires, dtype)).encode())
+    return zlib.crc32(repr((label, layout.slots, wires, dtype, run_id)).encode())

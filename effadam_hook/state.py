@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from effadam_hook._version import STATE_VERSION, __version__
 from effadam_hook.config import Config
 from effadam_hook.engine import Engine
 from effadam_hook.errors import StateMismatchError
-from effadam_hook.exchange.compat import device_of, gather_bytes
+from effadam_hook.exchange.compat import device_of
+from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.kernels import describe
 from effadam_hook.layout import share_of
 from effadam_hook.modes import Mode
@@ -49,6 +51,8 @@ class EfficientAdamState:
         enabled: Whether to compress at all. Can be switched between steps, the same on every rank.
         process_group: DDP's process group; None is the default group, looked up at first use.
         scale_rule: How a block finds its scale, ``"least_squares"`` or ``"absmax"``.
+        wait_timeout_s: Seconds after which a bucket that waits for other ranks is an error, which says
+            what they do; None waits for the process group's time-out. See :attr:`wait_timeout_s`.
 
     Raises:
         ValueError: If an option has no such value.
@@ -76,6 +80,7 @@ class EfficientAdamState:
         enabled: bool = True,
         process_group: dist.ProcessGroup | None = None,
         scale_rule: str = "least_squares",
+        wait_timeout_s: float | None = None,
     ) -> None:
         self.config = Config(
             worker_quantizer=quantizer if worker_quantizer is None else worker_quantizer,
@@ -89,6 +94,28 @@ class EfficientAdamState:
         )
         self._engine = Engine(self.config, process_group)
         self.enabled = enabled
+        self.wait_timeout_s = wait_timeout_s
+
+    @property
+    def wait_timeout_s(self) -> float | None:
+        """Seconds after which a bucket that waits for other ranks is an error; None is the default.
+
+        A rank that is merely slow, because it loads data or evaluates, is no error within the process
+        group's time-out, 30 minutes unless ``init_process_group`` was told otherwise. Ranks that are known
+        to wait for one another for ever are told in seconds in any case. On NCCL only the opening of the
+        exchange is bounded: the group's time-out counts.
+        """
+        return self._engine.wait_timeout_s
+
+    @wait_timeout_s.setter
+    def wait_timeout_s(self, value: float | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(
+                f"Invalid wait_timeout_s: {value!r}. Must be a number of seconds or None."
+            )
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"Invalid wait_timeout_s: {value!r}. Must be greater than 0, or None.")
+        self._engine.wait_timeout_s = None if value is None else float(value)
 
     @property
     def enabled(self) -> bool:
@@ -309,9 +336,10 @@ class EfficientAdamState:
             of ranks; elsewhere an empty one.
         """
         group = self._engine.group
-        file = io.BytesIO()
-        torch.save(self.state_dict(), file)
-        files = gather_bytes(file.getvalue(), group, device_of(group), everywhere=False)
+        with self._engine.waiting("full_state_dict()"):
+            file = io.BytesIO()
+            torch.save(self.state_dict(), file)
+            files = gather_bytes(file.getvalue(), group, device_of(group), everywhere=False)
         if not files:
             return {}
         states = [

@@ -14,13 +14,14 @@ from effadam_hook.exchange.choice import agree_on_topology
 from effadam_hook.exchange.compat import backend_of
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lanes import LaneExchange
-from effadam_hook.exchange.passage import Passage
+from effadam_hook.exchange.passage import Hold, Passage
 from effadam_hook.exchange.stream import StreamExchange
 from effadam_hook.exchange.timing import slowest
 from effadam_hook.exchange.topology import Topology, make_topology
-from effadam_hook.exchange.watchdog import Watch
+from effadam_hook.exchange.watchdog import CONNECTING, Watch
 
 __all__ = [
+    "CONNECTING",
     "Exchange",
     "Passage",
     "Topology",
@@ -53,7 +54,11 @@ class Exchange(Protocol):
 
 
 def make_exchange(
-    topology: Topology, group: dist.ProcessGroup, device: torch.device, watch: Watch
+    topology: Topology,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    watch: Watch,
+    held: Hold,
 ) -> Exchange:
     """The exchange that is safe for a group's backend; every rank of the group must call this.
 
@@ -62,6 +67,7 @@ def make_exchange(
         group: DDP's process group.
         device: Where the buckets are.
         watch: Knows the buckets under way, and ends the exchange.
+        held: The wait within which this happens, to name what is done.
 
     Returns:
         Threads and further groups for Gloo, a side stream for NCCL.
@@ -70,7 +76,7 @@ def make_exchange(
         UnsupportedBackendError: If the backend for that device is neither.
     """
     if check_backend(group, device) == "gloo":
-        return LaneExchange(topology, group, watch)
+        return LaneExchange(topology, group, watch, held)
     return StreamExchange(topology, group, device)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from effadam_hook.exchange.compat import DefaultStore
+from effadam_hook.exchange.deadlock import Process
 
 __all__ = ["Board", "Entry", "Position"]
 
@@ -30,6 +31,7 @@ class Position:
         failure: What went wrong on it, if anything did.
         kind: Name of that error's class.
         history: The buckets that it started last.
+        process: What all threads of its process wait for.
     """
 
     sequence: int
@@ -38,6 +40,7 @@ class Position:
     failure: str | None
     kind: str
     history: Sequence[Entry]
+    process: Process | None = None
 
 
 @dataclass
@@ -55,12 +58,12 @@ class Board:
     Args:
         rank: This rank in the group.
         size: How many ranks there are.
-        word: The same on all ranks, and no other board's: keys in the store begin with it.
+        run_id: The same on all ranks, and no other board's: keys in the store begin with it.
     """
 
-    def __init__(self, rank: int, size: int, word: str) -> None:
+    def __init__(self, rank: int, size: int, run_id: str) -> None:
         self._rank = rank
-        self._store = DefaultStore(f"effadam/{word}")
+        self._store = DefaultStore(f"effadam/{run_id}")
         self._peers = {other: _Peer() for other in range(size) if other != rank}
         self._alarm = b""
         self._raised = 0
@@ -86,7 +89,10 @@ class Board:
     def publish(self, position: Position) -> None:
         """Write this rank's position, anew even if it is the same as before."""
         self._published += 1
-        text = json.dumps({"published": self._published, **asdict(position)})
+        values = {field.name: getattr(position, field.name) for field in fields(position)}
+        if position.process is not None:
+            values["process"] = position.process.to_json()
+        text = json.dumps({"published": self._published, **values})
         self._store.set(str(self._rank), text.encode())
 
     def read(self) -> None:
@@ -97,6 +103,8 @@ class Board:
                 values = json.loads(text)
                 del values["published"]
                 values["history"] = [tuple(entry) for entry in values["history"]]
+                if values["process"] is not None:
+                    values["process"] = Process.from_json(values["process"])
                 peer.text, peer.position = text, Position(**values)
                 peer.heard = time.monotonic()
 

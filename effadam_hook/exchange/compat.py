@@ -6,22 +6,25 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "BareGroup",
     "DefaultStore",
+    "Group",
     "abandon",
     "all_gather_flat",
+    "all_reduce",
+    "all_to_all_flat",
     "backend_of",
+    "broadcast_from_first",
     "device_of",
-    "gather_bytes",
     "gather_to_first",
     "new_group_alone",
-    "new_group_like",
     "timeout_of",
     "wait_while",
 ]
@@ -29,75 +32,145 @@ __all__ = [
 _SLICE = timedelta(seconds=0.5)
 
 
-def all_gather_flat(out: Tensor, value: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
+Group: TypeAlias = "dist.ProcessGroup | BareGroup"
+"""A process group of the user's, or a bare Gloo group of an exchange (see ``gloo.py``)."""
+
+
+class BareGroup(Protocol):
+    """The methods of ``torch.distributed.ProcessGroupGloo`` that are used here."""
+
+    def rank(self) -> int:
+        """This rank."""
+        ...
+
+    def size(self) -> int:
+        """The number of ranks."""
+        ...
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work:
+        """Start reducing tensors in place."""
+        ...
+
+    def _allgather_base(self, out: Tensor, value: Tensor) -> dist.Work: ...
+
+    def alltoall_base(
+        self, out: Tensor, value: Tensor, sizes_out: list[int], sizes: list[int]
+    ) -> dist.Work:
+        """Start exchanging the parts of flat tensors."""
+        ...
+
+    def gather(self, out: list[list[Tensor]], values: list[Tensor], options: Any) -> dist.Work:
+        """Start gathering tensors on one rank."""
+        ...
+
+    def broadcast(self, tensors: list[Tensor], options: Any) -> dist.Work:
+        """Start sending tensors from one rank."""
+        ...
+
+
+def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> dist.Work:
+    """Start reducing a tensor over all ranks, in place.
+
+    Args:
+        tensor: This rank's.
+        group: The group.
+        op: How to reduce.
+
+    Returns:
+        The work to wait for.
+    """
+    work: dist.Work | None
+    if isinstance(group, dist.ProcessGroup):
+        work = dist.all_reduce(tensor, op=op, group=group, async_op=True)
+    else:
+        options = dist.AllreduceOptions()
+        options.reduceOp = op
+        work = group.allreduce([tensor], options)
+    assert work is not None
+    return work
+
+
+def all_gather_flat(out: Tensor, value: Tensor, group: Group) -> dist.Work | None:
     """Start gathering equal tensors of all ranks, in rank order, into one flat tensor.
 
     Args:
         out: ``[world_size * n]``.
         value: ``[n]``, this rank's.
-        group: The process group.
+        group: The group.
 
     Returns:
         The work to wait for.
     """
-    # torch 2.13 deprecates all_gather_into_tensor in favour of all_gather_single.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work: dist.Work | None = gather(out, value, group=group, async_op=True)
+    work: dist.Work | None
+    if isinstance(group, dist.ProcessGroup):
+        # torch 2.13 deprecates all_gather_into_tensor in favour of all_gather_single.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(out, value, group=group, async_op=True)
+    else:
+        work = group._allgather_base(out, value)
     return work
 
 
-def gather_to_first(
-    value: Tensor, out: list[Tensor] | None, group: dist.ProcessGroup
-) -> dist.Work | None:
+def all_to_all_flat(out: Tensor, value: Tensor, group: Group) -> dist.Work | None:
+    """Start sending every rank its part of a flat tensor.
+
+    Args:
+        out: ``[world_size * n]``, one part from every rank.
+        value: ``[world_size * n]``, one part for every rank.
+        group: The group.
+
+    Returns:
+        The work to wait for.
+    """
+    work: dist.Work | None
+    if isinstance(group, dist.ProcessGroup):
+        work = dist.all_to_all_single(out, value, group=group, async_op=True)
+    else:
+        work = group.alltoall_base(out, value, [], [])
+    return work
+
+
+def gather_to_first(value: Tensor, out: list[Tensor] | None, group: Group) -> dist.Work | None:
     """Start gathering equal tensors of all ranks on the group's rank 0.
 
     Args:
         value: This rank's tensor.
         out: One tensor a rank on rank 0 of the group, None elsewhere.
-        group: The process group.
+        group: The group.
 
     Returns:
         The work to wait for.
     """
-    first = dist.get_global_rank(group, 0)
-    work: dist.Work | None = dist.gather(value, out, dst=first, group=group, async_op=True)
+    work: dist.Work | None
+    if isinstance(group, dist.ProcessGroup):
+        first = dist.get_global_rank(group, 0)
+        work = dist.gather(value, out, dst=first, group=group, async_op=True)
+    else:
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        work = group.gather([] if out is None else [out], [value], options)
     return work
 
 
-def gather_bytes(
-    data: bytes, group: dist.ProcessGroup, device: torch.device, everywhere: bool
-) -> list[bytes]:
-    """Collect a string of bytes from every rank; a collective operation.
+def broadcast_from_first(tensor: Tensor, group: Group) -> dist.Work | None:
+    """Start sending a tensor from the group's rank 0 to all ranks.
 
     Args:
-        data: This rank's, of any length.
-        group: The process group.
-        device: Where the group's backend wants tensors.
-        everywhere: Whether every rank gets them all, or rank 0 of the group alone.
+        tensor: What is sent, and received elsewhere.
+        group: The group.
 
     Returns:
-        All ranks' bytes in rank order; empty on the other ranks if not ``everywhere``.
+        The work to wait for.
     """
-    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    lengths = torch.empty(group.size(), dtype=torch.int64, device=device)
-    _finish(all_gather_flat(lengths, length, group))
-    longest = int(lengths.max())
-    padded = torch.zeros(longest, dtype=torch.uint8, device="cpu")
-    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    receives = everywhere or group.rank() == 0
-    rows = torch.empty(group.size() if receives else 0, longest, dtype=torch.uint8, device=device)
-    if everywhere:
-        _finish(all_gather_flat(rows.view(-1), padded.to(device), group))
+    work: dist.Work | None
+    if isinstance(group, dist.ProcessGroup):
+        first = dist.get_global_rank(group, 0)
+        work = dist.broadcast(tensor, src=first, group=group, async_op=True)
     else:
-        out = list(rows.unbind(0)) if receives else None
-        _finish(gather_to_first(padded.to(device), out, group))
-    sizes = lengths.tolist()[: len(rows)]
-    return [row[:size].numpy().tobytes() for row, size in zip(rows.cpu(), sizes, strict=True)]
-
-
-def _finish(work: dist.Work | None) -> None:
-    if work is not None:
-        work.wait()
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        work = group.broadcast([tensor], options)
+    return work
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -118,22 +191,6 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | No
     options = getattr(group._get_backend(device), "options", None)
     timeout = getattr(options, "_timeout", None)
     return timeout if isinstance(timeout, timedelta) else None
-
-
-def new_group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A further Gloo group of the same ranks and time-out; every rank of the group must call this.
-
-    It lives until ``destroy_process_group()``: torch gives a group that is made after one was
-    destroyed its name again, and with it what the store still holds of the old one's addresses.
-    """
-    ranks = dist.get_process_group_ranks(group)
-    made: dist.ProcessGroup = dist.new_group(
-        ranks,
-        timeout=timeout_of(group, torch.device("cpu")),
-        backend="gloo",
-        use_local_synchronization=True,
-    )
-    return made
 
 
 def new_group_alone() -> dist.ProcessGroup:
@@ -175,14 +232,14 @@ def _done_within(work: dist.Work, slice_: timedelta) -> bool:
     return True
 
 
-def abandon(*groups: dist.ProcessGroup) -> None:
+def abandon(*groups: object) -> None:
     """Leave groups alone for good: a collective under way in them may never end.
 
     A Gloo group that is destroyed waits for its collectives, up to the group's time-out, also when
     that happens at the end of the process. One that is never destroyed does not.
 
     Args:
-        *groups: The process groups.
+        *groups: The groups, or whatever keeps them alive.
     """
     for group in groups:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
@@ -205,6 +262,11 @@ class DefaultStore:
         """Whether that process group is still the default one."""
         return dist.is_initialized() and dist.group.WORLD is self._world()
 
+    def has(self, key: str) -> bool:
+        """Whether a value is set; never waits for one."""
+        found: bool = self._store().check([key])
+        return found
+
     def get(self, key: str) -> bytes | None:
         """A value, or None; never waits for one to be set."""
         store = self._store()
@@ -213,9 +275,14 @@ class DefaultStore:
         value: bytes = store.get(key)
         return value
 
-    def set(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: bytes | str) -> None:
         """Set a value for all ranks to see."""
-        self._store().set(key, value.decode())
+        self._store().set(key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number that all ranks see, and return the sum."""
+        total: int = self._store().add(key, amount)
+        return total
 
     def _store(self) -> Any:
         world = torch.distributed.distributed_c10d

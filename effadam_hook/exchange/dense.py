@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from effadam_hook.exchange.compat import abandon
+from effadam_hook.exchange.compat import Group, abandon, all_reduce
 from effadam_hook.exchange.lane import Lane
 from effadam_hook.exchange.passage import Passage
 from effadam_hook.exchange.watchdog import Watch
@@ -68,7 +68,7 @@ class DenseExchange:
         return [start_average(tensor, self._group) for tensor in (buffer, *also)]
 
 
-def start_average(buffer: Tensor, group: dist.ProcessGroup) -> dist.Work:
+def start_average(buffer: Tensor, group: Group) -> dist.Work:
     """Start averaging a bucket over the ranks, uncompressed, in place.
 
     Args:
@@ -79,9 +79,7 @@ def start_average(buffer: Tensor, group: dist.ProcessGroup) -> dist.Work:
         The work to wait for.
     """
     buffer.div_(group.size())
-    work: dist.Work | None = dist.all_reduce(buffer, group=group, async_op=True)
-    assert work is not None
-    return work
+    return all_reduce(buffer, group)
 
 
 def _finish(passage: Passage, works: list[dist.Work]) -> None:

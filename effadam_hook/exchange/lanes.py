@@ -23,10 +23,10 @@ from torch.futures import Future
 
 from effadam_hook.exchange.compat import abandon
 from effadam_hook.exchange.dense import start_average
-from effadam_hook.exchange.groups import borrow_groups
+from effadam_hook.exchange.gloo import make_gloo_groups
 from effadam_hook.exchange.job import Job
 from effadam_hook.exchange.lane import Lane
-from effadam_hook.exchange.passage import Passage
+from effadam_hook.exchange.passage import Hold, Passage
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog import Watch
 from effadam_hook.layout import part_numel
@@ -41,29 +41,35 @@ class LaneExchange:
         topology: Who is the server.
         group: DDP's process group, whose ranks and time-out the two further groups get.
         watch: Knows the buckets under way.
+        held: The wait within which the exchange is opened, to name what is done.
     """
 
-    def __init__(self, topology: Topology, group: dist.ProcessGroup, watch: Watch) -> None:
+    def __init__(
+        self, topology: Topology, group: dist.ProcessGroup, watch: Watch, held: Hold
+    ) -> None:
         self.part_numel: int | None = part_numel(group.size())
         self._topology = topology
-        pair = borrow_groups(group)
-        self._up_group, self._down_group = up, down = pair.up, pair.down
+        groups = make_gloo_groups(["up", "down"], watch.run_id, group, watch.is_going_on)
+        self._groups = groups
+        self._up_group, self._down_group = (made.group for made in groups)
+        held.phase = "measuring round trips"
         try:
-            topology.settle(up)
+            topology.settle(self._up_group)
         except BaseException:
-            abandon(up, down)
+            abandon(*groups)
             raise
         self._up = Lane("effadam-up", self._step_up, watch)
         self._across = Lane("effadam-across", self._step_across, watch)
         self._down = Lane("effadam-down", self._step_down, watch)
-        watch.on_failure(lambda: abandon(up, down))
+        watch.on_failure(lambda: abandon(*groups))
         for lane in (self._up, self._across, self._down):
             watch.on_close(lane.close)
+        watch.on_close(self._let_go)
 
-        def give_back() -> None:
-            pair.is_free = watch.failure is None and not watch.pending
-
-        watch.on_close(give_back)
+    def _let_go(self) -> None:
+        """End the groups; those that may never end have been abandoned before."""
+        self._groups.clear()
+        del self._up_group, self._down_group
 
     def new_future(self) -> Future[Tensor]:
         """A future for a job, to be handed to DDP."""

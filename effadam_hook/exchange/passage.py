@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch.futures import Future
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.compat import wait_while
 
-__all__ = ["Passage"]
+__all__ = ["Hold", "Passage"]
 
 
 class Overseer(Protocol):
@@ -26,6 +27,27 @@ class Overseer(Protocol):
     def settled(self, passage: Passage) -> None:
         """Note that a bucket has arrived, or failed."""
         ...
+
+
+@dataclass
+class Hold:
+    """A wait for all ranks outside a bucket, such as opening the exchange.
+
+    Attributes:
+        number: How many of them this rank started before it.
+        sequence: How many buckets this rank started before it.
+        label: How messages name it.
+        phase: What is being done, or waited for.
+        thread: Which thread waits.
+        since: When it began, by :func:`time.monotonic`.
+    """
+
+    number: int
+    sequence: int
+    label: str
+    phase: str
+    thread: int = field(default_factory=threading.get_ident)
+    since: float = field(default_factory=time.monotonic)
 
 
 class Passage:

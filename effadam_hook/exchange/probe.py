@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from effadam_hook.exchange.compat import gather_bytes
 from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.topology import Topology, make_topology
+from effadam_hook.exchange.waiting import finish, gather_bytes
 
 __all__ = ["LEGS", "Probe", "Timing"]
 
@@ -221,8 +221,7 @@ class Probe:
         cpu = time.process_time()
         begin = time.perf_counter()
         for work in [work for start in starts for work in start()]:
-            if work is not None:
-                work.wait()
+            finish(work)
         self.synchronize()
         return time.perf_counter() - begin, time.process_time() - cpu
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from effadam_hook.exchange.compat import gather_to_first
+from effadam_hook.exchange.compat import Group, broadcast_from_first, gather_to_first
 
 __all__ = ["Rank0"]
 
@@ -28,24 +28,18 @@ class Rank0:
         self.serves: int | None = 0 if rank == 0 else None
         self.way = ""
 
-    def settle(self, group: dist.ProcessGroup) -> None:
+    def settle(self, group: Group) -> None:
         """Nothing to find out."""
 
     def outgoing(self, downlink: Tensor) -> Tensor:
         """The server's chunk ``[1, stride_bytes]`` before it is sent: the payload itself."""
         return downlink
 
-    def send_up(
-        self, payload: Tensor, received: Tensor, group: dist.ProcessGroup
-    ) -> dist.Work | None:
+    def send_up(self, payload: Tensor, received: Tensor, group: Group) -> dist.Work | None:
         """Start the uplink, see :class:`~effadam_hook.exchange.topology.Topology`."""
         out = list(received.unbind(0)) if self.serves is not None else None
         return gather_to_first(payload[0], out, group)
 
-    def send_down(
-        self, outgoing: Tensor, payload: Tensor, group: dist.ProcessGroup
-    ) -> dist.Work | None:
+    def send_down(self, outgoing: Tensor, payload: Tensor, group: Group) -> dist.Work | None:
         """Start the downlink, see :class:`~effadam_hook.exchange.topology.Topology`."""
-        first = dist.get_global_rank(group, 0)
-        work: dist.Work | None = dist.broadcast(payload, src=first, group=group, async_op=True)
-        return work
+        return broadcast_from_first(payload, group)

@@ -6,7 +6,10 @@ backward but not the optimizer step, has another learning rate, or loaded anothe
 would average gradients of different models. So every worker writes behind its codes what the bucket
 is made of and one of its weights, another one each time, and the server compares before it reduces::
 
-    chunk     | raw elements | scales | codes | padding | digest 8 | weight 8 |
+    chunk     | raw elements | scales | codes | padding | digest 3, optimizer 2, step 3 | weight 8 |
+
+The digest covers the run id, so that a chunk of another model is noticed whatever its layout; the steps find
+ranks that continue from different states.
 
 Reading one weight costs microseconds on the CPU. On other devices it would stop the host, so that the
 weight is left out there, and nothing is compared.
@@ -22,11 +25,13 @@ import torch
 from torch import Tensor
 
 from effadam_hook.errors import DisagreementError
+from effadam_hook.exchange.agreement import differing_steps
 from effadam_hook.layout import SEAL_BYTES
 
 __all__ = ["Seal"]
 
-_FORMAT = struct.Struct("<qd")
+_FORMAT = struct.Struct("<Qd")
+_DIGEST_BITS, _OPTIMIZER_BITS, _STEP_BITS = 24, 16, 24
 _UNKNOWN = math.inf
 """Stands for a weight that was not looked at."""
 _OTHERS_EVERY = 8
@@ -37,7 +42,7 @@ class Seal:
     """Writes and compares one bucket's seals.
 
     Args:
-        digest: What the bucket is made of, as a number; the same on every rank.
+        digest: What the bucket is made of and the run id, as a number; the same on every rank.
         names: Its parameters' names.
         parameters: Its parameters.
         sent: ``[servers, stride_bytes]`` uint8, this worker's payload.
@@ -54,7 +59,7 @@ class Seal:
         received: Tensor,
         often: bool,
     ) -> None:
-        self._digest = digest
+        self._digest = digest % (1 << _DIGEST_BITS)
         self._names = list(names)
         self._parameters = [p.detach() for p in parameters]
         self._sent = [memoryview(row[-SEAL_BYTES:].numpy()) for row in sent]
@@ -63,11 +68,13 @@ class Seal:
         self._stamped = 0
         self._looked_at = (0, 0)
 
-    def stamp(self, look: bool) -> None:
+    def stamp(self, look: bool, steps: int, optimizer_steps: int = 0) -> None:
         """Seal this worker's chunks.
 
         Args:
             look: Whether to include a weight.
+            steps: How many steps the exchange has made.
+            optimizer_steps: A digest of the optimizer's, where the exchange depends on them.
         """
         self._stamped += 1
         weight = _UNKNOWN
@@ -79,8 +86,11 @@ class Seal:
                 element = which * _STRIDE % parameter.numel()
                 self._looked_at = (index, element)
                 weight = float(parameter[_unravel(element, parameter.shape)])
+        number = self._digest << (_OPTIMIZER_BITS + _STEP_BITS)
+        number |= optimizer_steps % (1 << _OPTIMIZER_BITS) << _STEP_BITS
+        number |= steps % (1 << _STEP_BITS)
         for row in self._sent:
-            _FORMAT.pack_into(row, 0, self._digest, weight)
+            _FORMAT.pack_into(row, 0, number, weight)
 
     def check(self) -> None:
         """Compare all workers' seals.
@@ -91,13 +101,24 @@ class Seal:
         rows = [bytes(row) for row in self._received]
         if all(row == rows[0] for row in rows):
             return
-        digest, weight = _FORMAT.unpack(rows[0])
-        differences = []
-        for rank, row in enumerate(rows):
-            other_digest, other_weight = _FORMAT.unpack(row)
-            if other_digest != digest:
-                differences.append(f"rank {rank} has a bucket of other parameters than rank 0")
-            elif _differ(weight, other_weight):
+        numbers, weights = zip(*map(_FORMAT.unpack, rows), strict=True)
+        differences = [
+            f"rank {rank} has a bucket of other parameters, or of another model, than rank 0"
+            for rank, number in enumerate(numbers)
+            if (number ^ numbers[0]) >> (_OPTIMIZER_BITS + _STEP_BITS)
+        ]
+        if differences:
+            raise DisagreementError(
+                f"The ranks have exchanged different buckets: {'; '.join(differences)}. Run the same backward "
+                "passes in the same order on all ranks."
+            )
+        steps = [number % (1 << _STEP_BITS) for number in numbers]
+        optimizer_steps = [number >> _STEP_BITS & (1 << _OPTIMIZER_BITS) - 1 for number in numbers]
+        if message := differing_steps(steps, optimizer_steps):
+            raise DisagreementError(message)
+        weight = weights[0]
+        for rank, other_weight in enumerate(weights):
+            if _differ(weight, other_weight):
                 index, element = self._looked_at
                 differences.append(
                     f"element {element} of parameter {self._names[index]!r} is {other_weight!r} on "
@@ -106,8 +127,10 @@ class Seal:
         if differences:
             raise DisagreementError(
                 f"The replicas have drifted apart: {'; '.join(differences)}. All ranks must start "
-                "from the same weights and make the same optimizer steps. If their processors round "
-                "differently, and you can accept that, set state.check_replicas = False."
+                "from the same weights and make the same optimizer steps. If weights are changed on "
+                "purpose between forward and backward (a sharpness-aware step, an embedding with max_norm), "
+                "or processors round differently, and you can accept that, set "
+                "state.check_replicas = False on all ranks."
             )
 
 

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from effadam_hook.exchange.compat import all_gather_flat, wait_while
+from effadam_hook.exchange.compat import Group, all_gather_flat, all_to_all_flat
 from effadam_hook.exchange.timing import slowest
+from effadam_hook.exchange.waiting import finish
 
 __all__ = ["Sharded"]
 
@@ -46,7 +47,7 @@ class Sharded:
         self.way = ""
         self._goes_straight = False
 
-    def settle(self, group: dist.ProcessGroup) -> None:
+    def settle(self, group: Group) -> None:
         """Find out how far apart ranks are, see :class:`~effadam_hook.exchange.topology.Topology`."""
         if self.servers <= 2:  # the two ways are one
             return
@@ -74,18 +75,11 @@ class Sharded:
         copies = self.servers if self._goes_straight else 1
         return downlink.new_zeros(copies, downlink.shape[1])
 
-    def send_up(
-        self, payload: Tensor, received: Tensor, group: dist.ProcessGroup
-    ) -> dist.Work | None:
+    def send_up(self, payload: Tensor, received: Tensor, group: Group) -> dist.Work | None:
         """Start the uplink, see :class:`~effadam_hook.exchange.topology.Topology`."""
-        work: dist.Work | None = dist.all_to_all_single(
-            received.view(-1), payload.view(-1), group=group, async_op=True
-        )
-        return work
+        return all_to_all_flat(received.view(-1), payload.view(-1), group)
 
-    def send_down(
-        self, outgoing: Tensor, payload: Tensor, group: dist.ProcessGroup
-    ) -> dist.Work | None:
+    def send_down(self, outgoing: Tensor, payload: Tensor, group: Group) -> dist.Work | None:
         """Start the downlink, see :class:`~effadam_hook.exchange.topology.Topology`."""
         if not self._goes_straight:
             return all_gather_flat(payload.view(-1), outgoing[0], group)
@@ -98,8 +92,6 @@ def _fastest(start: Callable[[], dist.Work | None]) -> float:
     seconds = []
     for _ in range(_REPEATS):
         begin = time.perf_counter()
-        work = start()
-        if work is not None:
-            wait_while(work, lambda: True)  # in slices, so that Ctrl-C is heard
+        finish(start())
         seconds.append(time.perf_counter() - begin)
     return min(seconds)

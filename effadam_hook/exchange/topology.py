@@ -7,6 +7,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from effadam_hook.exchange.compat import Group
 from effadam_hook.exchange.rank0 import Rank0
 from effadam_hook.exchange.sharded import Sharded
 
@@ -33,7 +34,7 @@ class Topology(Protocol):
     way: str
     """Which way messages take, and why, where there is a choice."""
 
-    def settle(self, group: dist.ProcessGroup) -> None:
+    def settle(self, group: Group) -> None:
         """Choose the way that messages take on Gloo; a collective operation.
 
         Args:
@@ -49,9 +50,7 @@ class Topology(Protocol):
         """
         ...
 
-    def send_up(
-        self, payload: Tensor, received: Tensor, group: dist.ProcessGroup
-    ) -> dist.Work | None:
+    def send_up(self, payload: Tensor, received: Tensor, group: Group) -> dist.Work | None:
         """Start the uplink.
 
         Args:
@@ -65,9 +64,7 @@ class Topology(Protocol):
         """
         ...
 
-    def send_down(
-        self, outgoing: Tensor, payload: Tensor, group: dist.ProcessGroup
-    ) -> dist.Work | None:
+    def send_down(self, outgoing: Tensor, payload: Tensor, group: Group) -> dist.Work | None:
         """Start the downlink.
 
         Args:

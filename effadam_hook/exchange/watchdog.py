@@ -23,9 +23,8 @@ import contextlib
 import logging
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch.distributed as dist
 from torch import Tensor
@@ -33,15 +32,23 @@ from torch.futures import Future
 
 from effadam_hook.errors import DisagreementError, EffAdamError
 from effadam_hook.exchange.board import Board, Entry, Position
-from effadam_hook.exchange.passage import Passage
+from effadam_hook.exchange.deadlock import Process, find_deadlock
+from effadam_hook.exchange.passage import Hold, Passage
+from effadam_hook.exchange.process import describe_process, open_watches
 from effadam_hook.exchange.verdict import disagreement, first_failure, gone_before, who_is_late
+from effadam_hook.exchange.waiting import phase as waiting_phase
 
-__all__ = ["END_S", "Watch"]
+__all__ = ["CONNECTING", "END_S", "Watch"]
+
+CONNECTING = "connecting"
+"""The phase in which Gloo connects ranks that have all come there."""
 
 PATIENCE_S = 3.0
 """How long a bucket may be under way before the other ranks are asked."""
 ANSWER_S = 2.5
 """How long a failing rank waits for what the others know, before it raises."""
+CONNECT_S = 15.0
+"""How long a rank that answers no more is waited for while connections are made, by all ranks at once."""
 END_S = 5.0
 """How long to wait for a thread that has been asked to end, as it does at once on an idle machine."""
 
@@ -62,17 +69,35 @@ class Watch:
         pending: The buckets under way, by their place in the sequence.
         failure: Why the exchange has stopped, if it has.
         is_in_backward: Whether the training thread raises errors itself, with :meth:`check`.
+        wait_timeout_s: Seconds after which a bucket that waits is an error; None for the process group's
+            time-out.
+        run_id: The same on all ranks, and no other watch's: keys in the store begin with it.
+        name: How messages name the model.
+        held: The wait outside a bucket, if any.
+        holds: How many of those have been started.
+        home: The thread that attached the model.
+        threads: The threads that have run backward passes of the model.
+        joined: The thread that waits for the buckets at the end of a backward, if one does.
 
     Args:
         group: DDP's process group.
-        word: The same on all ranks, and no other watch's: keys in the store begin with it.
+        run_id: See above.
+        name: See above.
     """
 
-    def __init__(self, group: dist.ProcessGroup, word: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, run_id: str, name: str = "the model") -> None:
         self.rank = group.rank()
         self.pending: dict[int, Passage] = {}
         self.failure: EffAdamError | None = None
         self.is_in_backward = False
+        self.wait_timeout_s: float | None = None
+        self.run_id = run_id
+        self.name = name
+        self.held: Hold | None = None
+        self.holds = 0
+        self.home = threading.get_ident()
+        self.threads: set[int] = set()
+        self.joined: int | None = None
         self._refusal: EffAdamError | None = None
         self._size = group.size()
         self._sequence = 0
@@ -85,7 +110,7 @@ class Watch:
         self._drained = threading.Event()
         self._drained.set()
         self._own_failure: EffAdamError | None = None
-        self._board = Board(self.rank, self._size, word)
+        self._board = Board(self.rank, self._size, run_id)
         self._alarm_until = 0.0
         self._round_done = threading.Condition()
         self._wake = threading.Event()
@@ -98,7 +123,37 @@ class Watch:
             # A daemon, so that a rank whose store is gone can still end.
             self._thread = threading.Thread(target=self._run, name="effadam-watch", daemon=True)
             self._thread.start()
-        _open_watches.add(self)
+        open_watches.add(self)
+
+    @property
+    def sequence(self) -> int:
+        """How many buckets have been started."""
+        return self._sequence
+
+    @contextlib.contextmanager
+    def hold(self, label: str, phase: str) -> Iterator[Hold]:
+        """Note that this thread waits for all ranks outside a bucket; every rank must do so.
+
+        Args:
+            label: How messages name it.
+            phase: What is done first; the yielded object's ``phase`` may be set to what follows.
+
+        Raises:
+            EffAdamError: If a collective has failed or another rank has; all ranks are told.
+        """
+        held, outer = Hold(self.holds, self._sequence, label, phase), self.held
+        self.holds += 1
+        self.held = held
+        try:
+            with waiting_phase(self.rank, label, self.is_going_on):
+                yield held
+        except BaseException as error:
+            failure = self.stop(label, held.phase, error)
+            if isinstance(error, RuntimeError):
+                raise failure from error
+            raise
+        finally:
+            self.held = outer
 
     def enter(
         self,
@@ -123,6 +178,7 @@ class Watch:
             Its passage; over already, with an error, if the exchange has stopped.
         """
         future = future or Future()
+        self.threads.add(threading.get_ident())
         passage = Passage(self, self._sequence, label, phase, future, bucket, self.is_in_backward)
         if self.failure is not None or self._closing:
             if self.failure is not None:
@@ -168,23 +224,45 @@ class Watch:
             passage: Where it happened.
             error: What happened.
         """
-        kind = DisagreementError if isinstance(error, DisagreementError) else EffAdamError
-        message = f"Rank {self.rank}, {passage.label}, {passage.phase}: {_sentence(error)}"
+        passage.fail(self.stop(passage.label, passage.phase, error))
+
+    def stop(self, label: str, phase: str, error: BaseException) -> EffAdamError:
+        """Stop the exchange because of an error on this rank, and let the other ranks know.
+
+        Args:
+            label: In which bucket, or in what else, it happened.
+            phase: What was being done.
+            error: What happened.
+
+        Returns:
+            Why the exchange has stopped: this error, or an earlier one.
+        """
+        kind = type(error) if isinstance(error, EffAdamError) else EffAdamError
+        message = f"Rank {self.rank}, {label}, {phase}: {_sentence(error)}"
         if self._first_to_stop(kind(message)):
             self._own_failure = kind(message)
-            failure = self._consult(kind, message)
+            failure = kind(message)
+            if isinstance(error, Exception):
+                failure = self._consult(kind, message)
+            self._wake.set()
             failure.__cause__ = error
             self.failure = self._own_failure = failure
-            passage.fail(failure)
             self._end_all()
         else:
             # Whoever stopped it may still be asking the others; its message says more.
             self._ended.wait(2 * ANSWER_S)
-            passage.fail(self.failure or kind(message))
+        return self.failure or kind(message)
 
     def join(self) -> None:
         """Wait for all buckets under way, in the training thread, where Ctrl-C is heard."""
-        self._drained.wait()
+        self.joined = threading.get_ident()
+        try:
+            self._drained.wait()
+        except KeyboardInterrupt as error:
+            self.stop("the end of backward", "waiting for the buckets", error)
+            raise
+        finally:
+            self.joined = None
 
     def check(self) -> None:
         """Raise what went wrong, if anything did.
@@ -208,7 +286,7 @@ class Watch:
         # Also if the thread itself has begun to close: the interpreter must not end before it.
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=END_S)
-            _open_watches.discard(self)
+            open_watches.discard(self)
 
     # Stopping
 
@@ -243,7 +321,7 @@ class Watch:
         with self._round_done:
             self._wake.set()
             self._round_done.wait_for(lambda: not self._board.silent_since(asked), ANSWER_S)
-        if kind is DisagreementError:
+        if issubclass(kind, DisagreementError):
             return kind(message)
         positions = self._board.positions()
         # Who finds a disagreement ends, and to the others that looks like a lost connection.
@@ -285,13 +363,14 @@ class Watch:
 
     def _tick_s(self) -> float:
         scale = max(1.0, self._size / _RANKS_PER_TICK_S)
-        busy = self.pending or time.monotonic() < self._alarm_until
+        busy = self.pending or self.held or time.monotonic() < self._alarm_until
         return (_BUSY_TICK_S if busy else _IDLE_TICK_S) * scale
 
     def _round(self) -> None:
         now = time.monotonic()
-        oldest = next(iter(list(self.pending.values())), None)
-        late = oldest is not None and now - oldest.since > PATIENCE_S
+        oldest = self._oldest()
+        patience_s = min(PATIENCE_S, self.wait_timeout_s or PATIENCE_S)
+        late = oldest is not None and now - oldest.since > patience_s
         if late or self._own_failure is not None:  # [1]
             self._board.raise_alarm()
             self._alarm_until = now + 3 * _IDLE_TICK_S
@@ -299,15 +378,22 @@ class Watch:
             self._alarm_until = now + 3 * _IDLE_TICK_S
         if now > self._alarm_until:
             return
-        self._publish()  # [2]
+        process = self._publish()  # [2]
         self._board.read()  # [3]
         if self.failure is None:
-            self._judge(oldest)  # [4]
+            self._judge(oldest, process)  # [4]
 
-    def _publish(self) -> None:
-        oldest = next(iter(list(self.pending.values())), None)
-        doing = "is not in a backward pass"
-        if oldest is not None:
+    def _oldest(self) -> Passage | Hold | None:
+        """What this rank has waited in for longest."""
+        return next(iter(list(self.pending.values())), None) or self.held
+
+    def _publish(self) -> Process:
+        oldest, process = self._oldest(), describe_process()
+        elsewhere = next((wait.doing for wait in process.waits.values() if wait), None)
+        doing = elsewhere or "is not in a backward pass"
+        if isinstance(oldest, Hold):
+            doing = f"is {oldest.label}, {oldest.phase}"
+        elif oldest is not None:
             doing = f"is in {oldest.label}, {oldest.phase}"
         failure = self._own_failure
         self._board.publish(
@@ -318,19 +404,29 @@ class Watch:
                 None if failure is None else str(failure),
                 type(failure).__name__,
                 list(self._history),
+                process,
             )
         )
+        return process
 
-    def _judge(self, oldest: Passage | None) -> None:
+    def _judge(self, oldest: Passage | Hold | None, process: Process) -> None:
         positions = self._board.positions()
         verdict = self._disagreement() or first_failure(positions)
         if verdict is None and oldest is not None:
             verdict = gone_before(positions, oldest.sequence)
+        own = None
+        if verdict is None:
+            verdict = own = self._deadlock(positions, process) or self._overdue(positions, oldest)
         if verdict is not None:
             where = f"Rank {self.rank}"
             if oldest is not None:
                 where += f", {oldest.label}, {oldest.phase}"
-            if self._first_to_stop(type(verdict)(f"{where}: {verdict}")):
+            failure = type(verdict)(f"{where}: {verdict}")
+            if self._first_to_stop(failure):
+                if own is not None:
+                    self._own_failure = failure
+                    if oldest is None:  # this rank may not come to the next backward
+                        _log.error("%s", failure)
                 self._end_all()
         elif oldest is not None and self._warned != oldest.sequence:
             waited_s = time.monotonic() - oldest.since
@@ -343,16 +439,42 @@ class Watch:
                     *(self.rank, waited_s, oldest.label, oldest.phase, late),
                 )
 
+    def _deadlock(self, positions: Mapping[int, Position], process: Process) -> EffAdamError | None:
+        others = {p.process.rank: p.process for p in positions.values() if p.process and not p.left}
+        return find_deadlock({**others, process.rank: process}, self.run_id)
+
+    def _overdue(
+        self, positions: Mapping[int, Position], oldest: Passage | Hold | None
+    ) -> EffAdamError | None:
+        """That this rank has waited for too long, if it has."""
+        if oldest is None:
+            return None
+        waited_s, limit_s = time.monotonic() - oldest.since, self.wait_timeout_s
+        silent = self._board.silent_since(time.monotonic() - ANSWER_S)
+        late = who_is_late(positions, silent, self._sequence)
+        if limit_s is not None and waited_s > limit_s:
+            return EffAdamError(
+                f"waited {waited_s:.0f} s, longer than wait_timeout_s={limit_s:g}.{late} Raise "
+                "state.wait_timeout_s where ranks may be that slow; otherwise give all of them the same work."
+            )
+        # All ranks have just been here: one that is silent now has died before it was connected.
+        if (
+            isinstance(oldest, Hold)
+            and oldest.phase == CONNECTING
+            and waited_s > CONNECT_S
+            and silent
+        ):
+            return EffAdamError(f"not connected after {waited_s:.0f} s.{late} Restart all ranks.")
+        return None
+
 
 def _sentence(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     return text if text.endswith(".") else f"{text}."
 
 
-_open_watches: weakref.WeakSet[Watch] = weakref.WeakSet()
-
-
 @atexit.register
 def _close_all() -> None:
-    for watch in list(_open_watches):
-        watch.close()
+    for watch in list(open_watches):
+        if isinstance(watch, Watch):
+            watch.close()
