@@ -19,12 +19,18 @@ PACKAGES = ("effadam_hook", "lightning_plugin")
 # A new module takes its place here.
 LADDER = (
     ("effadam_hook.errors", "effadam_hook._version"),
-    ("effadam_hook.config", "effadam_hook.quantizers", "effadam_hook.layout"),
+    (
+        "effadam_hook.config",
+        "effadam_hook.layout",
+        "effadam_hook.names",
+        "effadam_hook.quantizers",
+    ),
     ("effadam_hook.scheme", "effadam_hook.pipeline"),
     ("effadam_hook.traffic",),
     ("effadam_hook.cost",),
     (
         "effadam_hook.accumulation",
+        "effadam_hook.checksum",
         "effadam_hook.idle",
         "effadam_hook.kernels",
         "effadam_hook.log",
@@ -56,6 +62,7 @@ TORCH_FREE = {
     "effadam_hook.cost",
     "effadam_hook.errors",
     "effadam_hook.layout",
+    "effadam_hook.names",
     "effadam_hook.pipeline",
     "effadam_hook.scheme",
     "effadam_hook.traffic",

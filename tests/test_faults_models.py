@@ -175,8 +175,8 @@ def test_the_python_reducer_is_refused_with_the_remedy() -> None:
 
 
 def test_index_arithmetic_is_exact_beyond_2_to_31_elements() -> None:
-    numel, order, servers = 2**33 + 5, 3, 3
-    slots = [Slot("small", 0, 0, 7, False), Slot("huge", order, 7, numel, False)]
+    numel, servers = 2**33 + 5, 3
+    slots = [Slot("small", 0, 7, False), Slot("huge", 7, numel, False)]
     layout = plan_bucket(
         slots,
         uplink=get_quantizer("lloyd4"),
@@ -198,7 +198,7 @@ def test_index_arithmetic_is_exact_beyond_2_to_31_elements() -> None:
     blocks = -(-numel // 256)
     used = sum(chunk.used_bytes for chunk in layout.uplink.chunks)
     assert used == blocks * 2 + (blocks - 1) * 128 + 4 + (2 + 4)
-    assert sum(share_of(numel, order, 256, s, servers)[1] for s in range(servers)) == numel
+    assert sum(share_of(numel, 3, 256, s, servers)[1] for s in range(servers)) == numel
 
 
 # Saved states
