@@ -117,14 +117,25 @@ def check_saved(saved: Any) -> None:
             "This is no saved state of EfficientAdamState: it must be the dictionary that "
             f"state_dict() returns, with the keys {', '.join(sorted(_KEYS))}."
         )
+    held, own = saved.get(CHECKSUM_KEY), None
     if saved["version"] > 1 or CHECKSUM_KEY in saved:  # version 1 had none
-        held, own = saved.get(CHECKSUM_KEY), checksum_of(saved)
-        if held != own:
-            raise StateMismatchError(
-                f"The saved state is damaged: it has the checksum {held!r}, and its contents have "
-                f"{own}. They must be as state_dict() returned them, in value and dtype: use another "
-                "checkpoint."
-            )
+        own = checksum_of(saved)
+    damage = (
+        ""
+        if held == own
+        else "The saved state is damaged: its contents, in value and dtype, are not those that "
+        f"state_dict() returned. Its checksum is {held!r}, theirs is {own}. Use another checkpoint."
+    )
+    try:
+        _check_values(saved)
+    except StateMismatchError as error:
+        raise StateMismatchError(f"{error} {damage}" if damage else str(error)) from error
+    if damage:
+        raise StateMismatchError(damage)
+
+
+def _check_values(saved: Mapping[str, Any]) -> None:
+    """Check every value by itself, so that a message can name the one that is wrong."""
     _check_plain_values(saved)
     for side in ("worker", "server"):
         for name, value in saved[side].items():
