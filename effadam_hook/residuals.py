@@ -108,4 +108,6 @@ class Residuals:
         if not self._views:
             return 0.0
         squares = [view.double().square().sum() for view in self._views.values()]
-        return float(torch.stack(squares).sum().sqrt())
+        # A loaded residual that no bucket has adopted yet may be on another device.
+        device = squares[-1].device
+        return float(torch.stack([square.to(device) for square in squares]).sum().sqrt())

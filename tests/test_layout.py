@@ -36,6 +36,16 @@ def test_odd_blocks_spread_over_the_servers() -> None:
     assert blocks == [32, 32, 32, 32]
 
 
+def test_names_spread_odd_blocks_over_the_servers() -> None:
+    blocks = [0] * 4
+    for layer in range(64):
+        for server in range(4):
+            turn = turn_of(f"layers.{layer}.weight")
+            blocks[server] += share_of(64, turn, 64, server, 4)[1] // 64
+    assert sum(blocks) == 64
+    assert max(blocks) <= 24
+
+
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=6), names, st.integers(1, 4), st.data())
 def test_pieces_tile_the_bucket_and_the_bytes(
     sizes: list[int], name: str, servers: int, data: st.DataObject
