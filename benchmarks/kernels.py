@@ -114,7 +114,7 @@ class Bucket:
 def layout_of(quantizer: str, sizes: list[int], exact: tuple[int, ...] = ()) -> BucketLayout:
     slots, start = [], 0
     for index, numel in enumerate(sizes):
-        slots.append(Slot(f"p{index}", index, start, numel, index in exact))
+        slots.append(Slot(f"p{index}", start, numel, index in exact))
         start += numel
     return plan_bucket(
         slots,

@@ -526,7 +526,7 @@ class Engine:
         )
 
     def _check_names(self) -> None:
-        if self.config.needs_names() and not self.parameters.bound:
+        if self.config.name_patterns and not self.parameters.bound:
             raise EffAdamError(
                 f"exact={self.config.exact} asks for parameter names, which this state does not "
                 "have. Use attach(ddp_model, ...), or call "
@@ -538,8 +538,8 @@ class Engine:
         start = 0
         for tensor in parameters:
             known = self.parameters.find(tensor)
-            exact = self.config.is_exact(known.name, tensor.ndim, tensor.numel())
-            slots.append(Slot(known.name, known.order, start, tensor.numel(), exact))
+            exact = self.config.is_exact(known.aliases, tensor.ndim, tensor.numel())
+            slots.append(Slot(known.name, start, tensor.numel(), exact))
             start += tensor.numel()
         return slots
 

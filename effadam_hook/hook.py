@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from effadam_hook.errors import EffAdamError
 from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
 from effadam_hook.optim import EfficientAdam, unwrapped
+from effadam_hook.parameters import identify
 from effadam_hook.state import EfficientAdamState
 from effadam_hook.trial import check_auto
 
@@ -98,7 +100,7 @@ def attach(
 
     Raises:
         TypeError: If ``ddp_model`` is no DDP model, an option is unknown or has the wrong type.
-        ValueError: If an option has no such value.
+        ValueError: If an option has no such value, or a name pattern in ``exact`` matches no parameter.
         EffAdamError: If the model has a communication hook already.
         DisagreementError: On every rank, if the ranks differ.
 
@@ -111,7 +113,7 @@ def attach(
             f"Invalid ddp_model: {type(ddp_model).__name__}. Must be a DistributedDataParallel: "
             "attach after wrapping the model."
         )
-    taken = getattr(ddp_model, "_comm_hooks", None)
+    taken = _taken_hooks(ddp_model)
     if taken:
         raise EffAdamError(
             f"The model has the communication hook {taken[0][0].__qualname__!r} already, and DDP "
@@ -124,18 +126,19 @@ def attach(
         state.try_out()
     state.grad_scaler = grad_scaler
     warmup = state.config.warmup_steps
-    mode = _mode_for(ddp_model, optimizer, precondition, quantize_weights, warmup)
+    exchanged, other_names = _parameters_of(ddp_model)
+    mode = _mode_for(exchanged, optimizer, precondition, quantize_weights, warmup)
     if isinstance(mode, UpdateMode):
         if grad_scaler is not None:
             raise TypeError(
                 "Invalid grad_scaler with an EfficientAdam: update mode sends finished updates, which "
                 "cannot be unscaled. Train in bfloat16, which needs no scaler, or in gradient mode."
             )
-        _check_dense_gradients(ddp_model)
-        mode.optimizer.attach_to(ddp_model.module.named_parameters())
+        _check_dense_gradients(ddp_model, exchanged)
+        mode.optimizer.attach_to((p.name, tensor) for p, tensor in identify(exchanged))
     state.use(mode)
     group = options.get("process_group") or ddp_model.process_group
-    state.bind(ddp_model.module.named_parameters(), group)
+    state.bind(exchanged, group, other_names=other_names)
     # Weakly: DDP holds the state from C++, where the garbage collector finds no circles.
     model = weakref.ref(ddp_model)
     state.watch_join(lambda: (joined := model()) is not None and joined._join_config.enable)
@@ -143,12 +146,14 @@ def attach(
     return state
 
 
-def _check_dense_gradients(ddp_model: DistributedDataParallel) -> None:
-    ignored = ddp_model.parameters_to_ignore
-    for prefix, module in ddp_model.module.named_modules():
+def _check_dense_gradients(
+    ddp_model: DistributedDataParallel, exchanged: list[tuple[str, Tensor]]
+) -> None:
+    names = {id(tensor): known.name for known, tensor in identify(exchanged)}
+    for module in ddp_model.module.modules():
         if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.sparse:
-            name = f"{prefix}.weight" if prefix else "weight"
-            if module.weight.requires_grad and name not in ignored:
+            name = names.get(id(module.weight))
+            if name is not None and module.weight.requires_grad:
                 raise EffAdamError(
                     f"Parameter {name!r} belongs to an {type(module).__name__} with sparse=True. In "
                     "update mode gradients must be dense, as in torch.optim.Adam: use sparse=False, "
@@ -156,8 +161,41 @@ def _check_dense_gradients(ddp_model: DistributedDataParallel) -> None:
                 )
 
 
-def _mode_for(
+def _taken_hooks(ddp_model: DistributedDataParallel) -> list[Any]:
+    """The communication hooks that DDP runs.
+
+    A copied DDP lists the hook of its original and does not run it: torch builds its reducer anew.
+    """
+    hooks = getattr(ddp_model, "_comm_hooks", None)
+    if hooks and all(isinstance(s, EfficientAdamState) and s.is_copy for _, s in hooks):
+        hooks.clear()
+    return hooks or []
+
+
+def _parameters_of(
     ddp_model: DistributedDataParallel,
+) -> tuple[list[tuple[str, Tensor]], list[str]]:
+    """What DDP exchanges now or after ``requires_grad_()``, and the names of what it ignores.
+
+    Built as DDP builds the list for its reducer, which compares other names than
+    ``named_parameters()`` has: those of the root module's own parameters begin with a dot.
+    """
+    module, ignored = ddp_model.module, ddp_model.parameters_to_ignore
+    exchanged = {
+        id(parameter)
+        for prefix, part in module.named_modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if f"{prefix}.{name}" not in ignored
+    }
+    named = list(module.named_parameters(remove_duplicate=False))
+    return (
+        [(name, parameter) for name, parameter in named if id(parameter) in exchanged],
+        [name for name, parameter in named if id(parameter) not in exchanged],
+    )
+
+
+def _mode_for(
+    exchanged: list[tuple[str, Tensor]],
     optimizer: Optimizer | None,
     precondition: bool,
     quantize_weights: bool,
@@ -179,11 +217,11 @@ def _mode_for(
                 "torch.optim.Adam or AdamW, whose second moment is the same on all ranks."
             )
         own = {p for group in optimizer.param_groups for p in group["params"]}
-        for name, parameter in ddp_model.module.named_parameters():
+        for known, parameter in identify(exchanged):
             if parameter.requires_grad and parameter not in own:
                 raise ValueError(
-                    f"Invalid optimizer for precondition=True: it lacks the parameter {name!r}. Must "
-                    "be the optimizer of the DDP model's parameters."
+                    "Invalid optimizer for precondition=True: it lacks the parameter "
+                    f"{known.name!r}. Must be the optimizer of the DDP model's parameters."
                 )
         return PreconditionedMode(optimizer)
     if optimizer is None:

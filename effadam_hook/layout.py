@@ -23,6 +23,7 @@ seal, at the end of the stride, is the exchange's: with it the ranks see that th
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ __all__ = [
     "part_numel",
     "plan_bucket",
     "share_of",
+    "turn_of",
 ]
 
 _ALIGN_BYTES = 8
@@ -55,14 +57,12 @@ class Slot:
 
     Attributes:
         name: The parameter's name, its identity across buckets and runs.
-        order: Its position among the model's parameters; decides which server gets the odd block.
         start: First element in the bucket.
         numel: Number of elements.
         exact: Whether it travels uncompressed.
     """
 
     name: str
-    order: int
     start: int
     numel: int
     exact: bool
@@ -202,15 +202,15 @@ class BucketLayout:
     downlink: Wire
 
 
-def share_of(numel: int, order: int, block_size: int, server: int, servers: int) -> tuple[int, int]:
+def share_of(numel: int, turn: int, block_size: int, server: int, servers: int) -> tuple[int, int]:
     """The contiguous run of a parameter's elements that a server is responsible for.
 
     Depends on nothing but the parameter and the number of servers. Runs are whole blocks and differ
-    by at most one block; ``order`` turns the assignment, so that odd blocks spread over the servers.
+    by at most one block; ``turn`` turns the assignment, so that odd blocks spread over the servers.
 
     Args:
         numel: Elements of the parameter.
-        order: Its position among the model's parameters.
+        turn: Any whole number that belongs to the parameter, see :func:`turn_of`.
         block_size: Elements of a full block.
         server: Which server, from 0.
         servers: How many there are.
@@ -219,10 +219,22 @@ def share_of(numel: int, order: int, block_size: int, server: int, servers: int)
         First element and number of elements, the latter possibly 0.
     """
     blocks = -(-numel // block_size)
-    position = (server - order) % servers
+    position = (server - turn) % servers
     first = position * blocks // servers * block_size
     last = min((position + 1) * blocks // servers * block_size, numel)
     return first, max(0, last - first)
+
+
+def turn_of(name: str) -> int:
+    """A number that belongs to a parameter wherever it stands in the model.
+
+    Args:
+        name: The parameter's canonical name.
+
+    Returns:
+        The CRC-32 of the name.
+    """
+    return zlib.crc32(name.encode())
 
 
 PART_NUMEL = 1 << 19
@@ -322,7 +334,7 @@ def _plan_chunk(
     shares: list[tuple[int, int, int, int, int, bool]] = []
     local = raw_bytes = scale_bytes = 0
     for index, slot in enumerate(slots):
-        first, numel = share_of(slot.numel, slot.order, block_size, server, servers)
+        first, numel = share_of(slot.numel, turn_of(slot.name), block_size, server, servers)
         if numel == 0:
             continue
         raw = slot.exact or quantizer.is_raw

@@ -94,6 +94,7 @@ class GradientMode:
 
     name = "gradient"
     units = "gradients"  # of the residuals
+    server_sign = 1  # with which a server's residual counts as a worker's
     scales_with_loss = True
     max_grad_norm: float | None = None
     generation = 0
@@ -332,6 +333,7 @@ class WeightMode(UpdateMode):
 
     name = "update up, weights down"
     units = "updates and weights"
+    server_sign = -1  # weights against updates, which are subtracted from them
 
     def content(
         self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype

@@ -62,6 +62,10 @@ class _Taken:
     estimates: bool
 
 
+_FROZEN: dict[str, Any] = {"lr": 0.0, "betas": (0.0, 1.0), "eps": 1.0, "weight_decay": 0.0}
+"""The group of a frozen parameter that the optimizer lacks: its update is zero."""
+
+
 class EfficientAdam(Optimizer):
     """Adam with updates exchanged by the communication hook; needs :func:`effadam_hook.attach`.
 
@@ -214,6 +218,8 @@ class EfficientAdam(Optimizer):
         """
         if parameter not in self._groups:
             self._groups = {p: group for group in self.param_groups for p in group["params"]}
+        if parameter not in self._groups and not parameter.requires_grad:
+            return _FROZEN  # DDP still exchanges what was frozen after it had been built
         if parameter not in self._groups:
             raise EffAdamError(
                 f"Parameter {name!r} of the DDP model is not in the EfficientAdam optimizer. In "

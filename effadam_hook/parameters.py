@@ -1,4 +1,4 @@
-"""Which parameter a tensor is: its name and its position, stable across buckets and runs."""
+"""Parameter identities: names that are stable across buckets, wrappers and runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from effadam_hook.errors import EffAdamError
+from effadam_hook.names import canonical_name, canonical_names
 
-__all__ = ["Parameter", "ParameterTable", "flat_view", "shaped_view"]
+__all__ = [
+    "Parameter",
+    "ParameterTable",
+    "flat_view",
+    "identify",
+    "is_exchanged",
+    "shaped_view",
+]
 
 
 def flat_view(tensor: Tensor) -> Tensor:
@@ -64,26 +72,52 @@ class Parameter:
     """A parameter's identity.
 
     Attributes:
-        name: Its name in the model, or its position where the model is not known.
-        order: Its position among the model's parameters, or in order of appearance.
+        name: Its canonical name in the model, or its number where the model is not known.
+        aliases: All of its names: canonical ones and those of ``named_parameters()``, more than one
+            of each for a tied parameter.
     """
 
     name: str
-    order: int
+    aliases: tuple[str, ...]
+
+
+def identify(named: Iterable[tuple[str, Tensor]]) -> list[tuple[Parameter, Tensor]]:
+    """Find the identities of a model's parameters.
+
+    Args:
+        named: Names and parameters in the model's order. A tied parameter comes once under each of
+            its names with ``named_parameters(remove_duplicate=False)``; the first is its identity.
+
+    Returns:
+        Identities and parameters in the same order, each parameter once.
+    """
+    tensors: dict[int, Tensor] = {}
+    names: dict[int, list[str]] = {}
+    for name, tensor in named:
+        tensors[id(tensor)] = tensor
+        names.setdefault(id(tensor), []).append(name)
+    canonical = canonical_names([own[0] for own in names.values()])
+    identities = []
+    for key, own in names.items():
+        name = canonical[own[0]]
+        aliases = dict.fromkeys([name, *own, *map(canonical_name, own)])
+        identities.append((Parameter(name, tuple(aliases)), tensors[key]))
+    return identities
 
 
 class ParameterTable:
     """Finds a parameter's identity by its tensor.
 
-    With the model's names (:meth:`bind`) identities are those of ``named_parameters()``. Without,
-    parameters are numbered as DDP first shows them, which is the same on every rank and in every run
-    of the same program.
+    With the model's names (:meth:`bind`) identities are canonical names, see
+    :mod:`effadam_hook.names`. Without, parameters are numbered as DDP first shows them, which is the
+    same on every rank and in every run of the same program.
     """
 
     def __init__(self) -> None:
         self.bound = False
         # By id; holding the tensor keeps its id from being used again.
         self._known: dict[int, tuple[Tensor, Parameter]] = {}
+        self._names: dict[str, str] = {}
 
     def first_name(self) -> str:
         """The name of the first parameter; empty where names are not known."""
@@ -95,18 +129,31 @@ class ParameterTable:
         """Take the names of a model.
 
         Args:
-            named: Names and parameters in the model's order.
+            named: As for :func:`identify`: the parameters that DDP may show.
 
         Raises:
             EffAdamError: If numbers have been given to parameters already.
+            ValueError: If two parameters have the same name.
         """
         if self._known:
             raise EffAdamError(
                 "Cannot take parameter names: this state has already seen parameters. "
                 "Bind a state once, before the first backward."
             )
-        for name, tensor in named:
-            self._add(name, tensor)
+        owners: dict[str, set[str]] = {}
+        identities = identify(named)
+        names = {parameter.name for parameter, _ in identities}
+        if len(names) < len(identities):
+            raise ValueError(
+                f"Invalid named_parameters: {len(identities)} parameters with {len(names)} different "
+                "names. Must be those of one model: model.named_parameters(remove_duplicate=False)."
+            )
+        for parameter, tensor in identities:
+            self._known[id(tensor)] = (tensor, parameter)
+            for alias in parameter.aliases:
+                owners.setdefault(alias, set()).add(parameter.name)
+        self._names = {alias: min(named) for alias, named in owners.items() if len(named) == 1}
+        self._names.update(zip(names, names, strict=True))
         self.bound = True
 
     def find(self, tensor: Tensor) -> Parameter:
@@ -116,7 +163,7 @@ class ParameterTable:
             tensor: The parameter itself.
 
         Returns:
-            Its name and order.
+            Its names.
 
         Raises:
             EffAdamError: If it belongs to another model than the one bound.
@@ -129,34 +176,53 @@ class ParameterTable:
                 f"A parameter of shape {tuple(tensor.shape)} is not part of the model that this "
                 "state was bound to. Use one state per DDP model."
             )
-        return self._add(str(len(self._known)), tensor)
+        number = str(len(self._known))
+        self._known[id(tensor)] = (tensor, Parameter(number, (number,)))
+        return self._known[id(tensor)][1]
 
-    def order_of(self, name: str) -> int:
-        """The position of the parameter of that name."""
-        for _, parameter in self._known.values():
-            if parameter.name == name:
-                return parameter.order
-        # Not seen yet: without a model's names, the name is the position.
-        return int(name)
+    def resolve(self, name: str) -> str:
+        """Translate a name from elsewhere into the identity that it has in this model.
+
+        Args:
+            name: A name of a saved state: canonical, with wrapper components, or any name of a tied
+                parameter.
+
+        Returns:
+            The parameter's name here; the name itself if it is no parameter's.
+        """
+        return self._names.get(name) or self._names.get(canonical_name(name), name)
+
+    def aliases(self) -> list[str]:
+        """All names of all parameters."""
+        return [alias for _, parameter in self._known.values() for alias in parameter.aliases]
 
     def numels(self) -> dict[str, int]:
         """Number of elements by name."""
         return {parameter.name: tensor.numel() for tensor, parameter in self._known.values()}
 
     def describe(self) -> dict[str, list[object]]:
-        """Position, shape and dtype by name, as plain values, for comparison between ranks."""
+        """Position, shape and dtype by name, as plain values, for comparison between ranks.
+
+        Only trainable parameters count: DDP exchanges nothing for the others, so that ranks may differ
+        in them.
+        """
         return {
-            parameter.name: [parameter.order, str(list(tensor.shape)), str(tensor.dtype)]
-            for tensor, parameter in self._known.values()
+            parameter.name: [position, str(list(tensor.shape)), str(tensor.dtype)]
+            for position, (tensor, parameter) in enumerate(self._exchanged())
         }
 
     def device(self) -> torch.device:
         """Where the parameters are; the CPU before any is known."""
-        for tensor, _ in self._known.values():
+        for tensor, _ in self._exchanged():
             return tensor.device
         return torch.device("cpu")
 
-    def _add(self, name: str, tensor: Tensor) -> Parameter:
-        parameter = Parameter(name, len(self._known))
-        self._known[id(tensor)] = (tensor, parameter)
-        return parameter
+    def _exchanged(self) -> list[tuple[Tensor, Parameter]]:
+        """What DDP exchanges; without names, whatever DDP has shown."""
+        known = self._known.values()
+        return [entry for entry in known if not self.bound or is_exchanged(entry[0])]
+
+
+def is_exchanged(parameter: Tensor) -> bool:
+    """Whether a parameter is trainable and not marked as one that DDP ignores."""
+    return parameter.requires_grad and not getattr(parameter, "_ddp_ignored", False)

@@ -76,11 +76,12 @@ class Residuals:
             self._views[place.name] = view
         return flat
 
-    def load(self, values: Mapping[str, Tensor]) -> None:
+    def load(self, values: Mapping[str, Tensor], device: torch.device) -> None:
         """Replace all residuals, in place where a bucket has adopted them.
 
         Args:
             values: One-dimensional tensors by parameter name; parameters not named become zero.
+            device: Where residuals go that no bucket has adopted yet.
         """
         for name, view in self._views.items():
             if name not in values:
@@ -88,7 +89,7 @@ class Residuals:
         for name, value in values.items():
             held = self._views.get(name)
             if held is None:
-                self._views[name] = value.detach().clone()
+                self._views[name] = value.detach().to(device, copy=True)
             else:
                 held.copy_(value)
 
@@ -107,4 +108,6 @@ class Residuals:
         if not self._views:
             return 0.0
         squares = [view.double().square().sum() for view in self._views.values()]
-        return float(torch.stack(squares).sum().sqrt())
+        # A loaded residual that no bucket has adopted yet may be on another device.
+        device = squares[-1].device
+        return float(torch.stack([square.to(device) for square in squares]).sum().sqrt())

@@ -14,15 +14,27 @@ from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook._version import STATE_VERSION, __version__
+from effadam_hook.checksum import with_checksum
 from effadam_hook.config import Config
 from effadam_hook.engine import Engine
-from effadam_hook.errors import StateMismatchError
+from effadam_hook.errors import EffAdamError, StateMismatchError
+from effadam_hook.exchange import make_topology
 from effadam_hook.exchange.compat import device_of
 from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.kernels import describe
-from effadam_hook.layout import share_of
+from effadam_hook.layout import share_of, turn_of
 from effadam_hook.modes import Mode
-from effadam_hook.saved import check_fits, check_saved, merge_saved, share_saved
+from effadam_hook.names import canonical_name
+from effadam_hook.parameters import is_exchanged
+from effadam_hook.saved import (
+    check_fits,
+    check_model,
+    deal_out,
+    merge_saved,
+    read_saved,
+    share_saved,
+    topology_of,
+)
 from effadam_hook.stats import Counters
 from effadam_hook.trial import Trial
 
@@ -93,6 +105,7 @@ class EfficientAdamState:
             warmup_steps=warmup_steps,
         )
         self._engine = Engine(self.config, process_group)
+        self._is_copy = self._lacks_group = False
         self.enabled = enabled
         self.wait_timeout_s = wait_timeout_s
 
@@ -164,36 +177,96 @@ class EfficientAdamState:
         """Backward passes with communication so far."""
         return self._engine.counters.steps
 
+    # Copies
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is an unused copy of another state.
+
+        DDP holds the state, so that ``copy.deepcopy(ddp_model)``, ``AveragedModel(ddp_model)`` and
+        ``torch.save(ddp_model)`` copy it. A copy has the same options and is registered nowhere: it has
+        neither residuals, counters, optimizer, ``grad_scaler`` nor process group. Attached or
+        registered anew, it works as a new state, and is no copy any more.
+        """
+        return self._is_copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        engine = self._engine
+        group = engine._group
+        return {
+            "config": self.config.to_dict(),
+            "enabled": self.enabled,
+            "check_replicas": self.check_replicas,
+            "auto": engine.trial is not None,
+            "lacks_group": self._lacks_group
+            or (group is not None and not (dist.is_initialized() and group is dist.group.WORLD)),
+        }
+
+    def __setstate__(self, options: dict[str, Any]) -> None:
+        config = options["config"]
+        self.config = Config(**{**config, "exact": tuple(config["exact"])})
+        self._engine = Engine(self.config, None)
+        self._is_copy, self._lacks_group = True, options["lacks_group"]
+        self.enabled = options["enabled"]
+        self.check_replicas = options["check_replicas"]
+        if options["auto"]:
+            self.try_out()
+
+    def _begin_use(self, group: dist.ProcessGroup | None) -> None:
+        """End being a copy, unless that leaves a state without the process group that it needs."""
+        if self._lacks_group and group is None:
+            raise EffAdamError(
+                "This is a copy of a state with a process group of its own, and copies have none. "
+                "Use attach(ddp_model, ...), or hand the group over: state.bind(..., group)."
+            )
+        self._is_copy = self._lacks_group = False
+
     # Registration
 
     def bind(
-        self, named_parameters: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup | None = None
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        group: dist.ProcessGroup | None = None,
+        *,
+        other_names: Iterable[str] = (),
     ) -> None:
         """Take the model's names and compare configuration and model between all ranks.
 
         A collective operation, done by :func:`attach`. A state that was registered by hand and never
         bound numbers the parameters itself and compares at the first backward.
 
+        Parameters that are not trainable are known by name and not compared: DDP exchanges nothing for
+        them, and ranks may differ in them.
+
         Args:
-            named_parameters: The wrapped module's ``named_parameters()``.
+            named_parameters: The wrapped module's ``named_parameters(remove_duplicate=False)``, which
+                has all names of tied parameters.
             group: DDP's process group.
+            other_names: Further names that the model has and DDP ignores. Rules of ``exact`` may match
+                them, to no effect.
 
         Raises:
             EffAdamError: If this state has seen parameters already.
             DisagreementError: On every rank, if the ranks differ.
             TypeError: If a trainable parameter is complex.
+            ValueError: If a name pattern in ``exact`` matches no parameter.
         """
         named = list(named_parameters)
         for name, tensor in named:
-            if tensor.requires_grad and tensor.is_complex():
+            if is_exchanged(tensor) and tensor.is_complex():
                 raise TypeError(
                     f"Parameter {name!r} has dtype {tensor.dtype}. Must be a real floating dtype: "
                     "store it as a real tensor with torch.view_as_real."
                 )
+        engine = self._engine
+        self._begin_use(group)
         if group is not None:
-            self._engine.use_group(group)
-        self._engine.parameters.bind(named)
-        self._engine.agree(self._engine.parameters.device())
+            engine.use_group(group)
+        engine.parameters.bind(named)
+        engine.agree(engine.parameters.device())
+        # After the comparison, so that all ranks have the same rules and raise alike.
+        others = [alias for name in other_names for alias in (name, canonical_name(name))]
+        self.config.check_patterns([*engine.parameters.aliases(), *others])
 
     def watch_join(self, is_joining: Callable[[], bool]) -> None:
         """Compare weights between ranks, see :attr:`check_replicas`, except under ``join()``.
@@ -224,6 +297,8 @@ class EfficientAdamState:
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
     ) -> Future[Tensor]:
         """Exchange one bucket; the hook's work. See :meth:`effadam_hook.engine.Engine.run_bucket`."""
+        if self._is_copy:
+            self._begin_use(None)
         return self._engine.run_bucket(index, buffer, parameters, is_last)
 
     def close(self) -> None:
@@ -266,6 +341,8 @@ class EfficientAdamState:
             topology += f"; {engine.way}"
         if self.enabled and self.steps < config.warmup_steps:
             status = f"warming up (dense all-reduce until step {config.warmup_steps})"
+        if self._is_copy:
+            status = "a copy, registered with no model: no residuals, no optimizer"
         lines = [
             f"Efficient-Adam {__version__}: {status}",
             f"  exchanges    {engine.mode.name}",
@@ -297,36 +374,37 @@ class EfficientAdamState:
             A dictionary for :meth:`load_state_dict` on the same rank of as many ranks; its tensors
             are copies. For another number of ranks see :meth:`full_state_dict`.
         """
-        group, topology = self._engine.group, self._engine.topology
-        order = {name: self._engine.parameters.order_of(name) for name, _ in self._engine.worker}
+        engine, scale = self._engine, self._engine.loss_scale
+        group, topology, block_size = engine.group, engine.topology, self.config.block_size
+        worker = {name: (view / scale).cpu() for name, view in engine.worker}
+        server = {name: (view / scale).cpu() for name, view in engine.server}
+        serves, servers = topology.serves or 0, topology.servers
         start = {
-            name: share_of(
-                view.numel(),
-                order[name],
-                self.config.block_size,
-                topology.serves or 0,
-                topology.servers,
-            )[0]
-            for name, view in self._engine.worker
+            name: share_of(worker[name].numel(), turn_of(name), block_size, serves, servers)[0]
+            for name in server
         }
-        scale = self._engine.loss_scale
-        server = {name: view / scale for name, view in self._engine.server}
-        return {
-            "version": STATE_VERSION,
-            "package": __version__,
-            "config": self.config.to_dict(),
-            "rank": group.rank(),
-            "world_size": group.size(),
-            "servers": topology.servers,
-            "block_size": self.config.block_size,
-            "counters": self._engine.counters.to_dict(),
-            "units": self._engine.mode.units,
-            "order": order,
-            "worker": {name: view / scale for name, view in self._engine.worker},
-            "server": server,
-            "server_start": {name: start[name] for name in server},
-            "moments": self._engine.mode.save(),
+        moments = {
+            name: {key: v.cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
+            for name, values in engine.mode.save().items()
         }
+        return with_checksum(
+            {
+                "version": STATE_VERSION,
+                "package": __version__,
+                "config": self.config.to_dict(),
+                "rank": group.rank(),
+                "world_size": group.size(),
+                "topology": topology.name if engine.has_topology else engine.saved_topology,
+                "servers": servers,
+                "block_size": block_size,
+                "counters": engine.counters.to_dict(),
+                "units": engine.mode.units,
+                "worker": worker,
+                "server": server,
+                "server_start": start,
+                "moments": moments,
+            }
+        )
 
     def full_state_dict(self) -> dict[str, Any]:
         """All ranks' states in one, for one checkpoint file; a collective operation.
@@ -371,13 +449,13 @@ class EfficientAdamState:
                 f"The saved state is damaged: {type(error).__name__}: {error}. Use another checkpoint."
             ) from error
         if not self._engine.has_topology:
-            servers = _servers_of(saved, self._engine.group.size())
-            self._engine.saved_topology = "rank0" if servers == 1 else "sharded"
+            self._engine.saved_topology = topology_of(own)
         self._engine.mode.load(own["moments"])
         self._engine.loss_scale = 1.0
         if self.config.error_feedback:
-            self._engine.worker.load(own["worker"])
-            self._engine.server.load(own["server"])
+            device = self._engine.parameters.device()
+            self._engine.worker.load(own["worker"], device)
+            self._engine.server.load(own["server"], device)
         elif own["worker"]:
             warnings.warn(
                 "The saved state has residuals, and error_feedback is off: they are dropped.",
@@ -385,56 +463,56 @@ class EfficientAdamState:
             )
         self._engine.counters = Counters(**own["counters"])
 
-    def _own_share(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        """This rank's part of a saved state, checked."""
-        group, servers = self._engine.group, self._engine.topology.servers
-        if not self._engine.has_topology:
-            servers = _servers_of(saved, group.size())
-        here = (group.size(), servers, self.config.block_size)
-        numels = self._engine.parameters.numels() if self._engine.parameters.bound else {}
-        if isinstance(saved, Mapping) and "ranks" in saved:
-            if saved["version"] != STATE_VERSION:
-                raise StateMismatchError(
-                    f"The saved state has version {saved['version']!r}. Must be {STATE_VERSION}."
-                )
-            merged = merge_saved(saved["ranks"])  # also if not needed: it checks all of them
-            own: Mapping[str, Any] = saved["ranks"][group.rank() % len(saved["ranks"])]
-            if (own["world_size"], own["servers"], own["block_size"]) != here:
-                own = share_saved(
-                    merged,
-                    rank=group.rank(),
-                    world_size=group.size(),
-                    servers=servers,
-                    block_size=self.config.block_size,
-                )
+    def _own_share(self, saved: Any) -> Mapping[str, Any]:
+        """This rank's part of a saved state, checked, under the model's names."""
+        engine, group = self._engine, self._engine.group
+        rank, world_size, block_size = group.rank(), group.size(), self.config.block_size
+        states = read_saved(saved, engine.parameters.resolve)
+        topology = engine.topology
+        if not engine.has_topology and (name := topology_of(states[0])):
+            topology = make_topology(name, group)
+        serves, servers = topology.serves, topology.servers
+        if "ranks" in saved:
+            own = merge_saved(states)
+            if len(states) == world_size:
+                own = {**states[rank], "server": own["server"]}
+            own = share_saved(
+                own,
+                rank=rank,
+                world_size=world_size,
+                serves=serves,
+                servers=servers,
+                block_size=block_size,
+            )
         else:
-            own = saved
-        check_saved(own, numels)
+            own = states[0]
+            if (own["rank"], own["world_size"]) != (rank, world_size):
+                raise StateMismatchError(
+                    f"The saved state is that of rank {own['rank']} of {own['world_size']}; this is "
+                    f"rank {rank} of {world_size}. Load each rank's own state, or one of all ranks "
+                    "from full_state_dict()."
+                )
+        numels = engine.parameters.numels() if engine.parameters.bound else {}
+        check_model(own, numels)
         named = [name for name in own["worker"] if not name.isdecimal()]
-        if named and not self._engine.parameters.bound:
+        if named and not engine.parameters.bound:
             raise StateMismatchError(
                 f"The saved state names parameters, such as {named[0]!r}, and this state knows none: "
                 "use attach(ddp_model, ...), or state.bind(...) before loading."
             )
-        check_fits(own, self._engine.worker, self._engine.server)
-        there = (own["world_size"], own["servers"], own["block_size"])
-        if there != here or own["rank"] != group.rank():
-            raise StateMismatchError(
-                f"The saved state is that of rank {own['rank']} with (ranks, servers, block_size) "
-                f"= {there}; this is rank {group.rank()} with {here}. Load each rank's own state, "
-                "or one of all ranks from full_state_dict()."
-            )
-        units = self._engine.mode.units
+        units = engine.mode.units
         if own.get("units", units) != units:
             raise StateMismatchError(
                 f"The saved residuals are those of {own['units']}, and this state exchanges {units}. "
                 "Load a state of the same mode, or none: residuals then start at zero."
             )
+        if "ranks" not in saved:
+            own = deal_out(
+                own,
+                serves=serves,
+                servers=servers,
+                block_size=block_size,
+                sign=engine.mode.server_sign,
+            )
+        check_fits(own, engine.worker, engine.server)
         return own
-
-
-def _servers_of(saved: Mapping[str, Any], world_size: int) -> int:
-    """How many servers the topology that a state was saved with has here."""
-    own = saved["ranks"][0] if isinstance(saved, Mapping) and "ranks" in saved else saved
-    is_sharded = own["servers"] > 1 or own["config"]["topology"] == "sharded"
-    return world_size if is_sharded else 1

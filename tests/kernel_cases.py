@@ -50,7 +50,7 @@ def layout_of(
 ) -> BucketLayout:
     slots, start = [], 0
     for index, numel in enumerate(sizes):
-        slots.append(Slot(f"p{index}", index, start, numel, index in exact))
+        slots.append(Slot(f"p{index}", start, numel, index in exact))
         start += numel
     return plan_bucket(
         slots,

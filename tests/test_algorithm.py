@@ -21,7 +21,7 @@ TOPOLOGIES = ("rank0", "sharded")
 def quantized(x: Tensor, quantizer: str) -> Tensor:
     """Q(x) for one parameter, decoded, with blocks of 256."""
     kind = get_quantizer(quantizer)
-    slot = Slot("x", 0, 0, x.numel(), exact=False)
+    slot = Slot("x", 0, x.numel(), exact=False)
     wire = plan_bucket(
         [slot],
         uplink=kind,

@@ -19,9 +19,15 @@ PACKAGES = ("effadam_hook", "lightning_plugin")
 # A new module takes its place here.
 LADDER = (
     ("effadam_hook.errors", "effadam_hook._version"),
-    ("effadam_hook.config", "effadam_hook.quantizers", "effadam_hook.layout"),
+    (
+        "effadam_hook.config",
+        "effadam_hook.layout",
+        "effadam_hook.names",
+        "effadam_hook.quantizers",
+    ),
     (
         "effadam_hook.accumulation",
+        "effadam_hook.checksum",
         "effadam_hook.idle",
         "effadam_hook.kernels",
         "effadam_hook.log",
@@ -55,6 +61,7 @@ TORCH_FREE = {
     "effadam_hook.planner.predict",
     "effadam_hook.errors",
     "effadam_hook.layout",
+    "effadam_hook.names",
     "effadam_hook.planner.timeline",
     "effadam_hook.planner.method",
     "effadam_hook.planner.traffic",

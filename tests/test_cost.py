@@ -215,7 +215,7 @@ def test_payloads_have_the_size_of_the_layout(quantizer: str, servers: int) -> N
     bucket = [Parameter(70_001, 7), Parameter(13), Parameter(4096, 64), Parameter(1), *MLP[:2]]
     slots, start = [], 0
     for order, parameter in enumerate(bucket):
-        slots.append(Slot(str(order), order, start, parameter.numel, parameter.rows == 0))
+        slots.append(Slot(str(order), start, parameter.numel, parameter.rows == 0))
         start += parameter.numel
     layout = plan_bucket(
         slots,

@@ -130,7 +130,7 @@ class _Calls:
         quantizer = get_quantizer(method.quantizer)
         self._kernels = select(device)
         self._layout = plan_bucket(
-            [Slot("weight", 0, 0, numel, False)],
+            [Slot("weight", 0, numel, False)],
             uplink=quantizer,
             downlink=quantizer,
             scale_rule="least_squares",

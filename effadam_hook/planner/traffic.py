@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from effadam_hook.layout import SEAL_BYTES, aligned, cut, part_numel, share_of
+from effadam_hook.layout import SEAL_BYTES, aligned, cut, part_numel, share_of, turn_of
 from effadam_hook.planner.method import Method
 from effadam_hook.quantizers import SCALE_BYTES, get_quantizer
 
@@ -180,8 +180,8 @@ def _payload_bytes(
     else:
         longest = max(
             sum(
-                size(each, share_of(each.numel, order, block_size, server, servers)[1])
-                for order, each in enumerate(bucket)
+                size(each, share_of(each.numel, turn_of(str(at)), block_size, server, servers)[1])
+                for at, each in enumerate(bucket)
             )
             for server in range(servers)
         )
