@@ -82,7 +82,7 @@ def gather_bytes(
     lengths = torch.empty(group.size(), dtype=torch.int64, device=device)
     _finish(all_gather_flat(lengths, length, group))
     longest = int(lengths.max())
-    padded = torch.zeros(longest, dtype=torch.uint8, device="cpu")
+    padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     receives = everywhere or group.rank() == 0
     rows = torch.empty(group.size() if receives else 0, longest, dtype=torch.uint8, device=device)
