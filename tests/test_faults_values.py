@@ -397,6 +397,35 @@ def test_accumulation_without_no_sync_is_warned_of_once(
         assert len(messages) == warned
 
 
+def skip_a_step_and_a_parameter(rank: int, world_size: int) -> list[str]:
+    model = ddp(Heads(), find_unused_parameters=True)
+    attach(model, quantizer="lloyd4")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            optimizer.zero_grad(set_to_none=False)
+            model(torch.ones(3, 4), head=(step + rank) % 2).sum().backward()
+            if step % 3:  # as GradScaler skips one
+                optimizer.step()
+    return [str(w.message) for w in caught if "no_sync" in str(w.message)]
+
+
+class Heads(torch.nn.Module):
+    """Two heads, of which a forward uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(4, 300, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, head: int) -> torch.Tensor:
+        return self.heads[head](x)
+
+
+def test_gradients_filled_with_zeros_are_not_taken_for_accumulation() -> None:
+    assert run_ranks(skip_a_step_and_a_parameter, 2) == [[], []]
+
+
 def test_skipped_steps_of_a_model_of_one_bucket_are_not_taken_for_accumulation() -> None:
     options = {"gradient_as_bucket_view": True, "bucket_cap_mb": 25}
     for messages in run_ranks(accumulate_wrongly, 2, "skipped steps", options):

@@ -64,6 +64,11 @@ class Report:
     error: str = ""
     seconds: float = 0.0
 
+    def start(self, case: Case) -> None:
+        """Begin the sums."""
+        self.arrived = [torch.zeros(shape, dtype=torch.float64) for shape in case.shapes]
+        self.given = [torch.zeros(shape, dtype=torch.float64) for shape in case.shapes]
+
 
 @dataclass
 class _Run:
@@ -110,12 +115,12 @@ def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[R
 
 
 def _run(case: Case, rank: int, report: Report, alone: dist.ProcessGroup) -> None:
-    report.arrived = [torch.zeros(s, dtype=torch.float64) for s in case.shapes]
-    report.given = [torch.zeros(s, dtype=torch.float64) for s in case.shapes]
+    report.start(case)
     # DDP's own collectives pair up with other runs' unless models are made by all ranks alike.
     run = _build(case, alone if case.is_alone(0) else None)
     other = _build(case, None) if case.ending and "order" in case.ending.name else None
-    runs = [run]
+    runs, aside = [run], Report()
+    aside.start(case)
     began = time.monotonic()
     try:
         joining = run.model.join() if case.batches else contextlib.nullcontext()
@@ -134,7 +139,7 @@ def _run(case: Case, rank: int, report: Report, alone: dist.ProcessGroup) -> Non
                 if _is_due(case, step) and rank == case.culprit:
                     _spoil(case, run, other)
                 began = time.monotonic()
-                steps = [(run, report), (other, Report())] if other is not None else [(run, report)]
+                steps = [(run, report), (other, aside)] if other is not None else [(run, report)]
                 if _is_due(case, step) and rank == case.culprit:
                     steps.reverse()
                 for one, into in steps:
@@ -351,8 +356,7 @@ def lose_a_rank(rank: int, world_size: int, folder: str, seed: int, kind: str) -
     report = Report()
     run = _build(case, None)
     run.state.enabled = not exits or chance.random() < 0.7
-    report.given = [torch.zeros(s, dtype=torch.float64) for s in case.shapes]
-    report.arrived = [torch.zeros(s, dtype=torch.float64) for s in case.shapes]
+    report.start(case)
     began = time.monotonic()
     try:
         if exits and rank == culprit:
