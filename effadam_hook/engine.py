@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -171,7 +172,25 @@ class Engine:
         Raises:
             DisagreementError: On every rank, if any two differ.
         """
-        description = {
+        description: dict[str, Any] | Exception
+        try:
+            description = self._describe()
+        except Exception as error:  # the others must not wait for this rank
+            description = error
+        self._run_id = check_agreement(description, self.group, device)
+        if isinstance(description, Exception):
+            raise description
+        # From here on a rank that fails, before its first backward too, can tell the others.
+        self._watch = Watch(self.group, self._run_id, self._name())
+        self._watch.wait_timeout_s = self._wait_timeout_s
+        if device.type == "cpu":
+            group = self.group
+            self._watch.on_failure(lambda: abandon(group))
+        # Threads hold on to the watch and not to the engine, so that both can end.
+        weakref.finalize(self, self._watch.close)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
             "effadam_hook": __version__,
             "torch": torch.__version__,
             "payload version": PAYLOAD_VERSION,
@@ -182,15 +201,6 @@ class Engine:
             **self.config.to_dict(),
             "parameters": self.parameters.describe(),
         }
-        self._run_id = check_agreement(description, self.group, device)
-        # From here on a rank that fails, before its first backward too, can tell the others.
-        self._watch = Watch(self.group, self._run_id, self._name())
-        self._watch.wait_timeout_s = self._wait_timeout_s
-        if device.type == "cpu":
-            group = self.group
-            self._watch.on_failure(lambda: abandon(group))
-        # Threads hold on to the watch and not to the engine, so that both can end.
-        weakref.finalize(self, self._watch.close)
 
     def _name(self) -> str:
         """A name for the model, for messages; the same on ranks that attach models in the same order."""
@@ -241,7 +251,7 @@ class Engine:
             if not isinstance(error, Exception):
                 raise
             if not self._in_backward:
-                raise failure from error
+                raise failure from failure.__cause__
             self._error = self._error or failure
         return _completed(buffer)
 
@@ -257,6 +267,8 @@ class Engine:
         """The error of a hook, after all other ranks have been told."""
         if self._watch is not None:
             return self._watch.stop(label, self._phase, error)
+        if isinstance(error, EffAdamError) and str(error).startswith("Rank "):
+            return error  # says where already
         kind = type(error) if isinstance(error, EffAdamError) else EffAdamError
         rank = self.group.rank() if dist.is_initialized() else 0
         text = str(error) or type(error).__name__
@@ -346,10 +358,10 @@ class Engine:
             self.mode.notice_end_of_backward()
         except EffAdamError as error:
             if self._watch is not None and self._watch.failure is None:
-                raise self._stop("the end of backward", error) from error
+                raise self._stop("the end of backward", error)
             raise
         except Exception as error:
-            raise self._stop("the end of backward", error) from error
+            raise self._stop("the end of backward", error)
 
     def _then_end_without_backward(self, last: Future[Tensor]) -> Future[Tensor]:
         """Let the mode end the step of a rank out of data, which no backward and no loop will end."""
@@ -560,7 +572,7 @@ class Engine:
             return  # dense steps need no exchange
         with self.watch.hold("opening the exchange", "comparing steps") as held:
             # Over DDP's own connections, so that a rank that has died is noticed at once.
-            check_steps(self.counters.steps, self.mode.progress(), self.group, device)
+            check_steps(self._run_id, self.counters.steps, self.mode.progress(), self.group, device)
             if not self.has_topology:
                 held.phase = "measuring topologies"
                 name, self.topology_reason = agree_on_topology(

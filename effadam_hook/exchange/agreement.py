@@ -21,15 +21,17 @@ from effadam_hook.exchange.waiting import gather_bytes, phase
 __all__ = ["check_agreement", "check_steps", "differing_steps"]
 
 _MOST_SHOWN = 5
+_FAILED = "failed"
 
 
 def check_agreement(
-    description: dict[str, Any], group: dist.ProcessGroup, device: torch.device
+    description: dict[str, Any] | Exception, group: dist.ProcessGroup, device: torch.device
 ) -> str:
     """Compare every rank's description; a collective operation.
 
     Args:
-        description: Plain values by name, nested dictionaries and lists included.
+        description: Plain values by name, nested dictionaries and lists included; or why this rank has none,
+            so that the others do not wait for it.
         group: The process group.
         device: Where the group's backend wants tensors.
 
@@ -40,6 +42,8 @@ def check_agreement(
         DisagreementError: On every rank, naming which rank differs from rank 0 in what.
     """
     run_id = uuid.uuid4().hex
+    if isinstance(description, Exception):
+        description = {_FAILED: f"{type(description).__name__}: {description}"}
     if group.size() == 1:
         return run_id
     own = json.dumps(description, sort_keys=True).encode()
@@ -48,6 +52,12 @@ def check_agreement(
     texts = [text[len(run_id) :] for text in gathered]
     if all(text == texts[0] for text in texts):
         return gathered[0][: len(run_id)].decode()
+    failed = {rank: json.loads(text).get(_FAILED) for rank, text in enumerate(texts)}
+    if any(failed.values()):
+        said = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items() if text)
+        raise DisagreementError(
+            f"Ranks have failed before options were compared: {said}. See their output, and restart all ranks."
+        )
     first = _flatten(json.loads(texts[0]))
     lines = []
     for rank, text in enumerate(texts):
@@ -64,11 +74,16 @@ def check_agreement(
 
 
 def check_steps(
-    steps: int, optimizer_steps: int, group: dist.ProcessGroup, device: torch.device
+    run_id: str,
+    steps: int,
+    optimizer_steps: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
 ) -> None:
     """Compare how far every rank has come; a collective operation.
 
     Args:
+        run_id: Of the model; ranks that open two models in different orders meet here over one group.
         steps: Of the exchange.
         optimizer_steps: A digest of those of the optimizer, where the exchange depends on them.
         group: The process group.
@@ -79,8 +94,15 @@ def check_steps(
     """
     if group.size() == 1:
         return
-    own = json.dumps([steps, optimizer_steps]).encode()
+    own = json.dumps([steps, optimizer_steps, run_id]).encode()
     rows = [json.loads(text) for text in gather_bytes(own, group, device, everywhere=True)]
+    others = [str(rank) for rank, row in enumerate(rows) if row[2] != run_id]
+    if others:
+        raise DisagreementError(
+            f"Rank {', '.join(others)} has come here with another model than rank {group.rank()}. Run the "
+            "backward passes of several models in the same order on all ranks, or give each model a process "
+            "group of its own where threads run them."
+        )
     if message := differing_steps([row[0] for row in rows], [row[1] for row in rows]):
         raise DisagreementError(message)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from effadam_hook.errors import DisagreementError, EffAdamError
 
-__all__ = ["Process", "Run", "Wait", "find_deadlock"]
+__all__ = ["Deadlock", "Process", "Run", "Wait", "find_deadlock"]
 
 _MOST_SHOWN = 4
 
@@ -86,7 +86,24 @@ class Process:
 Stuck = dict[tuple[int, int], Wait]
 
 
-def find_deadlock(processes: Mapping[int, Process], run: str) -> EffAdamError | None:
+@dataclass(frozen=True)
+class Deadlock:
+    """Threads that wait for one another for ever.
+
+    Attributes:
+        waits: What waits for what; the same at a later time if nothing has moved since.
+        ranks: Their global ranks.
+        runs: The run ids of their models.
+        error: Says who waits where, and for whom.
+    """
+
+    waits: frozenset[tuple[tuple[int, int], Wait]]
+    ranks: frozenset[int]
+    runs: frozenset[str]
+    error: EffAdamError
+
+
+def find_deadlock(processes: Mapping[int, Process], run: str) -> Deadlock | None:
     """Find threads that wait for one another for ever, among them one in a certain run.
 
     Args:
@@ -94,7 +111,8 @@ def find_deadlock(processes: Mapping[int, Process], run: str) -> EffAdamError | 
         run: A model's run id.
 
     Returns:
-        An error that says who waits where, and for whom; None if somebody can still go on.
+        Those threads; None if somebody can still go on. What the processes say is not of one moment: they
+        are stuck only if all of them say the same again later.
     """
     stuck: Stuck = {
         (rank, thread): wait
@@ -107,12 +125,20 @@ def find_deadlock(processes: Mapping[int, Process], run: str) -> EffAdamError | 
     ]:
         for key in released:
             del stuck[key]
-    if not any(wait.run.startswith(run) for wait in stuck.values() if wait.run):
+    runs = frozenset(wait.run.partition("/")[0] for wait in stuck.values() if wait.run)
+    if run not in runs:
         return None
+    ranks = frozenset(rank for rank, _ in stuck)
+    return Deadlock(frozenset(stuck.items()), ranks, runs, _error(processes, stuck))
+
+
+def _error(processes: Mapping[int, Process], stuck: Stuck) -> EffAdamError:
     lines = []
     for (rank, thread), wait in sorted(stuck.items(), key=lambda item: item[0]):
-        missing = ", ".join(map(str, _missing(processes, stuck, (rank, thread), wait)))
-        lines.append(f"rank {rank} {wait.doing}, to which rank {missing} has not come")
+        missing = _missing(processes, stuck, (rank, thread), wait)
+        others = ", ".join(map(str, missing))
+        verb = f"ranks {others} have" if len(missing) > 1 else f"rank {others} has"
+        lines.append(f"rank {rank} {wait.doing}, to which {verb} not come")
     more = f"; and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
     text = f"The ranks wait for one another for ever: {'; '.join(lines[:_MOST_SHOWN])}{more}. "
     if all(wait.run for wait in stuck.values()):

@@ -29,7 +29,7 @@ _SLICE_S = 0.25
 _LONGEST_SLEEP_S = 0.05
 
 
-class _Rendezvous(Store):  # type: ignore[misc]
+class _Rendezvous(Store):
     """The default store as Gloo needs it to connect ranks, without keeping it alive.
 
     Gloo keeps the store of a group, and a store that is kept alive keeps its port from the next default
@@ -117,7 +117,8 @@ def make_gloo_groups(
         try:
             for name in names:
                 store = _Rendezvous(f"effadam/{run_id}/{name}", lambda: not gave_up.is_set())
-                made.append(GlooGroup(dist.ProcessGroupGloo(store, rank, size, timeout), store))
+                bare: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+                made.append(GlooGroup(bare, store))
         except BaseException as error:
             errors.append(error)
         finally:

@@ -49,6 +49,11 @@ class Hold:
     thread: int = field(default_factory=threading.get_ident)
     since: float = field(default_factory=time.monotonic)
 
+    @property
+    def doing(self) -> str:
+        """The same, for a sentence that begins with the rank."""
+        return f"is {'in ' if self.label.endswith('()') else ''}{self.label}"
+
 
 class Passage:
     """One bucket, or part of one, on its way from the hook to its future.

@@ -66,7 +66,7 @@ def describe_process() -> Process:
     for watch in watches:
         held, joined, newest = watch.held, watch.joined, max(list(watch.pending), default=None)
         if held is not None:
-            doing = f"is {held.label} of {watch.name}, {held.phase}"
+            doing = f"{held.doing} of {watch.name}, {held.phase}"
             waits[held.thread] = Wait(doing, _phases(watch), held.number)
         elif joined is not None and newest is not None:
             passage = watch.pending.get(newest)

@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from effadam_hook.errors import DisagreementError, EffAdamError
 from effadam_hook.exchange.board import Board, Entry, Position
-from effadam_hook.exchange.deadlock import Process, find_deadlock
+from effadam_hook.exchange.deadlock import Deadlock, Process, find_deadlock
 from effadam_hook.exchange.passage import Hold, Passage
 from effadam_hook.exchange.process import describe_process, open_watches
 from effadam_hook.exchange.verdict import disagreement, first_failure, gone_before, who_is_late
@@ -111,6 +111,7 @@ class Watch:
         self._drained.set()
         self._own_failure: EffAdamError | None = None
         self._board = Board(self.rank, self._size, run_id)
+        self._suspected: tuple[Deadlock | None, float] = (None, 0.0)
         self._alarm_until = 0.0
         self._round_done = threading.Condition()
         self._wake = threading.Event()
@@ -150,7 +151,7 @@ class Watch:
         except BaseException as error:
             failure = self.stop(label, held.phase, error)
             if isinstance(error, RuntimeError):
-                raise failure from error
+                raise failure from failure.__cause__
             raise
         finally:
             self.held = outer
@@ -328,6 +329,10 @@ class Watch:
         found = self._disagreement()
         if found is not None:
             return DisagreementError(f"{message} {found}")
+        # And who has found that ranks wait for ever: that says more than the end of its connections.
+        failure = first_failure({rank: p for rank, p in positions.items() if p.left})
+        if failure is not None:
+            return type(failure)(f"{message} {failure}")
         late = who_is_late(positions, self._board.silent_since(asked), self._sequence)
         if not late and (failure := first_failure(positions)) is not None:
             late = f" {failure}"
@@ -369,7 +374,9 @@ class Watch:
     def _round(self) -> None:
         now = time.monotonic()
         oldest = self._oldest()
-        patience_s = min(PATIENCE_S, self.wait_timeout_s or PATIENCE_S)
+        patience_s = PATIENCE_S
+        if self.wait_timeout_s is not None:  # the others' answers are wanted by then
+            patience_s = min(patience_s, self.wait_timeout_s - ANSWER_S)
         late = oldest is not None and now - oldest.since > patience_s
         if late or self._own_failure is not None:  # [1]
             self._board.raise_alarm()
@@ -382,6 +389,8 @@ class Watch:
         self._board.read()  # [3]
         if self.failure is None:
             self._judge(oldest, process)  # [4]
+            if self._own_failure is not None:
+                self._publish()
 
     def _oldest(self) -> Passage | Hold | None:
         """What this rank has waited in for longest."""
@@ -392,7 +401,7 @@ class Watch:
         elsewhere = next((wait.doing for wait in process.waits.values() if wait), None)
         doing = elsewhere or "is not in a backward pass"
         if isinstance(oldest, Hold):
-            doing = f"is {oldest.label}, {oldest.phase}"
+            doing = f"{oldest.doing}, {oldest.phase}"
         elif oldest is not None:
             doing = f"is in {oldest.label}, {oldest.phase}"
         failure = self._own_failure
@@ -440,8 +449,29 @@ class Watch:
                 )
 
     def _deadlock(self, positions: Mapping[int, Position], process: Process) -> EffAdamError | None:
+        """That ranks wait for one another for ever, if they have said so twice."""
         others = {p.process.rank: p.process for p in positions.values() if p.process and not p.left}
-        return find_deadlock({**others, process.rank: process}, self.run_id)
+        found = find_deadlock({**others, process.rank: process}, self.run_id)
+        suspected, since = self._suspected
+        if found is None or suspected is None or found.waits != suspected.waits:
+            self._suspected = (found, time.monotonic())
+            return None
+        for rank in self._board.silent_since(since):
+            position = positions.get(rank)
+            if position and position.process and position.process.rank in found.ranks:
+                return None
+        for watch in list(open_watches):
+            if watch.run_id in found.runs and watch is not self and isinstance(watch, Watch):
+                watch._give_up(found.error)
+        return found.error
+
+    def _give_up(self, error: EffAdamError) -> None:
+        """Stop for what another watch of this process has found, and let the other ranks know."""
+        failure = type(error)(f"Rank {self.rank}, {self.name}: {error}")
+        if self._first_to_stop(failure):
+            self._own_failure = failure
+            self._end_all()
+            self._wake.set()
 
     def _overdue(
         self, positions: Mapping[int, Position], oldest: Passage | Hold | None
@@ -452,7 +482,7 @@ class Watch:
         waited_s, limit_s = time.monotonic() - oldest.since, self.wait_timeout_s
         silent = self._board.silent_since(time.monotonic() - ANSWER_S)
         late = who_is_late(positions, silent, self._sequence)
-        if limit_s is not None and waited_s > limit_s:
+        if limit_s is not None and waited_s > limit_s + (ANSWER_S if silent else 0):
             return EffAdamError(
                 f"waited {waited_s:.0f} s, longer than wait_timeout_s={limit_s:g}.{late} Raise "
                 "state.wait_timeout_s where ranks may be that slow; otherwise give all of them the same work."
