@@ -86,7 +86,8 @@ def attach(
             chose and why in ``state.summary()`` and, at level INFO, in the log. Where dense steps
             win, what the compressed ones left in the residuals, about a step's gradient, stays there.
         optimizer: An :class:`EfficientAdam`, for update mode; or, with ``precondition``, the
-            ``torch.optim.Adam`` or ``AdamW`` of the model.
+            ``torch.optim.Adam`` or ``AdamW`` of the model. One inside a wrapper that holds it as
+            ``optimizer``, as Accelerate's and Lightning's do, is found.
         precondition: Whether to quantize the gradient in units of the root of ``optimizer``'s second
             moment, which is worth about one bit and costs none.
         quantize_weights: With an :class:`EfficientAdam`: whether the servers keep the weights and send
@@ -149,16 +150,32 @@ def attach(
 def _check_dense_gradients(
     ddp_model: DistributedDataParallel, exchanged: list[tuple[str, Tensor]]
 ) -> None:
-    names = {id(tensor): known.name for known, tensor in identify(exchanged)}
+    """Refuse sparse gradients: now where modules announce them, otherwise in the first backward."""
+    trained = [(known.name, p) for known, p in identify(exchanged) if p.requires_grad]
+    names = {id(parameter): name for name, parameter in trained}
     for module in ddp_model.module.modules():
         if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.sparse:
             name = names.get(id(module.weight))
-            if name is not None and module.weight.requires_grad:
-                raise EffAdamError(
-                    f"Parameter {name!r} belongs to an {type(module).__name__} with sparse=True. In "
-                    "update mode gradients must be dense, as in torch.optim.Adam: use sparse=False, "
-                    "or gradient mode with SparseAdam."
-                )
+            if name is not None:
+                raise _sparse(name, f"belongs to an {type(module).__name__} with sparse=True")
+    for name, parameter in trained:
+        _check_first_gradient(name, parameter)
+
+
+def _check_first_gradient(name: str, parameter: Tensor) -> None:
+    def check(gradient: Tensor) -> None:
+        handle.remove()
+        if gradient.is_sparse:  # which DDP would refuse without a word of what it is about
+            raise _sparse(name, "has a sparse gradient")
+
+    handle = parameter.register_hook(check)  # type: ignore[no-untyped-call]
+
+
+def _sparse(name: str, how: str) -> EffAdamError:
+    return EffAdamError(
+        f"Parameter {name!r} {how}. In update mode gradients must be dense, as in torch.optim.Adam: "
+        "use sparse=False, or gradient mode with SparseAdam."
+    )
 
 
 def _taken_hooks(ddp_model: DistributedDataParallel) -> list[Any]:
@@ -205,15 +222,17 @@ def _mode_for(
     if precondition:
         kinds = (torch.optim.Adam, torch.optim.AdamW)
     optimizer = unwrapped(optimizer, kinds)
+    held = getattr(optimizer, "optimizer", None)
+    kind = type(optimizer).__name__ + (f" around {type(held).__name__}" if held is not None else "")
     if quantize_weights and (precondition or not isinstance(optimizer, EfficientAdam)):
         raise TypeError(
-            f"Invalid optimizer for quantize_weights=True: {type(optimizer).__name__}. Must be an "
+            f"Invalid optimizer for quantize_weights=True: {kind}. Must be an "
             "EfficientAdam, without precondition=True."
         )
     if precondition:
         if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             raise TypeError(
-                f"Invalid optimizer for precondition=True: {type(optimizer).__name__}. Must be a "
+                f"Invalid optimizer for precondition=True: {kind}. Must be a "
                 "torch.optim.Adam or AdamW, whose second moment is the same on all ranks."
             )
         own = {p for group in optimizer.param_groups for p in group["params"]}
@@ -228,7 +247,7 @@ def _mode_for(
         return GradientMode()
     if not isinstance(optimizer, EfficientAdam):
         raise TypeError(
-            f"Invalid optimizer: {type(optimizer).__name__}. Must be an EfficientAdam, for update "
+            f"Invalid optimizer: {kind}. Must be an EfficientAdam, for update "
             "mode. Any other optimizer works in gradient mode, without being handed over; Adam and "
             "AdamW also with precondition=True."
         )

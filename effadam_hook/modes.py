@@ -246,7 +246,7 @@ class UpdateMode(GradientMode):
             "max_grad_norm": optimizer.max_grad_norm,
             "bias_correction": optimizer.bias_correction,
             "schedule": repr(optimizer.schedule),
-            "steps": sorted({state["step"] for state in optimizer.state.values() if state}),
+            "steps": _range({state["step"] for state in optimizer.state.values() if state}),
             **_settings(optimizer),
         }
 
@@ -439,6 +439,13 @@ class _WeightContent(_UpdateContent):
 
 def _digest(steps: Sequence[int]) -> int:
     return zlib.crc32(array("q", map(int, steps)))
+
+
+def _range(steps: set[int]) -> str:
+    """The step counts of all parameters, as text."""
+    if len(steps) < 2:
+        return str(min(steps, default=0))
+    return f"{min(steps)} to {max(steps)}"
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:

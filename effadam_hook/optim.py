@@ -29,8 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +48,7 @@ _AWAKE = 64
 """Backward passes without use after which a parameter asks for no more averages, at least."""
 
 
-@dataclass(frozen=True)
-class _Taken:
+class _Taken(NamedTuple):
     """How the hook has taken a parameter's step, for the books that :meth:`EfficientAdam.step` keeps.
 
     Attributes:

@@ -197,6 +197,7 @@ class EfficientAdamState:
             "config": self.config.to_dict(),
             "enabled": self.enabled,
             "check_replicas": self.check_replicas,
+            "wait_timeout_s": self.wait_timeout_s,
             "auto": engine.trial is not None,
             "lacks_group": self._lacks_group
             or (group is not None and not (dist.is_initialized() and group is dist.group.WORLD)),
@@ -209,6 +210,7 @@ class EfficientAdamState:
         self._is_copy, self._lacks_group = True, options["lacks_group"]
         self.enabled = options["enabled"]
         self.check_replicas = options["check_replicas"]
+        self.wait_timeout_s = options["wait_timeout_s"]
         if options["auto"]:
             self.try_out()
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
+from effadam_hook.optim import unwrapped
 from effadam_hook.trial import check_auto
 
 __all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer"]
@@ -90,6 +91,7 @@ def exchanged_optimizer(
     Raises:
         EffAdamError: If the exchange must know one, and there is not exactly one.
     """
+    optimizers = [unwrapped(one, (EfficientAdam,)) for one in optimizers]
     special = any(isinstance(one, EfficientAdam) for one in optimizers)
     if not special and not any(mode_options.values()):
         return None
