@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from effadam_hook.names import nearest_names
-from effadam_hook.quantizers import SCALE_RULES, Quantizer, get_quantizer
+from effadam_hook.exchange.topology import AUTO, TOPOLOGIES
+from effadam_hook.wire.names import nearest_names
+from effadam_hook.wire.quantizers import SCALE_RULES, Quantizer, get_quantizer
 
-__all__ = ["TOPOLOGIES", "Config"]
+__all__ = ["TOPOLOGY_NAMES", "Config"]
 
-TOPOLOGIES = ("rank0", "sharded", "auto")
-"""Who is the server: rank 0 for everything, every rank for its share of every parameter, or whichever
-is faster on this link."""
+TOPOLOGY_NAMES = (*TOPOLOGIES, AUTO)
+"""Values of the option ``topology``."""
 
 _MIN_BLOCK, _MAX_BLOCK = 16, 4096
 _MOST_NAMES = 5
@@ -52,7 +52,7 @@ class Config:
         get_quantizer(self.worker_quantizer)
         get_quantizer(self.server_quantizer)
         _one_of("scale_rule", self.scale_rule, SCALE_RULES)
-        _one_of("topology", self.topology, TOPOLOGIES)
+        _one_of("topology", self.topology, TOPOLOGY_NAMES)
         _integer("block_size", self.block_size)
         if not _MIN_BLOCK <= self.block_size <= _MAX_BLOCK or self.block_size.bit_count() != 1:
             raise ValueError(

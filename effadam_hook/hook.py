@@ -14,12 +14,18 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.errors import EffAdamError
-from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
-from effadam_hook.optim import EfficientAdam, unwrapped
-from effadam_hook.parameters import identify
+from effadam_hook.feedback.parameters import identify
+from effadam_hook.modes.all_modes import (
+    GradientMode,
+    Mode,
+    PreconditionedMode,
+    UpdateMode,
+    WeightMode,
+)
+from effadam_hook.optim.efficient_adam import EfficientAdam, unwrapped
 from effadam_hook.state import EfficientAdamState
-from effadam_hook.trial import check_auto
 
 __all__ = ["attach", "efficient_adam_hook"]
 

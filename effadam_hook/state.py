@@ -14,19 +14,14 @@ from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook._version import STATE_VERSION, __version__
-from effadam_hook.checksum import with_checksum
 from effadam_hook.config import Config
-from effadam_hook.engine import Engine
+from effadam_hook.ddp.auto_compress import AutoCompress
+from effadam_hook.ddp.engine import Engine
 from effadam_hook.errors import EffAdamError, StateMismatchError
-from effadam_hook.exchange import make_topology
-from effadam_hook.exchange.compat import device_of
+from effadam_hook.exchange.collectives import device_of
+from effadam_hook.exchange.topology import make_topology
 from effadam_hook.exchange.waiting import gather_bytes
-from effadam_hook.kernels import describe
-from effadam_hook.layout import share_of, turn_of
-from effadam_hook.modes import Mode
-from effadam_hook.names import canonical_name
-from effadam_hook.parameters import is_exchanged
-from effadam_hook.saved import (
+from effadam_hook.feedback.checkpoint import (
     check_fits,
     check_model,
     deal_out,
@@ -35,8 +30,13 @@ from effadam_hook.saved import (
     share_saved,
     topology_of,
 )
-from effadam_hook.stats import Counters
-from effadam_hook.trial import Trial
+from effadam_hook.feedback.checksum import with_checksum
+from effadam_hook.feedback.parameters import is_exchanged
+from effadam_hook.kernels import describe
+from effadam_hook.modes.all_modes import Mode
+from effadam_hook.session.stats import Counters
+from effadam_hook.wire.layout import share_of, turn_of
+from effadam_hook.wire.names import canonical_name
 
 __all__ = ["EfficientAdamState"]
 
@@ -49,7 +49,7 @@ class EfficientAdamState:
 
     Args:
         quantizer: Name of the quantizer of both directions, see
-            :data:`effadam_hook.quantizers.QUANTIZERS`.
+            :data:`effadam_hook.wire.quantizers.QUANTIZERS`.
         worker_quantizer: The uplink's, if it is to differ.
         server_quantizer: The downlink's, if it is to differ.
         block_size: Elements that share a scale, a power of two from 16 to 4096.
@@ -75,7 +75,7 @@ class EfficientAdamState:
         >>> ddp_model.register_comm_hook(state, efficient_adam_hook)
 
     Source:
-        Efficient-Adam, arXiv 2205.14473, two-way quantization with two-way error feedback.
+        Efficient-Adam, arXiv 2205.14473, two-route quantization with two-route error feedback.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class EfficientAdamState:
         """Whether steps are compressed; takes effect with the next backward.
 
         What the residuals hold when it is switched off stays there, and is sent when it is switched on.
-        Setting it ends a trial (see :func:`attach`).
+        Setting it ends a auto_compress (see :func:`attach`).
         """
         return self._engine.enabled
 
@@ -144,8 +144,8 @@ class EfficientAdamState:
         if not isinstance(value, bool):
             raise TypeError(f"Invalid enabled: {value!r}. Must be True or False.")
         self._engine.enabled = value
-        if self._engine.trial is not None and not self._engine.trial.is_over:
-            self._engine.trial.break_off()
+        if self._engine.auto_compress is not None and not self._engine.auto_compress.is_over:
+            self._engine.auto_compress.break_off()
 
     @property
     def check_replicas(self) -> bool:
@@ -198,7 +198,7 @@ class EfficientAdamState:
             "enabled": self.enabled,
             "check_replicas": self.check_replicas,
             "wait_timeout_s": self.wait_timeout_s,
-            "auto": engine.trial is not None,
+            "auto": engine.auto_compress is not None,
             "lacks_group": self._lacks_group
             or (group is not None and not (dist.is_initialized() and group is dist.group.WORLD)),
         }
@@ -285,7 +285,7 @@ class EfficientAdamState:
         The first steps after the warm-up are timed, some dense, some compressed, and on all ranks the
         faster kind stays. :meth:`summary` says which and why.
         """
-        self._engine.trial = Trial()
+        self._engine.auto_compress = AutoCompress()
 
     def use(self, mode: Mode) -> None:
         """Exchange something else than the gradient; :func:`attach` does it before binding.
@@ -298,7 +298,7 @@ class EfficientAdamState:
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
     ) -> Future[Tensor]:
-        """Exchange one bucket; the hook's work. See :meth:`effadam_hook.engine.Engine.run_bucket`."""
+        """Exchange one bucket; the hook's work. See :meth:`effadam_hook.ddp.engine.Engine.run_bucket`."""
         if self._is_copy:
             self._begin_use(None)
         return self._engine.run_bucket(index, buffer, parameters, is_last)
@@ -314,9 +314,9 @@ class EfficientAdamState:
 
         Returns:
             ``steps``; ``dense_bytes``, ``uplink_bytes``, ``downlink_bytes`` (payload bytes, see
-            :class:`effadam_hook.stats.Counters`); ``ratio``, dense over sent;
+            :class:`effadam_hook.session.stats.Counters`); ``ratio``, dense over sent;
             ``worker_residual_norm`` and ``server_residual_norm``, 2-norms over this rank's residuals;
-            ``exchange_s``, seconds of the last exchange, see :class:`effadam_hook.stats.Clock`.
+            ``exchange_s``, seconds of the last exchange, see :class:`effadam_hook.session.stats.Clock`.
         """
         engine = self._engine
         return {
@@ -339,8 +339,8 @@ class EfficientAdamState:
         topology = config.topology
         if topology == "auto" and engine.has_topology:
             topology = f"{engine.topology.name}, chosen: {engine.topology_reason}"
-        if engine.way:
-            topology += f"; {engine.way}"
+        if engine.route:
+            topology += f"; {engine.route}"
         if self.enabled and self.steps < config.warmup_steps:
             status = f"warming up (dense all-reduce until step {config.warmup_steps})"
         if self._is_copy:
@@ -352,7 +352,11 @@ class EfficientAdamState:
             f"blocks of {config.block_size}, scale {config.scale_rule}",
             f"  feedback     {'both sides' if config.error_feedback else 'none'}",
             f"  topology     {topology}",
-            *([f"  auto         {engine.trial.verdict}"] if engine.trial is not None else []),
+            *(
+                [f"  auto         {engine.auto_compress.verdict}"]
+                if engine.auto_compress is not None
+                else []
+            ),
             f"  kernels      {kernels}",
             f"  exact        {len(exact)} of {len(slots)} parameters, "
             f"{sum(s.numel for s in exact)} of {sum(s.numel for s in slots)} elements",
@@ -396,7 +400,7 @@ class EfficientAdamState:
                 "config": self.config.to_dict(),
                 "rank": group.rank(),
                 "world_size": group.size(),
-                "topology": topology.name if engine.has_topology else engine.saved_topology,
+                "topology": topology.name if engine.has_topology else engine.loaded_topology,
                 "servers": servers,
                 "block_size": block_size,
                 "counters": engine.counters.to_dict(),
@@ -451,7 +455,7 @@ class EfficientAdamState:
                 f"The saved state is damaged: {type(error).__name__}: {error}. Use another checkpoint."
             ) from error
         if not self._engine.has_topology:
-            self._engine.saved_topology = topology_of(own)
+            self._engine.loaded_topology = topology_of(own)
         self._engine.mode.load(own["moments"])
         self._engine.loss_scale = 1.0
         if self.config.error_feedback:

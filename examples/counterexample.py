@@ -8,7 +8,7 @@ the second moment that divides it, by the factor 1 - theta: with a constant thet
 ones win, and x ends at +1. With theta_t = 1 - theta/t that share vanishes and x goes to -1.
 
 For each schedule the program prints which of the convergence conditions hold (see
-`effadam_hook.schedules`) and where x ends, for several random seeds, and plots the paths in
+`effadam_hook.optim.schedules`) and where x ends, for several random seeds, and plots the paths in
 `outputs/counterexample.png`.
 
 Source: the counterexample of "Towards Practical Adam", arXiv 2101.05471.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effadam_hook.schedules import PowerSchedule, Schedule, check_convergence
+from effadam_hook.optim.schedules import PowerSchedule, Schedule, check_convergence
 
 LARGE, SMALL, PROBABILITY = 1010.0, -10.0, 0.01
 OPTIMUM = -1.0

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
-from effadam_hook.optim import unwrapped
-from effadam_hook.trial import check_auto
+from effadam_hook.ddp.auto_compress import check_auto
+from effadam_hook.optim.efficient_adam import unwrapped
 
 __all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer"]
 

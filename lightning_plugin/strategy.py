@@ -23,7 +23,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState, attach
-from effadam_hook.checksum import with_checksum
+from effadam_hook.feedback.checksum import with_checksum
 from lightning_plugin.checkpointing import load_states, saved_states
 from lightning_plugin.families import Adaptable
 from lightning_plugin.options import check_ddp_options, check_hook_options, exchanged_optimizer
@@ -50,7 +50,7 @@ class StrategyMixin(Adaptable, Base):
 
     Args:
         quantizer: Name of the quantizer of both directions, see
-            :data:`effadam_hook.quantizers.QUANTIZERS`.
+            :data:`effadam_hook.wire.quantizers.QUANTIZERS`.
         worker_quantizer: The uplink's, if it is to differ.
         server_quantizer: The downlink's, if it is to differ.
         block_size: Elements that share a scale, a power of two from 16 to 4096.

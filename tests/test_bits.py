@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bits import PATH, WORLD_SIZES, environment, run_of
-from effadam_hook.quantizers import QUANTIZERS
+from effadam_hook.wire.quantizers import QUANTIZERS
 from harness import run_ranks
 
 RECORDED = json.loads(PATH.read_text())

@@ -32,7 +32,6 @@ from effadam_hook.cli.ranks import Ranks
 from effadam_hook.cli.rows import rows_of
 from effadam_hook.errors import CommandError
 from effadam_hook.exchange.probe import Probe, Timing
-from effadam_hook.log import RunLog
 from effadam_hook.planner.advice import advise, code_for
 from effadam_hook.planner.measure_compute import measure_compute
 from effadam_hook.planner.measure_link import measure_link
@@ -41,6 +40,7 @@ from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Prediction, predict
 from effadam_hook.planner.traffic import Parameter, payload_bytes
 from effadam_hook.planner.workloads import UserModel, Workload, describe, parse_count, to_device
+from effadam_hook.run_log import RunLog
 from harness import run_ranks
 
 TIMEOUT = 120.0

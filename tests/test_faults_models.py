@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from effadam_hook import EfficientAdamState, StateMismatchError, attach, efficient_adam_hook
-from effadam_hook.layout import Slot, plan_bucket, share_of
-from effadam_hook.quantizers import get_quantizer
+from effadam_hook.wire.layout import Slot, lay_out_bucket, share_of
+from effadam_hook.wire.quantizers import get_quantizer
 from harness import run_ranks
 from training import ChosenGradients, ddp, drawn_gradients, loss_of
 
@@ -177,7 +177,7 @@ def test_the_python_reducer_is_refused_with_the_remedy() -> None:
 def test_index_arithmetic_is_exact_beyond_2_to_31_elements() -> None:
     numel, servers = 2**33 + 5, 3
     slots = [Slot("small", 0, 7, False), Slot("huge", 7, numel, False)]
-    layout = plan_bucket(
+    layout = lay_out_bucket(
         slots,
         uplink=get_quantizer("lloyd4"),
         downlink=get_quantizer("sign"),

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effadam_hook import attach
-from effadam_hook.exchange import watchdog
-from effadam_hook.exchange.compat import timeout_of
-from effadam_hook.exchange.lanes import LaneExchange
-from effadam_hook.plan import BucketPlan
+from effadam_hook.exchange.collectives import timeout_of
+from effadam_hook.exchange.gloo import GlooExchange
+from effadam_hook.exchange.watchdog import watchdog
+from effadam_hook.session.buffers import BucketBuffers
 from harness import Died, run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
 
@@ -65,22 +65,22 @@ def at_phase(phase: str, action: Callable[[], None]) -> None:
 
     if phase in ("uplink", "downlink"):
         name = {"uplink": "_step_across", "downlink": "_step_down"}[phase]
-        original = getattr(LaneExchange, name)
+        original = getattr(GlooExchange, name)
 
-        def step(exchange: LaneExchange, passage: Any, job: Any) -> None:
+        def step(exchange: GlooExchange, inflight: Any, job: Any) -> None:
             counted(job.label)
-            original(exchange, passage, job)
+            original(exchange, inflight, job)
 
-        setattr(LaneExchange, name, step)
+        setattr(GlooExchange, name, step)
         return
     name = {"hook": "load"}.get(phase, phase)
-    method = getattr(BucketPlan, name)
+    method = getattr(BucketBuffers, name)
 
-    def patched(plan: BucketPlan, *args: Any, **kwargs: Any) -> Any:
+    def patched(plan: BucketBuffers, *args: Any, **kwargs: Any) -> Any:
         counted(plan.label)
         return method(plan, *args, **kwargs)
 
-    setattr(BucketPlan, name, patched)
+    setattr(BucketBuffers, name, patched)
 
 
 # Killed and stopped
@@ -394,7 +394,7 @@ def test_exchanges_that_follow_one_another_share_their_groups() -> None:
             assert all(torch.equal(a, b) for a, b in zip(grads, results[0], strict=True))
 
 
-def time_out_of_lanes(rank: int, world_size: int, folder: str) -> list[float]:
+def time_out_of_worker_threads(rank: int, world_size: int, folder: str) -> list[float]:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
@@ -411,4 +411,6 @@ def time_out_of_lanes(rank: int, world_size: int, folder: str) -> list[float]:
 
 
 def test_the_lanes_groups_have_the_time_out_of_ddps(tmp_path: Path) -> None:
-    assert run_ranks(time_out_of_lanes, 2, str(tmp_path), backend=None) == [[77.0, 77.0]] * 2
+    assert (
+        run_ranks(time_out_of_worker_threads, 2, str(tmp_path), backend=None) == [[77.0, 77.0]] * 2
+    )

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach, efficient_adam_hook
 from effadam_hook.config import Config
-from effadam_hook.names import canonical_name, canonical_names, nearest_names
-from effadam_hook.parameters import ParameterTable, identify
+from effadam_hook.feedback.parameters import ParameterTable, identify
+from effadam_hook.wire.names import canonical_name, canonical_names, nearest_names
 from harness import run_ranks
 from training import close, ddp
 

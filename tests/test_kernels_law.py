@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from effadam_hook.kernels import Kernels
-from effadam_hook.kernels.sources import Preconditioner
-from effadam_hook.quantizers import QUANTIZERS, get_quantizer
+from effadam_hook.kernels.fusions import Preconditioner
+from effadam_hook.wire.quantizers import QUANTIZERS, get_quantizer
 from kernel_cases import (
     COMBINATIONS,
     IMPLEMENTATIONS,

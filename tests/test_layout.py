@@ -9,8 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effadam_hook.layout import SEAL_BYTES, Slot, cut, plan_bucket, share_of, turn_of
-from effadam_hook.quantizers import QUANTIZERS, get_quantizer
+from effadam_hook.wire.layout import (
+    REPLICA_CHECK_BYTES,
+    Slot,
+    cut,
+    lay_out_bucket,
+    share_of,
+    turn_of,
+)
+from effadam_hook.wire.quantizers import QUANTIZERS, get_quantizer
 from kernel_cases import layout_of
 
 names = st.sampled_from(list(QUANTIZERS))
@@ -79,7 +86,7 @@ def test_pieces_tile_the_bucket_and_the_bytes(
         assert chunk.numel == local
         assert (taken[: chunk.used_bytes] == 1).all()
         assert (taken[chunk.used_bytes :] == 0).all()
-        assert chunk.used_bytes <= wire.stride_bytes - SEAL_BYTES
+        assert chunk.used_bytes <= wire.stride_bytes - REPLICA_CHECK_BYTES
     assert (seen == 1).all()
     assert wire.slot_numels == tuple(sizes[: len(wire.slot_numels)])
     assert not any(sizes[len(wire.slot_numels) :])
@@ -105,13 +112,13 @@ def test_bytes_of_a_payload(name: str, code_bytes: int) -> None:
     layout = layout_of((306, 3), name, exact=(1,))
     used = 3 * 4 + 2 * 2 + code_bytes
     assert layout.uplink.chunks[0].used_bytes == used
-    assert layout.uplink.stride_bytes == -(-used // 8) * 8 + SEAL_BYTES
+    assert layout.uplink.stride_bytes == -(-used // 8) * 8 + REPLICA_CHECK_BYTES
     assert layout.uplink.payload_bytes == layout.uplink.stride_bytes
 
 
 def test_a_share_does_not_depend_on_the_bucket() -> None:
     def shares(slots: list[Slot]) -> dict[tuple[str, int], tuple[int, int]]:
-        layout = plan_bucket(
+        layout = lay_out_bucket(
             slots,
             uplink=get_quantizer("lloyd4"),
             downlink=get_quantizer("lloyd2"),
@@ -133,7 +140,7 @@ def test_a_share_does_not_depend_on_the_bucket() -> None:
 
 def test_gaps_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Slot of 'b' starts at element 11\. Must be 10"):
-        plan_bucket(
+        lay_out_bucket(
             [Slot("a", 0, 10, False), Slot("b", 11, 10, False)],
             uplink=get_quantizer("sign"),
             downlink=get_quantizer("sign"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effadam_hook import EffAdamError, EfficientAdam, StateMismatchError, attach
-from effadam_hook.schedules import PowerSchedule
+from effadam_hook.optim.schedules import PowerSchedule
 from harness import run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
 

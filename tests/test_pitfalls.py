@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from effadam_hook import attach, efficient_adam_hook
-from effadam_hook.exchange import sharded
-from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.topology import Topology, sharded
 from harness import run_ranks
 from test_architecture import COLLECTIVES
 from training import SHAPES, ChosenGradients, ddp, drawn_gradients
@@ -108,10 +107,10 @@ def test_results_go_around_a_ring_to_near_ranks_and_straight_to_far_ones() -> No
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
-def way_found(rank: int, world_size: int, *times_s: float) -> tuple[bool, str]:
+def route_found(rank: int, world_size: int, *times_s: float) -> tuple[bool, str]:
     sharded._fastest = look(rank, times_s)
     topology = sharded.Sharded(rank, world_size)
-    topology.settle(dist.group.WORLD)
+    topology.measure_route(dist.group.WORLD)
     return len(topology.outgoing(torch.zeros(1, 1))) > 1, topology.way
 
 
@@ -125,7 +124,7 @@ def way_found(rank: int, world_size: int, *times_s: float) -> tuple[bool, str]:
 def test_looks_that_say_neither_near_nor_far_are_followed_by_further_ones(
     times_s: tuple[float, ...], straight: bool, said: str
 ) -> None:
-    for found, words in run_ranks(way_found, 3, *times_s):
+    for found, words in run_ranks(route_found, 3, *times_s):
         assert found == straight
         assert said in words
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effadam_hook.kernels import Kernels
-from effadam_hook.quantizers import QUANTIZERS, SCALE_RULES, get_quantizer
+from effadam_hook.wire.quantizers import QUANTIZERS, SCALE_RULES, get_quantizer
 from kernel_cases import IMPLEMENTATIONS, decode, encode, layout_of
 
 KERNELS = IMPLEMENTATIONS[0].values[0], IMPLEMENTATIONS[-1].values[0]

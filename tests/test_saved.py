@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from effadam_hook import EfficientAdamState, StateMismatchError, attach
-from effadam_hook.checksum import with_checksum
-from effadam_hook.residuals import Place, Residuals
+from effadam_hook.feedback.checksum import with_checksum
+from effadam_hook.feedback.residuals import Place, Residuals
 from harness import run_ranks
 from training import SHAPES, ChosenGradients, ddp, drawn_gradients, loss_of
 

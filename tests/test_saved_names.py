@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data.make_states import BLOCK_SIZE, CASES, ENDS_AT, SAVED_AT, Net, make_optimizer, options_of
 from data.make_states import train as train_as_saved
 from effadam_hook import EfficientAdam, EfficientAdamState, StateMismatchError, attach
-from effadam_hook.checksum import checksum_of, with_checksum
-from effadam_hook.saved import check_saved, deal_out
+from effadam_hook.feedback.checkpoint import check_saved, deal_out
+from effadam_hook.feedback.checksum import checksum_of, with_checksum
 from harness import run_ranks
 from training import ddp
 

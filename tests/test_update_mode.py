@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effadam_hook import DisagreementError, EffAdamError, EfficientAdam, attach
-from effadam_hook.schedules import PowerSchedule
+from effadam_hook.optim.schedules import PowerSchedule
 from harness import run_ranks
 from training import SHAPES, ChosenGradients, ddp, drawn_gradients, loss_of
 

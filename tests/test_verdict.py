@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from effadam_hook.errors import DisagreementError
-from effadam_hook.exchange.board import Position
-from effadam_hook.exchange.verdict import disagreement, first_failure, gone_before, who_is_late
+from effadam_hook.exchange.watchdog.diagnosis import (
+    disagreement,
+    first_failure,
+    gone_before,
+    who_is_late,
+)
+from effadam_hook.exchange.watchdog.status_board import Position
 
 A = (0, "bucket 0", "a compressed exchange", "aa")
 B = (1, "bucket 1", "a compressed exchange", "bb")

@@ -60,7 +60,7 @@ def read_log(path: Path, keys: Sequence[str]) -> Log:
     """Read a log.
 
     Args:
-        path: JSON lines of :class:`effadam_hook.log.RunLog`, or the ``metrics.csv`` of Lightning's
+        path: JSON lines of :class:`effadam_hook.run_log.RunLog`, or the ``metrics.csv`` of Lightning's
             ``CSVLogger`` with the keys of ``CompressionMonitor``.
         keys: Of the columns to keep; there must be one at least.
 
@@ -90,7 +90,7 @@ def read_log(path: Path, keys: Sequence[str]) -> Log:
         broken = f" {log.first_skipped}" if log.skipped else ""
         raise CommandError(
             f"{str(path)!r} has no line with a step and one of {', '.join(sorted(keys))}.{broken} "
-            "Write it with effadam_hook.log.RunLog, or with Lightning's CSVLogger and "
+            "Write it with effadam_hook.run_log.RunLog, or with Lightning's CSVLogger and "
             "CompressionMonitor."
         )
     _join_steps(log)

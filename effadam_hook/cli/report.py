@@ -28,7 +28,7 @@ _LARGEST_IN_FULL = 1e15
 def add_report(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     parser.add_argument(
-        "log", type=Path, help="of effadam_hook.log.RunLog, or Lightning's metrics.csv"
+        "log", type=Path, help="of effadam_hook.run_log.RunLog, or Lightning's metrics.csv"
     )
     parser.add_argument("--png", type=Path, help="the picture (default: the log's name, .png)")
     parser.add_argument("--no-png", action="store_true", help="only the table")

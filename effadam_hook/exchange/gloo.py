@@ -1,136 +1,101 @@
-"""The Gloo groups of an exchange: made by its run id, dropped with it.
+"""The order of collectives on Gloo: a thread and a group for each stage, first in, first out.
 
-``torch.distributed.new_group`` names groups by the order in which a process makes them, so that two
-threads that open exchanges in different orders on different ranks get each other's connections. A group
-made here is named by the run id on which the ranks have agreed over DDP's own group, and it is known to
-nobody else: it ends when the exchange lets go of it.
+A second collective that is started from a future's callback hangs or aborts on Gloo as soon as there
+are two buckets, because the ranks start it in different orders. Here the thread of a stage alone starts
+collectives on the group of that stage, and buckets pass the threads in the order in which DDP hands them
+over, which is the same on every rank. With two collectives a bucket, as in "rank0" and "sharded"::
+
+    hook ──► thread "encode"          thread "reduce"              thread "decode"
+             [1] encode               [3] wait for the uplink       [6] wait for the downlink
+             [2] start the uplink     [4] reduce (servers only)     [7] decode
+                 (its own group)      [5] start the downlink        [8] complete the future
+                                          (its own group)
+
+While the downlink of bucket k is under way, so is the uplink of bucket k+1, and backward goes on. Large
+buckets travel in parts, for the same reason.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from functools import partial
 
-import torch
 import torch.distributed as dist
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch import Tensor
+from torch.futures import Future
 
-from effadam_hook.errors import EffAdamError
-from effadam_hook.exchange.compat import BareGroup, DefaultStore, timeout_of
+from effadam_hook.exchange.bucket_job import BucketJob
+from effadam_hook.exchange.collectives import abandon
+from effadam_hook.exchange.dense import start_average
+from effadam_hook.exchange.groups import make_gloo_groups
+from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.watchdog.inflight import Hold, InflightBucket
+from effadam_hook.exchange.watchdog.watchdog import Watchdog
+from effadam_hook.exchange.worker_thread import WorkerThread
+from effadam_hook.wire.layout import part_numel
 
-__all__ = ["GlooGroup", "make_gloo_groups"]
-
-_DEFAULT_TIMEOUT = timedelta(minutes=30)
-_SLICE_S = 0.25
-_LONGEST_SLEEP_S = 0.05
-
-
-class _Rendezvous(Store):
-    """The default store as Gloo needs it to connect ranks, without keeping it alive.
-
-    Gloo keeps the store of a group, and a store that is kept alive keeps its port from the next default
-    process group. A wait for another rank's address can be given up, and leaves the store to other threads
-    meanwhile.
-    """
-
-    def __init__(self, prefix: str, is_useful: Callable[[], bool]) -> None:
-        super().__init__()
-        self._inner = DefaultStore(prefix)
-        self._is_useful = is_useful
-
-    def set(self, key: str, value: Any) -> None:
-        self._inner.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        value = self._inner.get(key)
-        assert value is not None
-        return value
-
-    def add(self, key: str, amount: int) -> int:
-        return self._inner.add(key, amount)
-
-    def check(self, keys: list[str]) -> bool:
-        return all(self._inner.has(key) for key in keys)
-
-    def wait(self, keys: list[str], timeout: timedelta = _DEFAULT_TIMEOUT) -> None:
-        deadline = time.monotonic() + timeout.total_seconds()
-        sleep_s = 0.001
-        while not self.check(keys):
-            if not self._is_useful():
-                raise RuntimeError("connecting was given up.")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"a rank has not connected within {timeout}.")
-            time.sleep(sleep_s)
-            sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+__all__ = ["GlooExchange"]
 
 
-@dataclass(eq=False)
-class GlooGroup:
-    """A Gloo group and the store that it refers to.
-
-    Attributes:
-        group: The group.
-        store: Kept for as long as the group.
-    """
-
-    group: BareGroup
-    store: object
-
-
-def make_gloo_groups(
-    names: list[str],
-    run_id: str,
-    group: dist.ProcessGroup,
-    is_useful: Callable[[], bool],
-) -> list[GlooGroup]:
-    """Make Gloo groups of the ranks and the time-out of a process group; a collective operation.
-
-    Connecting happens in C++, where neither Ctrl-C nor another rank's end is noticed. A thread does it, and
-    this function waits for the thread.
+class GlooExchange:
+    """Run jobs on CPU tensors over Gloo.
 
     Args:
-        names: One for each group, the same on every rank.
-        run_id: The same on all ranks, and no other exchange's.
-        group: DDP's process group.
-        is_useful: Queried several times a second; connecting is given up when it is False.
-
-    Returns:
-        The groups, in the order of their names.
-
-    Raises:
-        EffAdamError: If connecting was given up.
-        RuntimeError: If Gloo cannot connect.
+        topology: This rank's view of the servers.
+        group: DDP's process group, whose ranks and time-out the groups of the stages get.
+        watchdog: Holds the buckets in flight.
+        hold: The wait within which the exchange is opened; its phase is kept up to date.
     """
-    timeout = timeout_of(group, torch.device("cpu")) or _DEFAULT_TIMEOUT
-    rank, size = group.rank(), group.size()
-    gave_up = threading.Event()
-    made: list[GlooGroup] = []
-    errors: list[BaseException] = []
-    done = threading.Event()
 
-    def connect() -> None:
+    def __init__(
+        self, topology: Topology, group: dist.ProcessGroup, watchdog: Watchdog, hold: Hold
+    ) -> None:
+        self.part_numel: int | None = part_numel(group.size())
+        self._stages = topology.stages
+        names = [stage.transfer for stage in self._stages if stage.transfer]
+        groups = make_gloo_groups(names, watchdog.run_id, group, watchdog.is_going_on)
+        self._groups = groups
+        hold.phase = "measuring round trips"
         try:
-            for name in names:
-                store = _Rendezvous(f"effadam/{run_id}/{name}", lambda: not gave_up.is_set())
-                bare: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
-                made.append(GlooGroup(bare, store))
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            done.set()
+            topology.measure_route(groups[0].group)
+        except BaseException:
+            abandon(*groups)
+            raise
+        self._threads = [
+            WorkerThread(f"effadam-{stage.phase}", partial(self._run, number), watchdog)
+            for number, stage in enumerate(self._stages)
+        ]
+        watchdog.on_failure(lambda: abandon(*groups))
+        for thread in self._threads:
+            watchdog.on_close(thread.close)
+        watchdog.on_close(groups.clear)  # those that may never end have been abandoned before
 
-    threading.Thread(target=connect, name="effadam-connect", daemon=True).start()
-    try:
-        while not done.wait(_SLICE_S):
-            if not is_useful():
-                raise EffAdamError("the exchange has stopped.")
-    finally:
-        gave_up.set()
-    if errors:
-        raise errors[0]
-    return made
+    def new_future(self) -> Future[Tensor]:
+        """Make a future for a job, to be handed to DDP."""
+        return Future()
+
+    def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
+        """Start a job.
+
+        Args:
+            job: The bucket's job; its buffers are in use until the bucket has arrived.
+            inflight: Completed with the decoded bucket, or with the error.
+        """
+        self._threads[0].put(inflight, job)
+
+    def _run(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
+        """Run one stage of a bucket, in the thread of that stage."""
+        stage = self._stages[number]
+        inflight.wait()  # [3] [6] for the collective of the stage before
+        if stage.averages_first and job.averages_first:
+            inflight.phase = "dense average"
+            inflight.work = start_average(job.bucket, self._groups[number].group)
+            inflight.wait()
+        if stage.compute is not None:
+            inflight.phase = stage.phase
+            stage.compute(job)  # [1] [4] [7]
+        if stage.start is None:
+            inflight.succeed()  # [8]
+            return
+        inflight.phase = stage.transfer
+        inflight.work = stage.start(job, self._groups[number].group)  # [2] [5]
+        self._threads[number + 1].put(inflight, job)

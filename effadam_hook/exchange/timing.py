@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from effadam_hook.exchange.compat import Group, all_reduce
+from effadam_hook.exchange.collectives import Group, all_reduce
 from effadam_hook.exchange.waiting import finish
 
 __all__ = ["slowest"]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from effadam_hook.errors import EffAdamError
-from effadam_hook.exchange.compat import (
+from effadam_hook.exchange.collectives import (
     Group,
     all_gather_flat,
     gather_to_first,
@@ -65,7 +65,7 @@ def phase(rank: int, name: str, is_useful: Callable[[], bool] | None = None) -> 
     Args:
         rank: This rank in the group.
         name: What it waits in, for a sentence such as "Rank 0, comparing options: ...".
-        is_useful: Whether to go on waiting, queried twice a second, by a watch that also warns of slow ranks.
+        is_useful: Whether to go on waiting, queried twice a second, by a watchdog that also warns of slow ranks.
             Without one, waiting goes on and a warning is logged here.
 
     Raises:
@@ -79,7 +79,7 @@ def phase(rank: int, name: str, is_useful: Callable[[], bool] | None = None) -> 
         raise
     except RuntimeError as error:
         if is_useful is not None:
-            raise  # the watch consults the other ranks first
+            raise  # the watchdog consults the other ranks first
         text = str(error).rstrip(".")
         raise EffAdamError(
             f"Rank {rank}, {name}: {text}. Another rank has ended, failed, or cannot be reached: see its "

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from effadam_hook.kernels import reference
-from effadam_hook.kernels.sources import AdamSource, Preconditioner
-from effadam_hook.layout import Wire
+from effadam_hook.kernels.fusions import AdamSource, Preconditioner
+from effadam_hook.wire.layout import Wire
 
 __all__ = ["KERNELS_VARIABLE", "Choice", "Kernels", "choose", "describe", "select"]
 

@@ -18,15 +18,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from effadam_hook.kernels.sources import (
+from effadam_hook.kernels.fusions import (
     TABLE_CODES,
     AdamSource,
     Preconditioner,
     check_arguments,
     level_table,
 )
-from effadam_hook.layout import Wire
-from effadam_hook.quantizers import Quantizer
+from effadam_hook.wire.layout import Wire
+from effadam_hook.wire.quantizers import Quantizer
 
 __all__ = ["CpuKernels", "load"]
 
@@ -90,7 +90,7 @@ class _Job(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _WireTables:
     """A wire as C sees it: all chunks as one list of pieces, and each chunk alone."""
 
     rows: tuple[array[int], ...]
@@ -98,7 +98,7 @@ class _Plan:
     chunks: tuple[_Wire, ...]
 
 
-_plans: WeakKeyDictionary[Wire, _Plan] = WeakKeyDictionary()
+_tables: WeakKeyDictionary[Wire, _WireTables] = WeakKeyDictionary()
 
 
 class CpuKernels:
@@ -150,7 +150,7 @@ class CpuKernels:
         )
         job = _Job(
             task=_ENCODE,
-            wire=ctypes.pointer(_plan_of(wire).whole),
+            wire=ctypes.pointer(_tables_of(wire).whole),
             x=x.data_ptr(),
             x_store=_STORES[x.dtype],
             residual=None if residual is None else residual.data_ptr(),
@@ -187,8 +187,8 @@ class CpuKernels:
         )
         job = _Job(
             task=_REDUCE_ENCODE,
-            wire=ctypes.pointer(_plan_of(downlink).chunks[server]),
-            uplink=ctypes.pointer(_plan_of(uplink).chunks[server]),
+            wire=ctypes.pointer(_tables_of(downlink).chunks[server]),
+            uplink=ctypes.pointer(_tables_of(uplink).chunks[server]),
             residual=None if residual is None else residual.data_ptr(),
             payload=payload.data_ptr(),
             payloads=payloads.data_ptr(),
@@ -210,7 +210,7 @@ class CpuKernels:
         check_arguments(wire, dtype, bucket=out, payload=payload, preconditioner=preconditioner)
         job = _Job(
             task=_DECODE,
-            wire=ctypes.pointer(_plan_of(wire).whole),
+            wire=ctypes.pointer(_tables_of(wire).whole),
             x=out.data_ptr(),
             x_store=_STORES[out.dtype],
             payload=payload.data_ptr(),
@@ -278,14 +278,14 @@ def _variants(library: ctypes.CDLL) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _plan_of(wire: Wire) -> _Plan:
-    plan = _plans.get(wire)
+def _tables_of(wire: Wire) -> _WireTables:
+    plan = _tables.get(wire)
     if plan is None:
-        plan = _plans[wire] = _make_plan(wire)
+        plan = _tables[wire] = _make_tables(wire)
     return plan
 
 
-def _make_plan(wire: Wire) -> _Plan:
+def _make_tables(wire: Wire) -> _WireTables:
     if not 1 <= wire.block_size <= _MAX_BLOCK:
         raise ValueError(
             f"Invalid block_size: {wire.block_size}. Must be from 1 to {_MAX_BLOCK} for the compiled "
@@ -305,7 +305,7 @@ def _make_plan(wire: Wire) -> _Plan:
         _Wire(row.buffer_info()[0], count, wire.block_size, quantizer)
         for row, count in zip(rows, counts, strict=True)
     ]
-    return _Plan(rows, wires[0], tuple(wires[1:]))
+    return _WireTables(rows, wires[0], tuple(wires[1:]))
 
 
 def _describe(quantizer: Quantizer, scale_rule: str) -> _Quantizer:

@@ -28,14 +28,14 @@ import math
 import torch
 from torch import Tensor
 
-from effadam_hook.kernels.sources import (
+from effadam_hook.kernels.fusions import (
     AdamSource,
     Preconditioner,
     check_arguments,
     compute_dtype,
 )
-from effadam_hook.layout import Piece, Wire
-from effadam_hook.quantizers import SCALE_BYTES, Quantizer
+from effadam_hook.wire.layout import Piece, Wire
+from effadam_hook.wire.quantizers import SCALE_BYTES, Quantizer
 
 __all__ = ["decode", "encode_", "name", "reduce_encode_"]
 
@@ -319,7 +319,7 @@ def _scales(wire: Wire, piece: Piece, payload: Tensor) -> Tensor:
 def _quantize(
     x: Tensor, quantizer: Quantizer, scale_rule: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize blocks ``[blocks, n]``, steps [1] to [4] of :mod:`effadam_hook.quantizers`.
+    """Quantize blocks ``[blocks, n]``, steps [1] to [4] of :mod:`effadam_hook.wire.quantizers`.
 
     Returns:
         Scales ``[blocks]`` bfloat16, codes ``[blocks, n]`` int64, the decoded values ``[blocks, n]``,

@@ -1,6 +1,6 @@
 """The three kernels for CUDA, fused, in Triton: one program a block, one pass over memory.
 
-A block is held as a tile whose rows are the planes of its packing (:mod:`effadam_hook.quantizers`), so
+A block is held as a tile whose rows are the planes of its packing (:mod:`effadam_hook.wire.quantizers`), so
 that packing is a sum over a column and needs no exchange between threads. Decoding makes the bits of
 :mod:`effadam_hook.kernels.reference`. Encoding sums in another order, so that a scale may differ by one
 place of a bfloat16, and with it a code on a threshold; every implementation decodes the payload alike.
@@ -20,15 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effadam_hook.kernels.sources import (
+from effadam_hook.kernels.fusions import (
     TABLE_CODES,
     AdamSource,
     Preconditioner,
     check_arguments,
     level_table,
 )
-from effadam_hook.layout import Chunk, Wire
-from effadam_hook.quantizers import Quantizer
+from effadam_hook.wire.layout import Chunk, Wire
+from effadam_hook.wire.quantizers import Quantizer
 
 __all__ = ["decode", "encode_", "name", "reduce_encode_"]
 

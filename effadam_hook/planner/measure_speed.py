@@ -10,12 +10,12 @@ from torch import Tensor
 
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.kernels import select
-from effadam_hook.kernels.sources import AdamSource
-from effadam_hook.layout import Slot, plan_bucket
+from effadam_hook.kernels.fusions import AdamSource
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Speed
-from effadam_hook.quantizers import get_quantizer
 from effadam_hook.state import EfficientAdamState
+from effadam_hook.wire.layout import Slot, lay_out_bucket
+from effadam_hook.wire.quantizers import get_quantizer
 
 __all__ = ["exchange_all", "measure_speed"]
 
@@ -129,7 +129,7 @@ class _Calls:
     def __init__(self, method: Method, device: torch.device, numel: int) -> None:
         quantizer = get_quantizer(method.quantizer)
         self._kernels = select(device)
-        self._layout = plan_bucket(
+        self._layout = lay_out_bucket(
             [Slot("weight", 0, numel, False)],
             uplink=quantizer,
             downlink=quantizer,

@@ -26,7 +26,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from effadam_hook import EfficientAdamState
-    from effadam_hook.log import RunLog
+    from effadam_hook.run_log import RunLog
 
 EVALUATION_CHUNK = 64  # held-out samples per forward
 
@@ -241,7 +241,7 @@ def open_log(mode: Mode, options: Options, worker: Worker) -> RunLog | None:
     """The main worker's log, if one is asked for; of each mode its own if several are compared."""
     if options.log is None or not worker.is_main:
         return None
-    from effadam_hook.log import RunLog
+    from effadam_hook.run_log import RunLog
 
     path = options.log
     if options.compare:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effadam_hook.quantizers import QUANTIZERS
+from effadam_hook.wire.quantizers import QUANTIZERS
 
 __all__ = [
     "ENDINGS",

@@ -20,18 +20,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from effadam_hook import EfficientAdam, EfficientAdamState, attach, engine, layout
-from effadam_hook.accumulation import AccumulationCheck
-from effadam_hook.exchange import watchdog
-from effadam_hook.plan import BucketPlan
+from effadam_hook import EfficientAdam, EfficientAdamState, attach
+from effadam_hook.ddp import engine
+from effadam_hook.ddp.accumulation import AccumulationCheck
+from effadam_hook.exchange.watchdog import watchdog
+from effadam_hook.session.buffers import BucketBuffers
+from effadam_hook.wire import layout
 from fuzz.cases import WRAPPERS, Case, Model, draw, gradients
 
 __all__ = ["Report", "lose_a_rank", "run_batch"]
 
 _PHASES = ("encode", "reduce", "decode")
 _RAISING: dict[str, tuple[Any, str]] = {
-    **{f"exception in {phase}": (BucketPlan, phase) for phase in _PHASES},
-    "exception in planning": (engine, "BucketPlan"),
+    **{f"exception in {phase}": (BucketBuffers, phase) for phase in _PHASES},
+    "exception in planning": (engine, "BucketBuffers"),
     "exception in the choice of kernels": (engine, "select"),
     "exception in the check of accumulation": (AccumulationCheck, "begin"),
 }
@@ -296,7 +298,7 @@ def _replaced(case: Case, rank: int) -> Iterator[None]:
     chance = random.Random(case.seed * 7 + rank)
 
     def delayed(original: Any) -> Any:
-        def run(plan: BucketPlan) -> Any:
+        def run(plan: BucketBuffers) -> Any:
             if chance.random() < 0.3:
                 time.sleep(chance.random() * 2e-3)
             return original(plan)
@@ -343,16 +345,16 @@ def lose_a_rank(rank: int, world_size: int, folder: str, seed: int, kind: str) -
     culprit = 0 if name == "reduce" and not exits else case.culprit
     if rank == culprit and not exits:
         number = signal.SIGKILL if kind == "rank killed" else signal.SIGSTOP
-        original = getattr(BucketPlan, name)
+        original = getattr(BucketBuffers, name)
 
-        def counted(plan: BucketPlan) -> Any:
+        def counted(plan: BucketBuffers) -> Any:
             nonlocal countdown
             countdown -= 1
             if countdown <= 0:
                 os.kill(os.getpid(), number)
             return original(plan)
 
-        setattr(BucketPlan, name, counted)
+        setattr(BucketBuffers, name, counted)
     report = Report()
     run = _build(case, None)
     run.state.enabled = not exits or chance.random() < 0.7
