@@ -18,8 +18,8 @@ from effadam_hook import (
     EfficientAdamState,
     attach,
     efficient_adam_hook,
-    layout,
 )
+from effadam_hook.wire import layout
 from harness import run_ranks
 from training import (
     SHAPES,

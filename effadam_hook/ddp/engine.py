@@ -197,7 +197,7 @@ class Engine:
         }
 
     def _name(self) -> str:
-        """A name for the model, for messages; the same on ranks that attach models in the same order."""
+        """A name for messages; the same on ranks that attach models in the same order."""
         Engine._agreed += 1
         first = self.parameters.first_name()
         return f"model {Engine._agreed}" + (f" (with {first!r})" if first else "")
@@ -237,7 +237,7 @@ class Engine:
             self._error, self._phase = None, "comparing options"
             self._in_backward = _at_end_of_backward(self._before_ddp)
         try:
-            if self._error is None and (self._watchdog is None or self._watchdog.failure is None):
+            if self._error is None and not self._is_stopped():
                 return self._run_bucket(index, buffer, parameters, is_last)
             return self._refuse(index, buffer)
         except BaseException as error:
@@ -248,6 +248,9 @@ class Engine:
                 raise failure from failure.__cause__
             self._error = self._error or failure
         return _completed(buffer)
+
+    def _is_stopped(self) -> bool:
+        return self._watchdog is not None and self._watchdog.failure is not None
 
     def _refuse(self, index: int, buffer: Tensor) -> Future[Tensor]:
         """Let a bucket pass as it is: the exchange has stopped, and backward raises why."""
@@ -342,23 +345,21 @@ class Engine:
     def _after_ddp(self) -> None:
         """Raise what went wrong; then see what DDP has written."""
         self._phase = "after the exchange"
+        raised, self._error = self._error, None
         try:
             self._accumulation.end()
-            error, self._error = self._error, None
-            if error is not None:
-                raise error
+            if raised is not None:
+                raise raised
             if self._watchdog is not None:
                 self._watchdog.check()
             if self._compressing:
                 for plan in self.plans:
                     plan.restore_unused()
             self.mode.notice_end_of_backward()
-        except EffAdamError as error:
-            if self._watchdog is not None and self._watchdog.failure is None:
-                raise self._stop("the end of backward", error)
-            raise
         except Exception as error:
-            raise self._stop("the end of backward", error)
+            if isinstance(error, EffAdamError) and (error is raised or self._is_stopped()):
+                raise
+            raise self._stop("the end of backward", error) from error
 
     def _then_end_without_backward(self, last: Future[Tensor]) -> Future[Tensor]:
         """Let the mode end the step of a rank out of data, which no backward and no loop will end."""

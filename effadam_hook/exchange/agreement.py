@@ -30,8 +30,8 @@ def check_agreement(
     """Compare every rank's description; a collective operation.
 
     Args:
-        description: Plain values by name, nested dictionaries and lists included; or why this rank has none,
-            so that the others do not wait for it.
+        description: Plain values by name, nested dictionaries and lists included; or why this rank has
+            none, so that the others do not wait for it.
         group: The process group.
         device: Where the group's backend wants tensors.
 
@@ -56,7 +56,8 @@ def check_agreement(
     if any(failed.values()):
         said = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items() if text)
         raise DisagreementError(
-            f"Ranks have failed before options were compared: {said}. See their output, and restart all ranks."
+            f"Ranks have failed before options were compared: {said}. See their output, and restart "
+            "all ranks."
         )
     first = _flatten(json.loads(texts[0]))
     lines = []
@@ -99,9 +100,9 @@ def check_steps(
     others = [str(rank) for rank, row in enumerate(rows) if row[2] != run_id]
     if others:
         raise DisagreementError(
-            f"Rank {', '.join(others)} has come here with another model than rank {group.rank()}. Run the "
-            "backward passes of several models in the same order on all ranks, or give each model a process "
-            "group of its own where threads run them."
+            f"Rank {', '.join(others)} has come here with another model than rank {group.rank()}. Run "
+            "the backward passes of several models in the same order on all ranks, or give each model a "
+            "process group of its own where threads run them."
         )
     if message := differing_steps([row[0] for row in rows], [row[1] for row in rows]):
         raise DisagreementError(message)
@@ -132,8 +133,8 @@ def differing_steps(steps: Sequence[int], optimizer_steps: Sequence[int]) -> str
         return ""
     more = f"; and {len(differences) - _MOST_SHOWN} more" if len(differences) > _MOST_SHOWN else ""
     return (
-        f"The ranks continue from different states: {'; '.join(differences[:_MOST_SHOWN])}{more}. All ranks "
-        "must load the state of the same step, or none of them."
+        f"The ranks continue from different states: {'; '.join(differences[:_MOST_SHOWN])}{more}. "
+        "All ranks must load the state of the same step, or none of them."
     )
 
 

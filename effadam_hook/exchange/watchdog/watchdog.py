@@ -54,6 +54,8 @@ ANSWER_S = 2.5
 """How long a failing rank waits for what the others know, before it raises."""
 CONNECT_S = 15.0
 """How long a rank that answers no more is waited for while connections are made, by all ranks at once."""
+NOTICE_S = 1.2
+"""How long a rank that has found something out gives the others to read it: two of their ticks."""
 END_S = 5.0
 """How long to wait for a thread that has been asked to end, as it does at once on an idle machine."""
 
@@ -396,8 +398,6 @@ class Watchdog:
         self._status_board.read()  # [3]
         if self.failure is None:
             self._judge(oldest, process)  # [4]
-            if self._own_failure is not None:
-                self._publish()
 
     def _oldest(self) -> InflightBucket | Hold | None:
         """What this rank has waited in for longest."""
@@ -440,7 +440,7 @@ class Watchdog:
             failure = type(verdict)(f"{where}: {verdict}")
             if self._first_to_stop(failure):
                 if own is not None:
-                    self._own_failure = failure
+                    self._announce(failure)
                     if oldest is None:  # this rank may not come to the next backward
                         _log.error("%s", failure)
                 self._end_all()
@@ -473,16 +473,22 @@ class Watchdog:
                 and watchdog is not self
                 and isinstance(watchdog, Watchdog)
             ):
-                watchdog._give_up(found.error)
+                watchdog.stop_for(found.error)
         return found.error
 
-    def _give_up(self, error: EffAdamError) -> None:
-        """Stop for what another watchdog of this process has found, and let the other ranks know."""
+    def stop_for(self, error: EffAdamError) -> None:
+        """Stop for what another watch of this process has found, and let the other ranks know."""
         failure = type(error)(f"Rank {self.rank}, {self.name}: {error}")
         if self._first_to_stop(failure):
-            self._own_failure = failure
+            self._announce(failure)
             self._end_all()
-            self._wake.set()
+
+    def _announce(self, failure: EffAdamError) -> None:
+        """Let the other ranks read a failure before this one ends and its connections with it."""
+        self._own_failure = failure
+        self._status_board.raise_alarm()
+        self._publish()
+        self._ended.wait(NOTICE_S)
 
     def _overdue(
         self, positions: Mapping[int, Position], oldest: InflightBucket | Hold | None
