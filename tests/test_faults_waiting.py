@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from effadam_hook import EfficientAdam, EfficientAdamState, attach, efficient_adam_hook, engine
+from effadam_hook import EfficientAdam, EfficientAdamState, attach, efficient_adam_hook
+from effadam_hook.ddp import engine
 from effadam_hook.exchange.watchdog import watchdog
 from harness import Died, run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
