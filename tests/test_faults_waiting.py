@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from effadam_hook import EfficientAdam, EfficientAdamState, attach, efficient_adam_hook
 from effadam_hook.ddp import engine
 from effadam_hook.exchange.watchdog import watchdog
+from effadam_hook.session import buckets, connection, session
 from harness import Died, run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
 
@@ -128,10 +129,10 @@ def fail_in_hook(
 
     if rank == ODD:
         owner, name = {
-            "plan": (engine, "BucketBuffers"),
-            "kernels": (engine, "select"),
-            "describe": (engine.ParameterTable, "describe"),
-            "load": (engine.BucketBuffers, "load"),
+            "plan": (buckets, "BucketBuffers"),
+            "kernels": (connection, "select"),
+            "describe": (session.ParameterTable, "describe"),
+            "load": (buckets.BucketBuffers, "load"),
             "after": (engine.AccumulationCheck, "end"),
         }.get(where, (engine.AccumulationCheck, "begin"))
         setattr(owner, name, fail)
