@@ -33,8 +33,8 @@ class _Rendezvous(Store):
     """The default store as Gloo needs it to connect ranks, without keeping it alive.
 
     Gloo keeps the store of a group, and a store that is kept alive keeps its port from the next default
-    process group. A wait for another rank's address can be given up, and leaves the store to other threads
-    meanwhile.
+    process group. A wait for another rank's address can be given up, and leaves the store to other
+    threads meanwhile.
     """
 
     def __init__(self, prefix: str, is_useful: Callable[[], bool]) -> None:
@@ -90,8 +90,8 @@ def make_gloo_groups(
 ) -> list[GlooGroup]:
     """Make Gloo groups of the ranks and the time-out of a process group; a collective operation.
 
-    Connecting happens in C++, where neither Ctrl-C nor another rank's end is noticed. A thread does it, and
-    this function waits for the thread.
+    Connecting happens in C++, where neither Ctrl-C nor another rank's end is noticed. A thread does it,
+    and this function waits for the thread.
 
     Args:
         names: One for each group, the same on every rank.
