@@ -3,8 +3,8 @@
 A thread that runs backward passes waits in a *bucket* (or, before it, in a phase such as opening the
 exchange) for all ranks that have not come to the same place; or it waits in a *collective* of the
 user's, such as ``barrier``, for the ranks of that group. What a rank has not done yet it can do only in
-a thread that is not waiting itself. All waiting threads are taken as stuck at first, and those that some
-other thread can still release are struck off, until no more can be. What remains waits for ever,
+a thread that is not waiting itself. All waiting threads are taken as stuck at first, and those that
+some other thread can still release are struck off, until no more can be. What remains waits for ever,
 whatever the number of ranks and models; a thread that computes, sleeps or loads data is never among it.
 """
 

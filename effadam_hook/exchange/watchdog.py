@@ -503,8 +503,8 @@ class Watch:
         if limit_s is not None and waited_s > limit_s + (ANSWER_S if silent else 0):
             return EffAdamError(
                 f"waited {waited_s:.0f} s, longer than wait_timeout_s={limit_s:g}.{late} Raise "
-                "state.wait_timeout_s where ranks may be that slow; otherwise give all of them the same "
-                "work."
+                "state.wait_timeout_s where ranks may be that slow; otherwise give all of them as "
+                "much work."
             )
         # All ranks have just been here: one that is silent now has died before it was connected.
         if (
