@@ -115,9 +115,9 @@ class EfficientAdamState:
         """Seconds after which a bucket that waits for other ranks is an error; None is the default.
 
         A rank that is merely slow, because it loads data or evaluates, is no error within the process
-        group's time-out, 30 minutes unless ``init_process_group`` was told otherwise. Ranks that are known
-        to wait for one another for ever are told in seconds in any case. On NCCL only the opening of the
-        exchange is bounded: the group's time-out counts.
+        group's time-out, 30 minutes unless ``init_process_group`` was told otherwise. Ranks that are
+        known to wait for one another for ever raise in seconds in any case. On NCCL only the opening of
+        the exchange is bounded: the group's time-out counts.
         """
         return self._engine.session.connection.wait_timeout_s
 
