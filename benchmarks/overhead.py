@@ -104,7 +104,7 @@ def run(rank: int, arguments: argparse.Namespace, folder: str) -> None:
         kernels = state.summary().partition("kernels")[2].split("\n")[0].strip()
         print(
             f"{arguments.workers} workers, {numel / 1e6:.1f} M parameters, "
-            f"{len(state._engine.plans)} buckets, {arguments.topology}, kernels {kernels}, "
+            f"{len(state.session.buckets)} buckets, {arguments.topology}, kernels {kernels}, "
             f"{arguments.steps} steps"
         )
         for label, spent_s in sorted(meter.spent_s.items()):

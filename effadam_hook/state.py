@@ -34,6 +34,7 @@ from effadam_hook.feedback.checksum import with_checksum
 from effadam_hook.feedback.parameters import is_exchanged
 from effadam_hook.kernels import describe
 from effadam_hook.modes.all_modes import Mode
+from effadam_hook.session.session import ExchangeSession
 from effadam_hook.session.stats import Counters
 from effadam_hook.wire.layout import share_of, turn_of
 from effadam_hook.wire.names import canonical_name
@@ -114,11 +115,11 @@ class EfficientAdamState:
         """Seconds after which a bucket that waits for other ranks is an error; None is the default.
 
         A rank that is merely slow, because it loads data or evaluates, is no error within the process
-        group's time-out, 30 minutes unless ``init_process_group`` was told otherwise. Ranks that are known
-        to wait for one another for ever are told in seconds in any case. On NCCL only the opening of the
-        exchange is bounded: the group's time-out counts.
+        group's time-out, 30 minutes unless ``init_process_group`` was told otherwise. Ranks that are
+        known to wait for one another for ever raise in seconds in any case. On NCCL only the opening of
+        the exchange is bounded: the group's time-out counts.
         """
-        return self._engine.wait_timeout_s
+        return self._engine.session.connection.wait_timeout_s
 
     @wait_timeout_s.setter
     def wait_timeout_s(self, value: float | None) -> None:
@@ -128,7 +129,7 @@ class EfficientAdamState:
             )
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"Invalid wait_timeout_s: {value!r}. Must be greater than 0, or None.")
-        self._engine.wait_timeout_s = None if value is None else float(value)
+        self._engine.session.connection.wait_timeout_s = None if value is None else float(value)
 
     @property
     def enabled(self) -> bool:
@@ -175,7 +176,7 @@ class EfficientAdamState:
     @property
     def steps(self) -> int:
         """Backward passes with communication so far."""
-        return self._engine.counters.steps
+        return self._engine.session.counters.steps
 
     # Copies
 
@@ -192,7 +193,7 @@ class EfficientAdamState:
 
     def __getstate__(self) -> dict[str, Any]:
         engine = self._engine
-        group = engine._group
+        group = engine.session.connection.given_group
         return {
             "config": self.config.to_dict(),
             "enabled": self.enabled,
@@ -222,6 +223,14 @@ class EfficientAdamState:
                 "Use attach(ddp_model, ...), or hand the group over: state.bind(..., group)."
             )
         self._is_copy = self._lacks_group = False
+
+    @property
+    def session(self) -> ExchangeSession:
+        """The exchange behind this state: buckets, residuals and the connection between the ranks.
+
+        For tests and tools; a training program does not need it.
+        """
+        return self._engine.session
 
     # Registration
 
@@ -263,12 +272,12 @@ class EfficientAdamState:
         engine = self._engine
         self._begin_use(group)
         if group is not None:
-            engine.use_group(group)
-        engine.parameters.bind(named)
-        engine.agree(engine.parameters.device())
+            engine.session.connection.use_group(group)
+        engine.session.parameters.bind(named)
+        engine.agree(engine.session.parameters.device())
         # After the comparison, so that all ranks have the same rules and raise alike.
         others = [alias for name in other_names for alias in (name, canonical_name(name))]
-        self.config.check_patterns([*engine.parameters.aliases(), *others])
+        self.config.check_patterns([*engine.session.parameters.aliases(), *others])
 
     def watch_join(self, is_joining: Callable[[], bool]) -> None:
         """Compare weights between ranks, see :attr:`check_replicas`, except under ``join()``.
@@ -293,7 +302,7 @@ class EfficientAdamState:
         Args:
             mode: What to exchange.
         """
-        self._engine.mode = mode
+        self._engine.session.mode = mode
 
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
@@ -305,7 +314,7 @@ class EfficientAdamState:
 
     def close(self) -> None:
         """End the exchange's threads. The state can be asked and saved, but not trained with."""
-        self._engine.close()
+        self._engine.session.connection.close()
 
     # Questions
 
@@ -320,34 +329,36 @@ class EfficientAdamState:
         """
         engine = self._engine
         return {
-            **engine.counters.to_dict(),
-            "ratio": engine.counters.ratio,
-            "worker_residual_norm": engine.worker.norm(),
-            "server_residual_norm": engine.server.norm(),
+            **engine.session.counters.to_dict(),
+            "ratio": engine.session.counters.ratio,
+            "worker_residual_norm": engine.session.worker.norm(),
+            "server_residual_norm": engine.session.server.norm(),
             "exchange_s": engine.clock.seconds,
         }
 
     def summary(self) -> str:
         """What runs and what has travelled, for people."""
         config, engine, stats = self.config, self._engine, self.stats()
-        slots = [slot for plan in engine.plans for slot in plan.layout.slots]
+        slots = [slot for plan in engine.session.buckets for slot in plan.layout.slots]
         exact = [slot for slot in slots if slot.exact]
         kernels = "not chosen before the first backward"
-        if engine.kernels is not None:
-            kernels = describe(engine.kernels, engine.parameters.device())
+        if engine.session.connection.kernels is not None:
+            kernels = describe(
+                engine.session.connection.kernels, engine.session.parameters.device()
+            )
         status = "on" if self.enabled else "off (dense all-reduce)"
         topology = config.topology
-        if topology == "auto" and engine.has_topology:
-            topology = f"{engine.topology.name}, chosen: {engine.topology_reason}"
-        if engine.route:
-            topology += f"; {engine.route}"
+        if topology == "auto" and engine.session.connection.has_topology:
+            topology = f"{engine.session.topology.name}, chosen: {engine.session.connection.topology_reason}"
+        if engine.session.connection.route:
+            topology += f"; {engine.session.connection.route}"
         if self.enabled and self.steps < config.warmup_steps:
             status = f"warming up (dense all-reduce until step {config.warmup_steps})"
         if self._is_copy:
             status = "a copy, registered with no model: no residuals, no optimizer"
         lines = [
             f"Efficient-Adam {__version__}: {status}",
-            f"  exchanges    {engine.mode.name}",
+            f"  exchanges    {engine.session.mode.name}",
             f"  quantizers   up {config.worker_quantizer}, down {config.server_quantizer}, "
             f"blocks of {config.block_size}, scale {config.scale_rule}",
             f"  feedback     {'both sides' if config.error_feedback else 'none'}",
@@ -360,7 +371,7 @@ class EfficientAdamState:
             f"  kernels      {kernels}",
             f"  exact        {len(exact)} of {len(slots)} parameters, "
             f"{sum(s.numel for s in exact)} of {sum(s.numel for s in slots)} elements",
-            *(f"  bypassed     {name}: {why}" for name, why in engine.bypassed.items()),
+            *(f"  bypassed     {name}: {why}" for name, why in engine.session.bypassed.items()),
             f"  steps        {stats['steps']}",
             f"  bytes        dense {stats['dense_bytes']}, up {stats['uplink_bytes']}, "
             f"down {stats['downlink_bytes']}: {stats['ratio']:.2f}x less",
@@ -380,10 +391,14 @@ class EfficientAdamState:
             A dictionary for :meth:`load_state_dict` on the same rank of as many ranks; its tensors
             are copies. For another number of ranks see :meth:`full_state_dict`.
         """
-        engine, scale = self._engine, self._engine.loss_scale
-        group, topology, block_size = engine.group, engine.topology, self.config.block_size
-        worker = {name: (view / scale).cpu() for name, view in engine.worker}
-        server = {name: (view / scale).cpu() for name, view in engine.server}
+        engine, scale = self._engine, self._engine.session.loss_scale
+        group, topology, block_size = (
+            engine.session.group,
+            engine.session.topology,
+            self.config.block_size,
+        )
+        worker = {name: (view / scale).cpu() for name, view in engine.session.worker}
+        server = {name: (view / scale).cpu() for name, view in engine.session.server}
         serves, servers = topology.serves or 0, topology.servers
         start = {
             name: share_of(worker[name].numel(), turn_of(name), block_size, serves, servers)[0]
@@ -391,7 +406,7 @@ class EfficientAdamState:
         }
         moments = {
             name: {key: v.cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
-            for name, values in engine.mode.save().items()
+            for name, values in engine.session.mode.save().items()
         }
         return with_checksum(
             {
@@ -400,11 +415,13 @@ class EfficientAdamState:
                 "config": self.config.to_dict(),
                 "rank": group.rank(),
                 "world_size": group.size(),
-                "topology": topology.name if engine.has_topology else engine.loaded_topology,
+                "topology": topology.name
+                if engine.session.connection.has_topology
+                else engine.session.connection.loaded_topology,
                 "servers": servers,
                 "block_size": block_size,
-                "counters": engine.counters.to_dict(),
-                "units": engine.mode.units,
+                "counters": engine.session.counters.to_dict(),
+                "units": engine.session.mode.units,
                 "worker": worker,
                 "server": server,
                 "server_start": start,
@@ -419,8 +436,8 @@ class EfficientAdamState:
             On the group's rank 0 a dictionary for :meth:`load_state_dict` on any rank of any number
             of ranks; elsewhere an empty one.
         """
-        group = self._engine.group
-        with self._engine.waiting("full_state_dict()"):
+        group = self._engine.session.group
+        with self._engine.session.connection.waiting("full_state_dict()"):
             file = io.BytesIO()
             torch.save(self.state_dict(), file)
             files = gather_bytes(file.getvalue(), group, device_of(group), everywhere=False)
@@ -454,28 +471,28 @@ class EfficientAdamState:
             raise StateMismatchError(
                 f"The saved state is damaged: {type(error).__name__}: {error}. Use another checkpoint."
             ) from error
-        if not self._engine.has_topology:
-            self._engine.loaded_topology = topology_of(own)
-        self._engine.mode.load(own["moments"])
-        self._engine.loss_scale = 1.0
+        if not self._engine.session.connection.has_topology:
+            self._engine.session.connection.loaded_topology = topology_of(own)
+        self._engine.session.mode.load(own["moments"])
+        self._engine.session.loss_scale = 1.0
         if self.config.error_feedback:
-            device = self._engine.parameters.device()
-            self._engine.worker.load(own["worker"], device)
-            self._engine.server.load(own["server"], device)
+            device = self._engine.session.parameters.device()
+            self._engine.session.worker.load(own["worker"], device)
+            self._engine.session.server.load(own["server"], device)
         elif own["worker"]:
             warnings.warn(
                 "The saved state has residuals, and error_feedback is off: they are dropped.",
                 stacklevel=2,
             )
-        self._engine.counters = Counters(**own["counters"])
+        self._engine.session.counters = Counters(**own["counters"])
 
     def _own_share(self, saved: Any) -> Mapping[str, Any]:
         """This rank's part of a saved state, checked, under the model's names."""
-        engine, group = self._engine, self._engine.group
+        engine, group = self._engine, self._engine.session.group
         rank, world_size, block_size = group.rank(), group.size(), self.config.block_size
-        states = read_saved(saved, engine.parameters.resolve)
-        topology = engine.topology
-        if not engine.has_topology and (name := topology_of(states[0])):
+        states = read_saved(saved, engine.session.parameters.resolve)
+        topology = engine.session.topology
+        if not engine.session.connection.has_topology and (name := topology_of(states[0])):
             topology = make_topology(name, group)
         serves, servers = topology.serves, topology.servers
         if "ranks" in saved:
@@ -498,15 +515,15 @@ class EfficientAdamState:
                     f"rank {rank} of {world_size}. Load each rank's own state, or one of all ranks "
                     "from full_state_dict()."
                 )
-        numels = engine.parameters.numels() if engine.parameters.bound else {}
+        numels = engine.session.parameters.numels() if engine.session.parameters.bound else {}
         check_model(own, numels)
         named = [name for name in own["worker"] if not name.isdecimal()]
-        if named and not engine.parameters.bound:
+        if named and not engine.session.parameters.bound:
             raise StateMismatchError(
                 f"The saved state names parameters, such as {named[0]!r}, and this state knows none: "
                 "use attach(ddp_model, ...), or state.bind(...) before loading."
             )
-        units = engine.mode.units
+        units = engine.session.mode.units
         if own.get("units", units) != units:
             raise StateMismatchError(
                 f"The saved residuals are those of {own['units']}, and this state exchanges {units}. "
@@ -518,7 +535,7 @@ class EfficientAdamState:
                 serves=serves,
                 servers=servers,
                 block_size=block_size,
-                sign=engine.mode.server_sign,
+                sign=engine.session.mode.server_sign,
             )
-        check_fits(own, engine.worker, engine.server)
+        check_fits(own, engine.session.worker, engine.session.server)
         return own

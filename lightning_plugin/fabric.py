@@ -52,6 +52,7 @@ class FabricStrategyMixin(Adaptable, Base):
         enabled: bool = True,
         auto: bool = False,
         scale_rule: str = "least_squares",
+        wait_timeout_s: float | None = None,
         precondition: bool = False,
         quantize_weights: bool = False,
         **ddp_options: Any,
@@ -68,6 +69,7 @@ class FabricStrategyMixin(Adaptable, Base):
             "enabled": enabled,
             "auto": auto,
             "scale_rule": scale_rule,
+            "wait_timeout_s": wait_timeout_s,
         }
         mode_options: dict[str, Any] = {
             "precondition": precondition,

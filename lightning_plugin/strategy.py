@@ -64,6 +64,8 @@ class StrategyMixin(Adaptable, Base):
         auto: Whether to time some dense and some compressed steps first and keep the faster kind, see
             :func:`effadam_hook.attach`.
         scale_rule: How a block finds its scale, ``"least_squares"`` or ``"absmax"``.
+        wait_timeout_s: Seconds after which a bucket that waits for other ranks is an error; None waits
+            for the process group's time-out.
         precondition: Whether to quantize the gradient in units of the root of the second moment of
             the model's ``torch.optim.Adam`` or ``AdamW``, which is worth about one bit.
         quantize_weights: With an ``EfficientAdam``: whether the servers send the weights instead of
@@ -93,6 +95,7 @@ class StrategyMixin(Adaptable, Base):
         enabled: bool = True,
         auto: bool = False,
         scale_rule: str = "least_squares",
+        wait_timeout_s: float | None = None,
         precondition: bool = False,
         quantize_weights: bool = False,
         **ddp_options: Any,
@@ -109,6 +112,7 @@ class StrategyMixin(Adaptable, Base):
             "enabled": enabled,
             "auto": auto,
             "scale_rule": scale_rule,
+            "wait_timeout_s": wait_timeout_s,
         }
         mode_options: dict[str, Any] = {
             "precondition": precondition,

@@ -75,7 +75,7 @@ def exchange_chosen_gradients(
         model.zero_grad(set_to_none=True)
         model(drawn_gradients(rank, step, dtype=dtype)).backward()
         received.append([p.grad.clone() for p in model.parameters()])
-    return received, state.state_dict(), len(state._engine.plans)
+    return received, state.state_dict(), len(state.session.buckets)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -203,9 +203,8 @@ def test_a_loaded_state_decides_the_topology(saved_with: str, how: str) -> None:
 
 
 def test_a_state_that_only_some_ranks_have_loaded_is_an_error_on_all() -> None:
-    for rank, message in enumerate(run_ranks(resume, 3, "sharded", "own", 2)):
+    for message in run_ranks(resume, 3, "sharded", "own", 2):
         assert "The ranks continue from different states: rank 2 is at step 0" in message
-        assert ("this rank has not" in message) == (rank == 2)
 
 
 def refuse(rank: int, world_size: int) -> None:

@@ -221,7 +221,7 @@ def disagree_at_run_time(
             if kind == "enabled" and step == 4:
                 state.enabled = not (odd ^ ("enabled" in options))
             if kind == "raises" and step == 4 and odd:
-                state._engine.plans[1].encode = broken  # type: ignore[method-assign]
+                state.session.buckets[1].encode = broken  # type: ignore[method-assign]
             if kind == "backward skipped" and step == 4 and odd:
                 model.zero_grad()
                 model(drawn_gradients(rank, step))
@@ -320,7 +320,7 @@ def go_on_after_an_error(rank: int, world_size: int) -> list[str]:
     backward(model, rank, 0)
     backward(model, rank, 1)
     if rank == VICTIM:
-        state._engine.plans[1].decode = broken  # type: ignore[method-assign]
+        state.session.buckets[1].decode = broken  # type: ignore[method-assign]
     return [attempt(lambda n=n: backward(model, rank, n))[0] for n in (2, 3, 4, 5)]
 
 
@@ -404,8 +404,8 @@ def time_out_of_worker_threads(rank: int, world_size: int, folder: str) -> list[
     model = ddp(ChosenGradients())
     state = attach(model)
     backward(model, rank, 0)
-    exchange: Any = state._engine._exchange
-    groups = (exchange._up_group, exchange._down_group)
+    exchange: Any = state.session.connection.exchange
+    groups = [made.group for made in exchange._groups]
     return [group.options._timeout.total_seconds() for group in groups]
 
 

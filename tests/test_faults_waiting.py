@@ -1,4 +1,4 @@
-"""Ranks that wait outside a bucket, in another model, or for one that never comes: all are told, soon."""
+"""Ranks that wait outside a bucket, in another model, or in vain: all are told, soon."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from effadam_hook import EfficientAdam, EfficientAdamState, attach, efficient_adam_hook
 from effadam_hook.ddp import engine
 from effadam_hook.exchange.watchdog import watchdog
+from effadam_hook.session import buckets, connection, session
 from harness import Died, run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
 
@@ -49,10 +50,8 @@ def by_hand(model: DistributedDataParallel, **options: Any) -> EfficientAdamStat
 
 def die_early(rank: int, world_size: int, where: str, options: dict[str, Any]) -> tuple[str, float]:
     model = ddp(ChosenGradients())
-    if where == "registered by hand":
-        state = by_hand(model, **options)
-    else:
-        state = attach(model, **options)
+    register: Any = by_hand if where == "registered by hand" else attach
+    state = register(model, **options)
     if where == "full_state_dict":
         backward(model, rank, 0)
     if rank == ODD:
@@ -128,10 +127,10 @@ def fail_in_hook(
 
     if rank == ODD:
         owner, name = {
-            "plan": (engine, "BucketBuffers"),
-            "kernels": (engine, "select"),
-            "describe": (engine.ParameterTable, "describe"),
-            "load": (engine.BucketBuffers, "load"),
+            "plan": (buckets, "BucketBuffers"),
+            "kernels": (connection, "select"),
+            "describe": (session.ParameterTable, "describe"),
+            "load": (buckets.BucketBuffers, "load"),
             "after": (engine.AccumulationCheck, "end"),
         }.get(where, (engine.AccumulationCheck, "begin"))
         setattr(owner, name, fail)
@@ -237,7 +236,7 @@ def test_models_taken_in_another_order_are_found_and_named_on_all_ranks(
         assert message.startswith("DisagreementError"), message
         assert "in the same order on all ranks" in message
         if steps:
-            assert "of model 1 (with " in message and "of model 2 (with " in message
+            assert len({n for n in "123" if f"of model {n} (with " in message}) >= 2, message
         assert seconds < 10
 
 
@@ -362,16 +361,17 @@ def test_a_slow_validation_or_slow_data_is_no_error() -> None:
 def wait_within_bounds(rank: int, world_size: int) -> tuple[str, float]:
     model = ddp(ChosenGradients())
     state = attach(model, wait_timeout_s=60.0)
-    backward(model, rank, 0)
+    for step in range(3):  # DDP waits in forward, where it rebuilds its buckets
+        backward(model, rank, step)
     state.wait_timeout_s = 1.5
     if rank == ODD:
         time.sleep(7)
-    return attempt(lambda: backward(model, rank, 1))
+    return attempt(lambda: backward(model, rank, 3))
 
 
 def test_a_bound_on_waiting_can_be_set_and_says_who_is_late() -> None:
     results = run_ranks(wait_within_bounds, 3, timeout=40)
-    assert all("wait_timeout_s=1.5" in message for message, _ in results)
+    assert all("wait_timeout_s=1.5" in message for message, _ in results), results
     assert any("Rank 1 has started" in message for message, _ in results)
     assert all(results[rank][1] < 6.5 for rank in (0, 2))
 

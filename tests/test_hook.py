@@ -95,7 +95,7 @@ def train_with(
 ) -> tuple[list[Tensor], int, dict[str, float]]:
     layout.PART_NUMEL = part_numel
     weights, state = train_mlp(rank, world_size, 12, hook_options, ddp_options)
-    return weights, len(state._engine.plans), state.stats()
+    return weights, len(state.session.buckets), state.stats()
 
 
 @pytest.mark.parametrize("topology", ["rank0", "sharded"])
@@ -166,7 +166,7 @@ def soak(rank: int, world_size: int, topology: str) -> tuple[list[Tensor], int, 
             time.sleep(0.003)
     return (
         [p.detach() for p in model.parameters()],
-        len(state._engine.plans),
+        len(state.session.buckets),
         state.stats()["steps"],
     )
 
@@ -373,7 +373,7 @@ def fail_in_a_worker_thread(rank: int, world_size: int) -> list[str]:
     state = attach(model)
     gradients_of(model, rank, 0)
     gradients_of(model, rank, 1)
-    plan = state._engine.plans[1]
+    plan = state.session.buckets[1]
 
     def broken() -> None:
         raise OSError("no space left")

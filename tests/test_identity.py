@@ -119,7 +119,7 @@ def exact_under(rank: int, world_size: int, how: str, pattern: str) -> tuple[lis
     for step in range(3):
         model.zero_grad()
         model(batch(rank, step)).backward()
-    slots = [slot for plan in state._engine.plans for slot in plan.layout.slots]
+    slots = [slot for plan in state.session.buckets for slot in plan.layout.slots]
     return sorted(slot.name for slot in slots if slot.exact), len(slots)
 
 
@@ -288,7 +288,7 @@ def bind_by_hand(rank: int, world_size: int) -> list[str]:
     model.register_comm_hook(state, efficient_adam_hook)
     state.bind(model.module.named_parameters(remove_duplicate=False), model.process_group)
     model(batch(rank)).backward()
-    slots = [slot for plan in state._engine.plans for slot in plan.layout.slots]
+    slots = [slot for plan in state.session.buckets for slot in plan.layout.slots]
     return [slot.name for slot in slots if slot.exact and slot.numel > 35]
 
 

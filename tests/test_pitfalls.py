@@ -47,7 +47,7 @@ def watch_what_is_sent(rank: int, world_size: int, topology: str) -> set[str]:
     model = ddp(ChosenGradients(dtype=torch.bfloat16))
     state = attach(model, topology=topology)
     step(model, rank, 0, torch.bfloat16)
-    used: Topology = state._engine.topology
+    used: Topology = state.session.topology
     dtypes = set()
     for name in ("send_up", "send_down"):
         original = getattr(used, name)
@@ -132,7 +132,7 @@ def shape_of_what_is_sent(rank: int, world_size: int) -> tuple[int, str]:
     model = ddp(ChosenGradients())
     state = attach(model, topology="sharded")
     step(model, rank, 0)
-    return len(state._engine.plans[0].outgoing), state.summary()
+    return len(state.session.buckets[0].outgoing), state.summary()
 
 
 def test_two_ranks_are_a_ring_and_nothing_is_measured_nor_copied() -> None:
@@ -151,11 +151,11 @@ def buffers_over_steps(rank: int, world_size: int) -> tuple[int, int]:
             seen.add(
                 tuple(
                     buffer.data_ptr()
-                    for plan in state._engine.plans
+                    for plan in state.session.buckets
                     for buffer in (plan.uplink, plan.received, plan.outgoing, plan.downlink)
                 )
             )
-    return len(seen), len(state._engine.plans)
+    return len(seen), len(state.session.buckets)
 
 
 def test_communication_buffers_are_allocated_once_per_bucket() -> None:

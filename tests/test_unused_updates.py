@@ -279,8 +279,8 @@ def never_used(rank: int, world_size: int) -> tuple[list[bool], float]:
         batch = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(step + 99 * rank))
         model(batch, {0, 2}).square().mean().backward()
         optimizer.step()
-        averaged.append(any(plan.averages_first for plan in state._engine.plans))
-    assert len(state._engine.plans) > 1
+        averaged.append(any(plan.averages_first for plan in state.session.buckets))
+    assert len(state.session.buckets) > 1
     torch.manual_seed(0)
     fresh = Parts()
     change = max(

@@ -67,7 +67,7 @@ def run_updates(
         backward(model, rank, step, F64)
         optimizer.step()
         history.append((weights_of(model), state.state_dict()))
-    assert len(state._engine.plans) >= 3
+    assert len(state.session.buckets) >= 3
     return history
 
 

@@ -99,10 +99,11 @@ def check_steps(
     rows = [json.loads(text) for text in gather_bytes(own, group, device, everywhere=True)]
     others = [str(rank) for rank, row in enumerate(rows) if row[2] != run_id]
     if others:
+        ranks = ", ".join(others)
         raise DisagreementError(
-            f"Rank {', '.join(others)} has come here with another model than rank {group.rank()}. Run "
-            "the backward passes of several models in the same order on all ranks, or give each model a "
-            "process group of its own where threads run them."
+            f"Rank {ranks} has come here with another model than rank {group.rank()}. Run the backward "
+            "passes of several models in the same order on all ranks, or give each model a process "
+            "group of its own where threads run them."
         )
     if message := differing_steps([row[0] for row in rows], [row[1] for row in rows]):
         raise DisagreementError(message)

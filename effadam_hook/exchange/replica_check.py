@@ -8,8 +8,8 @@ is made of and one of its weights, another one each time, and the server compare
 
     chunk     | raw elements | scales | codes | padding | digest 3, optimizer 2, step 3 | weight 8 |
 
-The digest covers the run id, so that a chunk of another model is noticed whatever its layout; the steps find
-ranks that continue from different states.
+The digest covers the run id, so that a chunk of another model is noticed whatever its layout; the steps
+find ranks that continue from different states.
 
 Reading one weight costs microseconds on the CPU. On other devices it would stop the host, so that the
 weight is left out there, and nothing is compared.
@@ -109,8 +109,8 @@ class ReplicaCheck:
         ]
         if differences:
             raise DisagreementError(
-                f"The ranks have exchanged different buckets: {'; '.join(differences)}. Run the same backward "
-                "passes in the same order on all ranks."
+                f"The ranks have exchanged different buckets: {'; '.join(differences)}. Run the same "
+                "backward passes in the same order on all ranks."
             )
         steps = [number % (1 << _STEP_BITS) for number in numbers]
         optimizer_steps = [number >> _STEP_BITS & (1 << _OPTIMIZER_BITS) - 1 for number in numbers]
@@ -128,8 +128,8 @@ class ReplicaCheck:
             raise DisagreementError(
                 f"The replicas have drifted apart: {'; '.join(differences)}. All ranks must start "
                 "from the same weights and make the same optimizer steps. If weights are changed on "
-                "purpose between forward and backward (a sharpness-aware step, an embedding with max_norm), "
-                "or processors round differently, and you can accept that, set "
+                "purpose between forward and backward (a sharpness-aware step, an embedding with "
+                "max_norm), or processors round differently, and you can accept that, set "
                 "state.check_replicas = False on all ranks."
             )
 

@@ -1,8 +1,8 @@
 """Waiting for other ranks outside a bucket: in slices, under a name, and not in vain.
 
 Whoever compares options, measures links or gathers states waits for all ranks. A *phase* says what that
-is for; every wait within it is done in slices, so that Ctrl-C is heard and a stop of the exchange ends it,
-and an error that comes from below leaves it with the rank, the phase and the remedy.
+is for; every wait within it is done in slices, so that Ctrl-C is heard and a stop of the exchange ends
+it, and an error that comes from below leaves it with the rank, the phase and the remedy.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def phase(rank: int, name: str, is_useful: Callable[[], bool] | None = None) -> 
     Args:
         rank: This rank in the group.
         name: What it waits in, for a sentence such as "Rank 0, comparing options: ...".
-        is_useful: Whether to go on waiting, queried twice a second, by a watchdog that also warns of slow ranks.
-            Without one, waiting goes on and a warning is logged here.
+        is_useful: Whether to go on waiting, queried twice a second, by a watchdog that also warns of slow
+            ranks. Without one, waiting goes on and a warning is logged here.
 
     Raises:
         EffAdamError: If a collective has failed; an error of this package passes unchanged.
@@ -82,8 +82,8 @@ def phase(rank: int, name: str, is_useful: Callable[[], bool] | None = None) -> 
             raise  # the watchdog consults the other ranks first
         text = str(error).rstrip(".")
         raise EffAdamError(
-            f"Rank {rank}, {name}: {text}. Another rank has ended, failed, or cannot be reached: see its "
-            "output, and restart all ranks."
+            f"Rank {rank}, {name}: {text}. Another rank has ended, failed, or cannot be reached: see "
+            "its output, and restart all ranks."
         ) from error
     finally:
         _current.phase = outer

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach
-from effadam_hook.ddp import engine
 from effadam_hook.ddp.accumulation import AccumulationCheck
 from effadam_hook.exchange.watchdog import watchdog
+from effadam_hook.session import buckets, connection
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.wire import layout
 from fuzz.cases import WRAPPERS, Case, Model, draw, gradients
@@ -33,8 +33,8 @@ __all__ = ["Report", "lose_a_rank", "run_batch"]
 _PHASES = ("encode", "reduce", "decode")
 _RAISING: dict[str, tuple[Any, str]] = {
     **{f"exception in {phase}": (BucketBuffers, phase) for phase in _PHASES},
-    "exception in planning": (engine, "BucketBuffers"),
-    "exception in the choice of kernels": (engine, "select"),
+    "exception in planning": (buckets, "BucketBuffers"),
+    "exception in the choice of kernels": (connection, "select"),
     "exception in the check of accumulation": (AccumulationCheck, "begin"),
 }
 """By ending, what is replaced by a function that raises."""
@@ -157,7 +157,7 @@ def _run(case: Case, rank: int, report: Report, alone: dist.ProcessGroup) -> Non
         report.seconds = time.monotonic() - began
     report.weights = [parameter.detach().clone() for parameter in run.parameters]
     for one in (*runs, *([other] if other else [])):
-        for side in (one.state._engine.worker, one.state._engine.server):
+        for side in (one.state.session.worker, one.state.session.server):
             for _, residual in side:
                 report.is_finite &= bool(residual.isfinite().all())
         one.state.close()
@@ -370,7 +370,7 @@ def lose_a_rank(rank: int, world_size: int, folder: str, seed: int, kind: str) -
     except Exception as error:
         report.error = f"{type(error).__name__}: {error}"
     report.seconds = time.monotonic() - began
-    for _, residual in run.state._engine.worker:
+    for _, residual in run.state.session.worker:
         report.is_finite &= bool(residual.isfinite().all())
     with contextlib.suppress(ProcessLookupError):
         os.kill(pids[culprit], signal.SIGKILL)  # a stopped one would stay

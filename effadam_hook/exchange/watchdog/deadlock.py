@@ -1,11 +1,11 @@
 """Which threads wait for one another for ever, found from what every process says of its threads.
 
 A thread that runs backward passes waits in a *bucket* (or, before it, in a phase such as opening the
-exchange) for all ranks that have not come to the same place; or it waits in a *collective* of the user's,
-such as ``barrier``, for the ranks of that group. What a rank has not done yet it can do only in a thread
-that is not waiting itself. All waiting threads are taken as stuck at first, and those that some other
-thread can still release are struck off, until no more can be. What remains waits for ever, whatever the
-number of ranks and models; a thread that computes, sleeps or loads data is never among it.
+exchange) for all ranks that have not come to the same place; or it waits in a *collective* of the
+user's, such as ``barrier``, for the ranks of that group. What a rank has not done yet it can do only in
+a thread that is not waiting itself. All waiting threads are taken as stuck at first, and those that
+some other thread can still release are struck off, until no more can be. What remains waits for ever,
+whatever the number of ranks and models; a thread that computes, sleeps or loads data is never among it.
 """
 
 from __future__ import annotations

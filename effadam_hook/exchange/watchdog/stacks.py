@@ -1,9 +1,9 @@
 """In which collective of the user's a thread is: read from its Python stack, when somebody asks.
 
-A rank that has run out of batches may wait in ``barrier`` or in an evaluation's ``all_reduce`` for ranks
-that wait for its next bucket. torch does not tell who is in which collective, but the functions of
-``torch.distributed`` are Python, and their frames have the group in a variable. Nothing is read before a
-bucket is late.
+A rank that has run out of batches may wait in ``barrier`` or in an evaluation's ``all_reduce`` for
+ranks that wait for its next bucket. torch does not record who is in which collective, but the functions
+of ``torch.distributed`` are Python, and their frames have the group in a variable. Nothing is read
+before a bucket is late.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Stacks:
             thread: Its identifier.
 
         Returns:
-            The function, the line of the user's that called it, and for whom it waits; None if the thread
-            is elsewhere, or has only just come there.
+            The function, the line of the user's that called it, and for whom it waits; None if the
+            thread is elsewhere, or has only just come there.
         """
         top = sys._current_frames().get(thread)
         found = None if top is None else _collective(top)

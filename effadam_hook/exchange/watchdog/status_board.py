@@ -32,6 +32,7 @@ class Position:
         kind: Name of that error's class.
         history: The buckets that it started last.
         process: What all threads of its process wait for.
+        is_cause: Whether the failure is no mere loss of a connection, which follows from another one.
     """
 
     sequence: int
@@ -41,6 +42,7 @@ class Position:
     kind: str
     history: Sequence[Entry]
     process: Process | None = None
+    is_cause: bool = False
 
 
 @dataclass

@@ -53,7 +53,7 @@ PATIENCE_S = 3.0
 ANSWER_S = 2.5
 """How long a failing rank waits for what the others know, before it raises."""
 CONNECT_S = 15.0
-"""How long a rank that answers no more is waited for while connections are made, by all ranks at once."""
+"""How long a silent rank is waited for while all ranks make connections at once."""
 NOTICE_S = 1.2
 """How long a rank that has found something out gives the others to read it: two of their ticks."""
 END_S = 5.0
@@ -76,8 +76,8 @@ class Watchdog:
         pending: The buckets under way, by their place in the sequence.
         failure: Why the exchange has stopped, if it has.
         is_in_backward: Whether the training thread raises errors itself, with :meth:`check`.
-        wait_timeout_s: Seconds after which a bucket that waits is an error; None for the process group's
-            time-out.
+        wait_timeout_s: Seconds after which a bucket that waits is an error; None for the process
+            group's time-out.
         run_id: The same on all ranks, and no other watchdog's: keys in the store begin with it.
         name: How messages name the model.
         held: The wait outside a bucket, if any.
@@ -118,6 +118,7 @@ class Watchdog:
         self._drained.set()
         self._own_failure: EffAdamError | None = None
         self._status_board = StatusBoard(self.rank, self._size, run_id)
+        self._is_cause = False
         self._suspected: tuple[Deadlock | None, float] = (None, 0.0)
         self._alarm_until = 0.0
         self._round_done = threading.Condition()
@@ -250,6 +251,7 @@ class Watchdog:
         kind = type(error) if isinstance(error, EffAdamError) else EffAdamError
         message = f"Rank {self.rank}, {label}, {phase}: {_sentence(error)}"
         if self._first_to_stop(kind(message)):
+            self._is_cause = isinstance(error, EffAdamError) or not isinstance(error, RuntimeError)
             self._own_failure = kind(message)
             failure = kind(message)
             if isinstance(error, Exception):
@@ -339,7 +341,7 @@ class Watchdog:
         if found is not None:
             return DisagreementError(f"{message} {found}")
         # And who has found that ranks wait for ever: that says more than the end of its connections.
-        failure = first_failure({rank: p for rank, p in positions.items() if p.left})
+        failure = first_failure({rank: p for rank, p in positions.items() if p.is_cause})
         if failure is not None:
             return type(failure)(f"{message} {failure}")
         late = who_is_late(positions, self._status_board.silent_since(asked), self._sequence)
@@ -421,6 +423,7 @@ class Watchdog:
                 type(failure).__name__,
                 list(self._history),
                 process,
+                self._is_cause,
             )
         )
         return process
@@ -443,6 +446,8 @@ class Watchdog:
                     self._announce(failure)
                     if oldest is None:  # this rank may not come to the next backward
                         _log.error("%s", failure)
+                # The end of this rank closes connections of ranks that have not read it yet.
+                self._ended.wait(NOTICE_S)
                 self._end_all()
         elif oldest is not None and self._warned != oldest.sequence:
             waited_s = time.monotonic() - oldest.since
@@ -467,9 +472,12 @@ class Watchdog:
             position = positions.get(rank)
             if position and position.process and position.process.rank in found.ranks:
                 return None
+        # A thread that is stuck runs none of its other models either, and ranks may wait there.
+        own = {thread for (rank, thread), _ in found.waits if rank == process.rank}
+        stopped = {run_id for run_id, run in process.runs.items() if set(run.threads) <= own}
         for watchdog in list(open_watchdogs):
             if (
-                watchdog.run_id in found.runs
+                watchdog.run_id in found.runs | stopped
                 and watchdog is not self
                 and isinstance(watchdog, Watchdog)
             ):
@@ -481,14 +489,14 @@ class Watchdog:
         failure = type(error)(f"Rank {self.rank}, {self.name}: {error}")
         if self._first_to_stop(failure):
             self._announce(failure)
+            self._ended.wait(NOTICE_S)
             self._end_all()
 
     def _announce(self, failure: EffAdamError) -> None:
         """Let the other ranks read a failure before this one ends and its connections with it."""
-        self._own_failure = failure
+        self._own_failure, self._is_cause = failure, True
         self._status_board.raise_alarm()
         self._publish()
-        self._ended.wait(NOTICE_S)
 
     def _overdue(
         self, positions: Mapping[int, Position], oldest: InflightBucket | Hold | None
@@ -502,7 +510,8 @@ class Watchdog:
         if limit_s is not None and waited_s > limit_s + (ANSWER_S if silent else 0):
             return EffAdamError(
                 f"waited {waited_s:.0f} s, longer than wait_timeout_s={limit_s:g}.{late} Raise "
-                "state.wait_timeout_s where ranks may be that slow; otherwise give all of them the same work."
+                "state.wait_timeout_s where ranks may be that slow; otherwise give all of them as "
+                "much work."
             )
         # All ranks have just been here: one that is silent now has died before it was connected.
         if (
