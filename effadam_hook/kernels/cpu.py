@@ -28,10 +28,11 @@ from effadam_hook.kernels.fusions import (
 from effadam_hook.wire.layout import Wire
 from effadam_hook.wire.quantizers import Quantizer
 
-__all__ = ["CpuKernels", "load"]
+__all__ = ["CpuKernels", "libraries", "load"]
 
 _ABI_VERSION = 1
 _LIBRARY_VARIABLE = "EFFADAM_CPU_LIBRARY"
+_SUFFIXES = (".so", ".dylib", ".dll")
 _MAX_BLOCK = 4096
 _TABLE_THRESHOLDS = 8
 _STORES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -233,6 +234,17 @@ class CpuKernels:
         )
 
 
+def libraries() -> list[Path]:
+    """List the shared libraries beside this module, in the order in which they are tried.
+
+    Returns:
+        Paths; ``_cpu.so``, ``_cpu.dylib`` or ``_cpu.dll`` first, then libraries with a longer name,
+        such as those that earlier versions built for one version of Python.
+    """
+    found = [path for path in Path(__file__).parent.glob("_cpu*") if path.suffix in _SUFFIXES]
+    return sorted(found, key=lambda path: (path.stem != "_cpu", path.name))
+
+
 @cache
 def load() -> ctypes.CDLL:
     """The shared library that was built with the package.
@@ -245,12 +257,11 @@ def load() -> ctypes.CDLL:
     Raises:
         ImportError: If there is none, or it does not fit this version or this system.
     """
-    folder, other = Path(__file__).parent, os.environ.get(_LIBRARY_VARIABLE)
-    built = (
-        [Path(other)] if other else sorted([*folder.glob("_cpu*.so"), *folder.glob("_cpu*.dylib")])
-    )
+    other = os.environ.get(_LIBRARY_VARIABLE)
+    built = [Path(other)] if other else libraries()
     if not built:
-        raise ImportError(f"no compiled library _cpu*.so in {folder}")
+        names = " or ".join(f"_cpu{suffix}" for suffix in _SUFFIXES)
+        raise ImportError(f"no compiled library {names} in {Path(__file__).parent}")
     reasons = []
     for path in built:
         try:
