@@ -232,7 +232,7 @@ def test_without_a_launcher_the_command_line_that_would_is_shown(
         ("plan --model test_cli:frozen_model", "test_cli:frozen_model has no trainable parameters"),
         (
             "plan --parameters 1M --methods ,",
-            "Invalid --methods: ','. Must name one method or more",
+            "Invalid --methods: ','. Must name at least one method",
         ),
         (
             "plan --parameters 1M --methods lloyd4,lloyd4/sharded",
@@ -253,7 +253,7 @@ def test_what_cannot_be_asked_ends_with_2_and_the_rule(
 @pytest.mark.parametrize(
     ("arguments", "world_size", "said"),
     [
-        ("--methods ,", 2, "Invalid --methods: ','. Must name one method or more"),
+        ("--methods ,", 2, "Invalid --methods: ','. Must name at least one method"),
         ("--methods fp32,fp16@5,fp16 --bucket-mb 5", 2, "fp16 is the same as fp16@5"),
         ("--bucket-mb 0", 2, "Invalid --bucket-mb: 0.0"),
         ("--model test_cli:frozen_model", 2, "has no trainable parameters"),
@@ -626,11 +626,11 @@ def test_an_interface_that_no_one_knows_counts_nothing_and_says_so(
 ) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
-    assert "not counted" in InterfaceCounter().what
+    assert "not counted" in InterfaceCounter().description
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert "loopback" in InterfaceCounter().what
+    assert "loopback" in InterfaceCounter().description
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
-    assert "'eth9'" in InterfaceCounter().what
+    assert "'eth9'" in InterfaceCounter().description
 
 
 def test_methods_that_were_not_compared_with_dense_have_no_ratio() -> None:
