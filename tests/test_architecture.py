@@ -19,7 +19,12 @@ PACKAGES = ("effadam_hook", "lightning_plugin")
 # A new module takes its place here.
 LADDER = (
     ("effadam_hook.errors", "effadam_hook._version"),
-    ("effadam_hook.config", "effadam_hook.quantizers", "effadam_hook.layout"),
+    (
+        "effadam_hook.config",
+        "effadam_hook.layout",
+        "effadam_hook.options",
+        "effadam_hook.quantizers",
+    ),
     (
         "effadam_hook.accumulation",
         "effadam_hook.idle",
