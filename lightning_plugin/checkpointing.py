@@ -49,7 +49,7 @@ def load_states(checkpoint: Mapping[str, Any], states: Mapping[str, EfficientAda
     if saved is None:
         rank_zero_warn(
             "The checkpoint holds no state of the compressed exchange: it was written without this "
-            "strategy. Training continues from it, with residuals of zero."
+            "strategy. Training continues from it, and the residuals start at zero."
         )
         return
     for name, state in states.items():
