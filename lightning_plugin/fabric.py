@@ -26,7 +26,7 @@ __all__ = ["FabricStrategyMixin"]
 class FabricStrategyMixin(ExchangeStrategy, Base):
     """DDP for Fabric, with the two-way quantized exchange instead of the all-reduce.
 
-    Options are those of :class:`lightning_plugin.base.ExchangeStrategy`. ``fabric.save`` adds the
+    Options are those of :class:`lightning_plugin.EfficientAdamStrategy`. ``fabric.save`` adds the
     residuals of all ranks to the file, and ``fabric.load`` restores them, for the models in their
     argument ``state``.
 
