@@ -135,6 +135,7 @@ def attach(
     warmup = state.config.warmup_steps
     exchanged, other_names = _parameters_of(ddp_model)
     mode = _mode_for(exchanged, optimizer, precondition, quantize_weights, warmup)
+    state.use(mode)
     if isinstance(mode, UpdateMode):
         if grad_scaler is not None:
             raise TypeError(
@@ -143,7 +144,6 @@ def attach(
             )
         _check_dense_gradients(ddp_model, exchanged)
         mode.optimizer.attach_to((p.name, tensor) for p, tensor in identify(exchanged))
-    state.use(mode)
     group = options.get("process_group") or ddp_model.process_group
     state.bind(exchanged, group, other_names=other_names)
     # Weakly: DDP holds the state from C++, where the garbage collector finds no circles.

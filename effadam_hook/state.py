@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 
 from effadam_hook._version import STATE_VERSION, __version__
@@ -56,7 +57,9 @@ class EfficientAdamState:
         block_size: Elements that share a scale, a power of two from 16 to 4096.
         topology: ``"rank0"`` (rank 0 is the server), ``"sharded"`` (every rank is, for its share), or
             ``"auto"``: whichever is faster when the first bucket comes, or that of a state loaded
-            before. Results do not depend on it.
+            before. Results do not depend on it. ``"hierarchical"`` averages gradients densely inside
+            each node first and exchanges the nodes' means, so that the worker is the node; for nodes
+            with several ranks behind one network card.
         error_feedback: Whether what quantization dropped is added to the next step, on both sides.
         exact: Rules for parameters that travel uncompressed: ``"1d"``, ``"<N"`` (fewer than N
             elements), or shell patterns for names, such as ``"*.norm*"``.
@@ -66,6 +69,9 @@ class EfficientAdamState:
         scale_rule: How a block finds its scale, ``"least_squares"`` or ``"absmax"``.
         wait_timeout_s: Seconds after which a bucket that waits for other ranks is an error, which says
             what they do; None waits for the process group's time-out. See :attr:`wait_timeout_s`.
+        intra_node_group: With ``topology="hierarchical"``, a process group of the ranks of this node, in
+            place of those that share its host.
+        device_mesh: Likewise, a two-dimensional ``DeviceMesh`` (nodes, ranks of a node).
 
     Raises:
         ValueError: If an option has no such value.
@@ -94,6 +100,8 @@ class EfficientAdamState:
         process_group: dist.ProcessGroup | None = None,
         scale_rule: str = "least_squares",
         wait_timeout_s: float | None = None,
+        intra_node_group: dist.ProcessGroup | None = None,
+        device_mesh: DeviceMesh | None = None,
     ) -> None:
         self.config = Config(
             worker_quantizer=quantizer if worker_quantizer is None else worker_quantizer,
@@ -106,6 +114,7 @@ class EfficientAdamState:
             warmup_steps=warmup_steps,
         )
         self._engine = Engine(self.config, process_group)
+        self.session.connection.name_nodes(intra_node_group, device_mesh)
         self._is_copy = self._lacks_group = False
         self.enabled = enabled
         self.wait_timeout_s = wait_timeout_s
@@ -302,7 +311,7 @@ class EfficientAdamState:
         Args:
             mode: What to exchange.
         """
-        self._engine.session.mode = mode
+        self._engine.session.use(mode)
 
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool

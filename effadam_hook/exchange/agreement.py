@@ -109,25 +109,29 @@ def check_steps(
         raise DisagreementError(message)
 
 
-def differing_steps(steps: Sequence[int], optimizer_steps: Sequence[int]) -> str:
-    """A message about ranks that count other steps than rank 0, or nothing.
+def differing_steps(
+    steps: Sequence[int], optimizer_steps: Sequence[int], ranks: Sequence[int] | None = None
+) -> str:
+    """A message about ranks that count other steps than the first one, or nothing.
 
     Args:
         steps: Of the exchange, by rank.
         optimizer_steps: Digests of those of the optimizer, by rank.
+        ranks: The ranks that are compared with the first of them; None for all ranks.
 
     Returns:
         Who differs, the rule, and the remedy.
     """
+    names = range(len(steps)) if ranks is None else ranks
     differences = [
-        f"rank {rank} is at step {step} and rank 0 at step {steps[0]}"
-        for rank, step in enumerate(steps)
+        f"rank {rank} is at step {step} and rank {names[0]} at step {steps[0]}"
+        for rank, step in zip(names, steps, strict=True)
         if step != steps[0]
     ]
     if not differences:
         differences = [
-            f"the optimizer of rank {rank} counts other steps than that of rank 0"
-            for rank, digest in enumerate(optimizer_steps)
+            f"the optimizer of rank {rank} counts other steps than that of rank {names[0]}"
+            for rank, digest in zip(names, optimizer_steps, strict=True)
             if digest != optimizer_steps[0]
         ]
     if not differences:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from effadam_hook.errors import DisagreementError
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.exchange.timing import slowest
-from effadam_hook.exchange.topology import TOPOLOGIES
+from effadam_hook.exchange.topology import FLAT_TOPOLOGIES
 
 __all__ = ["agree_on_topology"]
 
@@ -35,7 +35,7 @@ def agree_on_topology(
     Raises:
         DisagreementError: On every rank, if some have to use a topology and others do not.
     """
-    own = ["", *TOPOLOGIES].index(settled)
+    own = ["", *FLAT_TOPOLOGIES].index(settled)
     most, least = slowest([own, -own], group, device)
     if most != -least:
         raise DisagreementError(
@@ -46,7 +46,7 @@ def agree_on_topology(
         return settled, "as the saved state"
     probe = Probe(group, device)
     rank0_s, sharded_s = (
-        2 * probe.time_both_ways(kind, payload_bytes, _REPEATS).seconds for kind in TOPOLOGIES
+        2 * probe.time_both_ways(kind, payload_bytes, _REPEATS).seconds for kind in FLAT_TOPOLOGIES
     )
     # Sharded asks for more connections; a tie is not worth them.
     name = "sharded" if sharded_s < _MARGIN * rank0_s else "rank0"

@@ -6,7 +6,23 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["BucketJob"]
+__all__ = ["BucketJob", "NodeTransfer"]
+
+
+class NodeTransfer(Protocol):
+    """The transfer with which the ranks of a node exchange shares of a bucket.
+
+    Sizes are bytes for each local rank, in the order of the ranks.
+    """
+
+    packed_bytes: Tensor
+    """``[bucket bytes]`` uint8: the share of every local rank, one after the other."""
+    packed_sizes: list[int]
+    """Bytes of each share."""
+    received_bytes: Tensor
+    """``[ranks of the node * share bytes]`` uint8: this rank's share of every local rank's bucket."""
+    received_sizes: list[int]
+    """Bytes of this rank's share, once for each local rank."""
 
 
 class BucketJob(Protocol):
@@ -19,17 +35,25 @@ class BucketJob(Protocol):
     bucket: Tensor
     """``[numel]``: DDP's buffer."""
     uplink: Tensor
-    """``[servers, stride_bytes]`` uint8: what this worker sends."""
+    """``[servers of this rank's share, stride_bytes]`` uint8: what this rank sends for its worker."""
     received: Tensor
-    """``[world_size, stride_bytes]`` uint8 on a server, empty elsewhere: what the workers sent."""
+    """``[workers, stride_bytes]`` uint8 on a server, empty elsewhere: what the workers sent."""
     outgoing: Tensor
     """``[copies, stride_bytes]`` uint8: what this server sends."""
     downlink: Tensor
-    """``[servers, stride_bytes]`` uint8: what the servers sent."""
+    """``[servers, stride_bytes]`` uint8: what the servers sent, to be decoded."""
+    served: Tensor
+    """``[servers of this rank's share, stride_bytes]`` uint8: :attr:`downlink`, or what is gathered there."""
+    node: NodeTransfer | None
+    """The transfer within the node; None in topologies without one."""
 
     @property
     def averages_first(self) -> bool:
         """Whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
+        ...
+
+    def pack(self) -> None:
+        """:attr:`bucket` into the packed bytes of :attr:`node`."""
         ...
 
     def encode(self) -> None:

@@ -7,6 +7,7 @@ collective. The exchange (:mod:`~effadam_hook.exchange.gloo`, :mod:`~effadam_hoo
 whatever stages there are, in their order::
 
     rank0, sharded    encode ─ uplink ─► reduce ─ downlink ─► decode
+    hierarchical      pack ─ node mean ─► encode ─ uplink ─► reduce ─ downlink ─► ─ node gather ─► decode
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import Group
 from effadam_hook.exchange.topology.leg import Leg
 
-__all__ = ["Stage", "Topology"]
+__all__ = ["Stage", "Topology", "decode", "encode", "reduce"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Stage:
         start: Starts the collective on a group that only this stage uses, and returns the work.
         averages_first: Whether a bucket that asks for it (:attr:`BucketJob.averages_first`) is averaged
             uncompressed, on the stage's group, before the arithmetic.
+        ranks: The ranks of the process group that take part in this rank's collective, ascending; None
+            for all of them.
     """
 
     phase: str
@@ -44,6 +47,7 @@ class Stage:
     transfer: str = ""
     start: Callable[[BucketJob, Group], dist.Work | None] | None = None
     averages_first: bool = False
+    ranks: tuple[int, ...] | None = None
 
 
 class Topology(ABC):
@@ -55,16 +59,26 @@ class Topology(ABC):
 
     Attributes:
         name: The public name.
-        servers: How many servers there are, and so how many chunks a payload has.
+        servers: How many servers there are, and so how many chunks a bucket has.
         serves: The chunk that this rank is the server of; None if there is none.
+        worker_ranks: The ranks from which this rank receives uplinks as a server, in the order in which it
+            sums them. Their number is N in the formulas.
+        server_ranks: The rank that serves each chunk.
+        shares: Number of ranks that divide the encoding of a worker's bucket among themselves.
+        share: Which share of it this rank encodes.
+        route_stage: Number of the stage on whose group :meth:`measure_route` measures.
         route: The route that messages take, with the reason; empty where there is no choice.
     """
 
     name: ClassVar[str]
+    route_stage: ClassVar[int] = 0
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.servers = self.servers_among(world_size)
         self.serves = rank if rank < self.servers else None
+        self.worker_ranks: Sequence[int] = range(world_size)
+        self.server_ranks: Sequence[int] = range(self.servers)
+        self.shares, self.share = 1, 0
         self.route = ""
 
     @classmethod
@@ -89,11 +103,11 @@ class Topology(ABC):
     @property
     def stages(self) -> Sequence[Stage]:
         """The stages of a bucket, in their order."""
-        reduce = _reduce if self.serves is not None else None
+        reduces = reduce if self.serves is not None else None
         return (
-            Stage("encode", _encode, "uplink", self._start_uplink, averages_first=True),
-            Stage("reduce", reduce, "downlink", self._start_downlink),
-            Stage("decode", _decode),
+            Stage("encode", encode, "uplink", self._start_uplink, averages_first=True),
+            Stage("reduce", reduces, "downlink", self._start_downlink),
+            Stage("decode", decode),
         )
 
     def measure_route(self, group: Group) -> None:
@@ -142,16 +156,19 @@ class Topology(ABC):
         return self.send_up(job.uplink, job.received, group)
 
     def _start_downlink(self, job: BucketJob, group: Group) -> dist.Work | None:
-        return self.send_down(job.outgoing, job.downlink, group)
+        return self.send_down(job.outgoing, job.served, group)
 
 
-def _encode(job: BucketJob) -> None:
+def encode(job: BucketJob) -> None:
+    """Encode the bucket, or this rank's share of it."""
     job.encode()
 
 
-def _reduce(job: BucketJob) -> None:
+def reduce(job: BucketJob) -> None:
+    """Reduce what this rank has received as a server."""
     job.reduce()
 
 
-def _decode(job: BucketJob) -> None:
+def decode(job: BucketJob) -> None:
+    """Decode the bucket."""
     job.decode()
