@@ -20,7 +20,7 @@ from effadam_hook.ddp.auto_compress import AutoCompress
 from effadam_hook.ddp.engine import Engine
 from effadam_hook.errors import EffAdamError, StateMismatchError
 from effadam_hook.exchange.collectives import device_of
-from effadam_hook.exchange.topology import make_topology
+from effadam_hook.exchange.topology import Topology, make_topology
 from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.feedback.checkpoint import (
     check_fits,
@@ -37,7 +37,6 @@ from effadam_hook.kernels import describe
 from effadam_hook.modes.all_modes import Mode
 from effadam_hook.session.session import ExchangeSession
 from effadam_hook.session.stats import Counters
-from effadam_hook.wire.layout import share_of, turn_of
 from effadam_hook.wire.names import canonical_name
 
 __all__ = ["EfficientAdamState"]
@@ -408,11 +407,13 @@ class EfficientAdamState:
         )
         worker = {name: (view / scale).cpu() for name, view in engine.session.worker}
         server = {name: (view / scale).cpu() for name, view in engine.session.server}
-        serves, servers = topology.serves or 0, topology.servers
-        start = {
-            name: share_of(worker[name].numel(), turn_of(name), block_size, serves, servers)[0]
-            for name in server
-        }
+        start = {name: engine.session.server.offset(name) for name in server}
+        of_nodes = {}
+        if (nodes := self._node_lists(topology)) is not None:
+            of_nodes = {
+                "nodes": nodes,
+                "worker_start": {name: engine.session.worker.offset(name) for name in worker},
+            }
         moments = {
             name: {key: v.cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
             for name, values in engine.session.mode.save().items()
@@ -427,7 +428,7 @@ class EfficientAdamState:
                 "topology": topology.name
                 if engine.session.connection.has_topology
                 else engine.session.connection.loaded_topology,
-                "servers": servers,
+                "servers": topology.servers,
                 "block_size": block_size,
                 "counters": engine.session.counters.to_dict(),
                 "units": engine.session.mode.units,
@@ -435,8 +436,16 @@ class EfficientAdamState:
                 "server": server,
                 "server_start": start,
                 "moments": moments,
+                **of_nodes,
             }
         )
+
+    def _node_lists(self, topology: Topology) -> list[list[int]] | None:
+        """The ranks of every node, where nodes are the workers."""
+        table = self._engine.session.connection.nodes
+        if table is None or topology.shares == 1:
+            return None
+        return [list(ranks) for ranks in table.nodes]
 
     def full_state_dict(self) -> dict[str, Any]:
         """All ranks' states in one, for one checkpoint file; a collective operation.
@@ -460,9 +469,9 @@ class EfficientAdamState:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from a saved state.
 
-        A state of all ranks (:meth:`full_state_dict`) fits any number of ranks and either topology:
-        where they are the same, every rank gets its own back; otherwise workers start with the mean
-        of the saved workers' residuals and moments, and the servers share the saved servers'.
+        A state of all ranks (:meth:`full_state_dict`) fits any number of ranks, any nodes and any
+        topology: where they are the same, every rank gets its own back; otherwise workers start with the
+        mean of the saved workers' residuals and moments, and the servers share the saved servers'.
 
         In update mode the moments come from here, whatever the optimizer has loaded before.
 
@@ -486,8 +495,8 @@ class EfficientAdamState:
         self._engine.session.loss_scale = 1.0
         if self.config.error_feedback:
             device = self._engine.session.parameters.device()
-            self._engine.session.worker.load(own["worker"], device)
-            self._engine.session.server.load(own["server"], device)
+            self._engine.session.worker.load(own["worker"], device, own.get("worker_start"))
+            self._engine.session.server.load(own["server"], device, own["server_start"])
         elif own["worker"]:
             warnings.warn(
                 "The saved state has residuals, and error_feedback is off: they are dropped.",
@@ -504,9 +513,17 @@ class EfficientAdamState:
         if not engine.session.connection.has_topology and (name := topology_of(states[0])):
             topology = make_topology(name, group)
         serves, servers = topology.serves, topology.servers
-        if "ranks" in saved:
+        nodes = self._node_lists(topology)
+        # A worker's residual is a rank's own where the workers are those of the state.
+        same_workers = len(states) == world_size and states[0].get("nodes") == nodes
+        if nodes is not None and states[0]["block_size"] != block_size:
+            same_workers = False
+        if "ranks" in saved and same_workers and nodes is not None:
+            merge_saved(states)  # checks that they are the states of one run
+            own = states[rank]
+        elif "ranks" in saved:
             own = merge_saved(states)
-            if len(states) == world_size:
+            if same_workers:
                 own = {**states[rank], "server": own["server"]}
             own = share_saved(
                 own,
@@ -515,6 +532,9 @@ class EfficientAdamState:
                 serves=serves,
                 servers=servers,
                 block_size=block_size,
+                shares=topology.shares,
+                share=topology.share,
+                nodes=nodes,
             )
         else:
             own = states[0]
@@ -523,6 +543,13 @@ class EfficientAdamState:
                     f"The saved state is that of rank {own['rank']} of {own['world_size']}; this is "
                     f"rank {rank} of {world_size}. Load each rank's own state, or one of all ranks "
                     "from full_state_dict()."
+                )
+            if own.get("nodes") != nodes or (nodes and own["block_size"] != block_size):
+                raise StateMismatchError(
+                    f"The saved state has the nodes {own.get('nodes') or 'of no hierarchical exchange'} "
+                    f"and blocks of {own['block_size']}; this run has the nodes "
+                    f"{nodes or 'of no hierarchical exchange'} and blocks of {block_size}. A rank's own "
+                    "state fits the same nodes only: load one of all ranks from full_state_dict()."
                 )
         numels = engine.session.parameters.numels() if engine.session.parameters.bound else {}
         check_model(own, numels)
@@ -538,7 +565,7 @@ class EfficientAdamState:
                 f"The saved residuals are those of {own['units']}, and this state exchanges {units}. "
                 "Load a state of the same mode, or none: residuals then start at zero."
             )
-        if "ranks" not in saved:
+        if "ranks" not in saved and nodes is None:
             own = deal_out(
                 own,
                 serves=serves,

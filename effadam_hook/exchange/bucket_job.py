@@ -44,8 +44,11 @@ class BucketJob(Protocol):
     """``[servers, stride_bytes]`` uint8: what the servers sent, to be decoded."""
     served: Tensor
     """``[servers of this rank's share, stride_bytes]`` uint8: :attr:`downlink`, or what is gathered there."""
-    node: NodeTransfer | None
-    """The transfer within the node; None in topologies without one."""
+
+    @property
+    def node(self) -> NodeTransfer | None:
+        """The transfer within the node; None in topologies without one."""
+        ...
 
     @property
     def averages_first(self) -> bool:

@@ -32,7 +32,14 @@ from effadam_hook.errors import DisagreementError, EffAdamError
 from effadam_hook.exchange.topology import HIERARCHICAL, NodeTable
 from effadam_hook.exchange.waiting import gather_bytes
 
-__all__ = ["HOST_VARIABLE", "Description", "check_node_options", "describe_rank", "find_nodes", "tabulate"]
+__all__ = [
+    "HOST_VARIABLE",
+    "Description",
+    "check_node_options",
+    "describe_rank",
+    "find_nodes",
+    "tabulate",
+]
 
 HOST_VARIABLE = "EFFADAM_HOST"
 """Environment variable that replaces the host identity of a rank."""
@@ -202,7 +209,9 @@ def describe_rank(
         if text is None:
             return None
         if not text.isdecimal():
-            raise EffAdamError(f"The environment variable {key} is {text!r}. Must be a whole number.")
+            raise EffAdamError(
+                f"The environment variable {key} is {text!r}. Must be a whole number."
+            )
         return int(text)
 
     if "LOCAL_RANK" in environment and _means(number, "RANK", "WORLD_SIZE", rank, world_size):
@@ -254,7 +263,9 @@ def tabulate(descriptions: Sequence[Description]) -> NodeTable:
     """
     failed = [f"rank {rank}: {own.failure}" for rank, own in enumerate(descriptions) if own.failure]
     if failed:
-        raise EffAdamError(f"The nodes cannot be found: {'; '.join(failed[:_MOST_SHOWN])} {_REMEDY}")
+        raise EffAdamError(
+            f"The nodes cannot be found: {'; '.join(failed[:_MOST_SHOWN])} {_REMEDY}"
+        )
     if any(own.members is not None for own in descriptions):
         groups, source = _named_by_user(descriptions), "intra_node_group or device_mesh"
     else:

@@ -11,6 +11,10 @@ on the order of the parameters, shares are dealt out anew:
 - from a state of all ranks, exactly;
 - from a rank's own state, whose other ranks' parts are not at hand, what this rank no longer serves
   moves into its worker residual. The conserved total is ẽ + (1/N) Σ e_i, so it moves N times.
+
+In the hierarchical topology the worker is the node, and a rank's worker residual covers its share of each
+parameter. Such a state also holds ``nodes``, the ranks of every node, and ``worker_start``, the first element
+of each share. It fits ranks with the same nodes; a state of all ranks fits any other run.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from effadam_hook.feedback.checksum import CHECKSUM_KEY, checksum_of
 from effadam_hook.feedback.moments import MOMENTS, check_moments
 from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.wire.layout import share_of, turn_of
+from effadam_hook.wire.node_shares import node_share_of, position_of
 
 __all__ = [
     "check_fits",
@@ -39,13 +44,15 @@ __all__ = [
     "read_saved",
     "share_saved",
     "topology_of",
+    "without_nodes",
 ]
 
 _KEYS = frozenset(
     "version rank world_size servers block_size counters worker server server_start moments".split()
 )
 _COUNTERS = frozenset("steps dense_bytes uplink_bytes downlink_bytes".split())
-_NAMED = ("worker", "server", "server_start", "moments")
+_NAMED = ("worker", "worker_start", "server", "server_start", "moments")
+_OF_NODES = ("nodes", "worker_start")
 
 
 def read_saved(saved: Any, resolve: Callable[[str], str]) -> list[dict[str, Any]]:
@@ -76,6 +83,8 @@ def read_saved(saved: Any, resolve: Callable[[str], str]) -> list[dict[str, Any]
 def _renamed(saved: Mapping[str, Any], resolve: Callable[[str], str]) -> dict[str, Any]:
     renamed = {key: value for key, value in saved.items() if key != CHECKSUM_KEY}
     for key in _NAMED:
+        if key not in saved:
+            continue
         table: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for name, value in saved[key].items():
@@ -145,9 +154,10 @@ def _check_values(saved: Mapping[str, Any]) -> None:
             _check_vector(key, name, state.get(key))
         check_moments(name, state)
     for name, share in saved["server"].items():
-        end = saved["server_start"][name] + share.numel()
-        if name not in saved["worker"] or end > saved["worker"][name].numel():
-            raise _altered(f"server_start.{name}", saved["server_start"][name])
+        start = saved["server_start"][name]
+        first, own = saved.get("worker_start", {}).get(name, 0), saved["worker"].get(name)
+        if own is None or not first <= start <= start + share.numel() <= first + own.numel():
+            raise _altered(f"server_start.{name}", start)
 
 
 def check_model(saved: Mapping[str, Any], numels: Mapping[str, int]) -> None:
@@ -170,7 +180,11 @@ def check_model(saved: Mapping[str, Any], numels: Mapping[str, int]) -> None:
             raise StateMismatchError(
                 f"The saved state has a {what} of {name!r}, which is no parameter of this model."
             )
-        if value.numel() != numels[name]:
+        if what == "worker residual" and "nodes" in saved:
+            fits = saved["worker_start"][name] + value.numel() <= numels[name]
+        else:
+            fits = value.numel() == numels[name]
+        if not fits:
             raise StateMismatchError(
                 f"The saved {what} of {name!r} has {value.numel()} elements, the parameter "
                 f"has {numels[name]}. Load a state of the same model."
@@ -181,6 +195,8 @@ def _check_plain_values(saved: Mapping[str, Any]) -> None:
     """Everything but the tensors: what is looked up later must be there, and mean something."""
     numbers = {key: saved[key] for key in ("rank", "world_size", "servers", "block_size")}
     tables = {key: saved[key] for key in ("counters", "server_start")}
+    if "nodes" in saved:
+        tables["worker_start"] = saved.get("worker_start")
     for key, table in tables.items():
         if not isinstance(table, Mapping):
             raise _altered(key, table)
@@ -203,6 +219,17 @@ def _check_plain_values(saved: Mapping[str, Any]) -> None:
     ranks, servers = saved["world_size"], saved["servers"]
     if saved["rank"] >= ranks or not 1 <= servers <= ranks or saved["block_size"] < 1:
         raise _altered("(rank, world_size, servers, block_size)", tuple(numbers.values())[:4])
+    if "nodes" in saved:
+        if saved["worker_start"].keys() != saved["worker"].keys():
+            raise _altered("worker_start", sorted(saved["worker_start"]))
+        _check_nodes(saved["nodes"], ranks)
+
+
+def _check_nodes(nodes: Any, world_size: int) -> None:
+    is_table = isinstance(nodes, list) and all(isinstance(ranks, list) for ranks in nodes)
+    named = [rank for ranks in nodes for rank in ranks] if is_table else []
+    if not all(type(rank) is int for rank in named) or sorted(named) != list(range(world_size)):
+        raise _altered("nodes", nodes)
 
 
 def _altered(key: str, value: Any) -> StateMismatchError:
@@ -276,7 +303,7 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         A state of a single rank and server: the workers' mean residuals and the whole parameters'
-        server residuals.
+        server residuals. Workers are nodes where the state has nodes, else ranks.
 
     Raises:
         StateMismatchError: If the states are not those of all ranks of one run.
@@ -289,8 +316,18 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             )
     worker: dict[str, Tensor] = {}
     server: dict[str, Tensor] = {}
+    workers = len(states[0].get("nodes", states))
+    if any(state.get("nodes") != states[0].get("nodes") for state in states):
+        raise _altered("nodes", [state.get("nodes") for state in states])
     for name in dict.fromkeys(name for state in states for name in state["worker"]):
-        worker[name] = _mean([s["worker"][name] for s in states if name in s["worker"]], states)
+        worker[name] = _mean_of_shares(
+            [
+                (state.get("worker_start", {}).get(name, 0), state["worker"][name])
+                for state in states
+                if name in state["worker"]
+            ],
+            workers,
+        )
     moments = {
         name: {
             **state,
@@ -312,7 +349,7 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             raise _altered(f"server_start.{name}", starts)
         server[name] = whole
     return {
-        **states[0],
+        **without_nodes(states[0]),
         "rank": 0,
         "world_size": 1,
         "servers": 1,
@@ -321,6 +358,20 @@ def merge_saved(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "server_start": dict.fromkeys(server, 0),
         "moments": moments,
     }
+
+
+def without_nodes(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state without its record of nodes."""
+    return {key: value for key, value in saved.items() if key not in _OF_NODES}
+
+
+def _mean_of_shares(shares: Sequence[tuple[int, Tensor]], workers: int) -> Tensor:
+    """Average residuals that begin at given elements; a worker that holds none counts as zero."""
+    numel = max(start + share.numel() for start, share in shares)
+    total = torch.zeros(numel, dtype=torch.float64)
+    for start, share in shares:
+        total[start : start + share.numel()] += share.double()
+    return (total / workers).to(shares[0][1].dtype)
 
 
 def _mean(held: Sequence[Tensor], states: Sequence[object]) -> Tensor:
@@ -336,8 +387,11 @@ def share_saved(
     serves: int | None,
     servers: int,
     block_size: int,
+    shares: int = 1,
+    share: int = 0,
+    nodes: list[list[int]] | None = None,
 ) -> dict[str, Any]:
-    """Deal the server residuals of a merged state out to one rank of a run.
+    """Deal the residuals of a merged state out to one rank of a run.
 
     Args:
         merged: A state with the whole parameters' server residuals, as :func:`merge_saved` returns it.
@@ -346,6 +400,9 @@ def share_saved(
         serves: Which server the rank is, if any.
         servers: How many servers there are.
         block_size: The run's block size.
+        shares: Number of ranks of a node, where nodes are the workers.
+        share: Index of the rank in its node.
+        nodes: The ranks of every node, likewise; None in flat topologies.
 
     Returns:
         That rank's state.
@@ -353,11 +410,22 @@ def share_saved(
     server: dict[str, Tensor] = {}
     start: dict[str, int] = {}
     for name, whole in merged["server"].items():
-        first, numel = _share(name, whole.numel(), block_size, serves, servers)
+        first, numel = _share(name, whole.numel(), block_size, serves, servers, shares)
         if numel:
             server[name], start[name] = whole[first : first + numel], first
+    further: dict[str, Any] = {}
+    if nodes is not None:
+        worker: dict[str, Tensor] = {}
+        worker_start: dict[str, int] = {}
+        for name, whole in merged["worker"].items():
+            turn = turn_of(name)
+            first, numel = node_share_of(whole.numel(), turn, block_size, share, shares, servers)
+            if numel:
+                worker[name], worker_start[name] = whole[first : first + numel], first
+        further = {"nodes": nodes, "worker": worker, "worker_start": worker_start}
     return {
         **merged,
+        **further,
         "rank": rank,
         "world_size": world_size,
         "servers": servers,
@@ -410,9 +478,10 @@ def deal_out(
 
 
 def _share(
-    name: str, numel: int, block_size: int, serves: int | None, servers: int
+    name: str, numel: int, block_size: int, serves: int | None, servers: int, shares: int = 1
 ) -> tuple[int, int]:
     """First element and number of elements that a rank serves of a parameter."""
     if serves is None:
         return 0, 0
-    return share_of(numel, turn_of(name), block_size, serves, servers)
+    position = position_of(serves, turn_of(name), servers, shares)
+    return share_of(numel, 0, block_size, position, servers)

@@ -37,9 +37,7 @@ AUTO = "auto"
 """The name that leaves the choice to the ranks, see :mod:`effadam_hook.exchange.auto`."""
 
 
-def make_topology(
-    name: str, group: dist.ProcessGroup, table: NodeTable | None = None
-) -> Topology:
+def make_topology(name: str, group: dist.ProcessGroup, table: NodeTable | None = None) -> Topology:
     """Make this rank's view of a topology.
 
     Args:
