@@ -68,8 +68,8 @@ class EfficientAdamState:
         scale_rule: How a block finds its scale, ``"least_squares"`` or ``"absmax"``.
         wait_timeout_s: Seconds after which a bucket that waits for other ranks is an error, which says
             what they do; None waits for the process group's time-out. See :attr:`wait_timeout_s`.
-        intra_node_group: With ``topology="hierarchical"``, a process group of the ranks of this node, in
-            place of those that share its host.
+        intra_node_group: With ``topology="hierarchical"``, a process group of the ranks of this
+            node, in place of those that share its host.
         device_mesh: Likewise, a two-dimensional ``DeviceMesh`` (nodes, ranks of a node).
 
     Raises:
@@ -470,7 +470,8 @@ class EfficientAdamState:
         """Continue from a saved state.
 
         A state of all ranks (:meth:`full_state_dict`) fits any number of ranks, any nodes and any
-        topology: where they are the same, every rank gets its own back; otherwise workers start with the
+        topology: where they are the same, every rank gets its own back; otherwise workers start
+            with the
         mean of the saved workers' residuals and moments, and the servers share the saved servers'.
 
         In update mode the moments come from here, whatever the optimizer has loaded before.
@@ -546,10 +547,10 @@ class EfficientAdamState:
                 )
             if own.get("nodes") != nodes or (nodes and own["block_size"] != block_size):
                 raise StateMismatchError(
-                    f"The saved state has the nodes {own.get('nodes') or 'of no hierarchical exchange'} "
-                    f"and blocks of {own['block_size']}; this run has the nodes "
-                    f"{nodes or 'of no hierarchical exchange'} and blocks of {block_size}. A rank's own "
-                    "state fits the same nodes only: load one of all ranks from full_state_dict()."
+                    f"The saved state has the nodes {own.get('nodes')} and blocks of "
+                    f"{own['block_size']}, this run {nodes} and {block_size}. A rank's own state of "
+                    "topology='hierarchical' fits the same nodes and blocks only: load one of all "
+                    "ranks from full_state_dict()."
                 )
         numels = engine.session.parameters.numels() if engine.session.parameters.bound else {}
         check_model(own, numels)

@@ -26,7 +26,10 @@ class NodeTransfer(Protocol):
 
 
 class BucketJob(Protocol):
-    """One bucket's route through an exchange; implemented by :class:`effadam_hook.session.buffers.BucketBuffers`."""
+    """One bucket in an exchange.
+
+    :class:`effadam_hook.session.buffers.BucketBuffers` implements it.
+    """
 
     label: str
     """How messages name the bucket."""
@@ -43,7 +46,7 @@ class BucketJob(Protocol):
     downlink: Tensor
     """``[servers, stride_bytes]`` uint8: what the servers sent, to be decoded."""
     served: Tensor
-    """``[servers of this rank's share, stride_bytes]`` uint8: :attr:`downlink`, or what is gathered there."""
+    """``[servers of this rank's share, stride_bytes]`` uint8: a part of :attr:`downlink`, or all."""
 
     @property
     def node(self) -> NodeTransfer | None:

@@ -33,8 +33,8 @@ class _Rendezvous(Store):
     """The default store as Gloo needs it to connect ranks, without keeping it alive.
 
     Gloo keeps the store of a group, and a store that is kept alive keeps its port from the next default
-    process group. A wait for another rank's address can be given up, and leaves the store to other threads
-    meanwhile.
+    process group. A wait for another rank's address can be given up, and leaves the store to other
+    threads meanwhile.
     """
 
     def __init__(self, prefix: str, is_useful: Callable[[], bool]) -> None:
@@ -90,13 +90,13 @@ def make_gloo_groups(
 ) -> list[GlooGroup]:
     """Make Gloo groups with ranks and time-out of a process group; a collective operation.
 
-    Connecting happens in C++, where neither Ctrl-C nor another rank's end is noticed. A thread does it, and
-    this function waits for the thread.
+    Connecting happens in C++, where neither Ctrl-C nor another rank's end is noticed. A thread does
+    it, and this function waits for the thread.
 
     Args:
-        stages: For each group its name, the same on every rank, and the ranks of ``group`` that this rank's
-            instance of it connects, ascending; None for all ranks. The instances of one name are
-            disjoint.
+        stages: For each group its name, the same on every rank, and the ranks of ``group`` that
+            this rank's instance of it connects, ascending; None for all ranks. The instances of one
+            name are disjoint.
         run_id: The same on all ranks, and no other exchange's.
         group: DDP's process group.
         is_useful: Queried several times a second; connecting is given up when it is False.
@@ -146,8 +146,8 @@ def make_stage_groups(
 ) -> list[dist.ProcessGroup]:
     """Make groups of the user's backend for parts of a process group; a collective operation.
 
-    Every rank makes its groups in the order of ``subsets``. Equal subsets share a group, so that there are
-    as few communicators as possible.
+    Every rank makes its groups in the order of ``subsets``. Equal subsets share a group, so that
+    there are as few communicators as possible.
 
     Args:
         subsets: For each stage the ranks of ``group`` that this rank's collective connects, ascending;

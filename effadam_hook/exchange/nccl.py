@@ -1,10 +1,10 @@
 """The order of collectives on NCCL: no thread, no callback, one side stream.
 
 Everything is issued from the hook itself, in the order in which DDP calls it, on one stream beside
-backward's: several communicators at once can deadlock unless all ranks issue their collectives in one order.
-Flat topologies use DDP's own process group; "hierarchical" uses one group of the node and one of the ranks
-with the same place in other nodes, which all stages share. Waiting for a collective only orders streams: the
-host continues at once, and the device is never synchronised.
+backward's: several communicators at once can deadlock unless all ranks issue their collectives in
+one order. Flat topologies use DDP's own process group; "hierarchical" uses one group of the node
+and one of the ranks with the same place in other nodes, which all stages share. Waiting for a
+collective only orders streams: the host continues at once, and the device is never synchronised.
 """
 
 from __future__ import annotations

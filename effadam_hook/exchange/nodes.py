@@ -2,11 +2,11 @@
 
 A node is a host: ranks that share a host share its network card. Every rank describes itself:
 
-- its *host identity*: host name, boot id and network namespace, or the environment variable ``EFFADAM_HOST``
-  where a host is to count as another one;
-- what its *launcher* has told it: local rank, number of local ranks and number of the node, from torchrun
-  (``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``GROUP_RANK``), Lightning (``LOCAL_RANK``, ``NODE_RANK``) or SLURM
-  (``SLURM_LOCALID``, ``SLURM_NTASKS_PER_NODE``, ``SLURM_NODEID``);
+- its *host identity*: host name, boot id and network namespace, or the environment variable
+  ``EFFADAM_HOST`` where a host is to count as another one;
+- what its *launcher* has told it: local rank, number of local ranks and number of the node, from
+  torchrun (``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``GROUP_RANK``), Lightning (``LOCAL_RANK``,
+  ``NODE_RANK``) or SLURM (``SLURM_LOCALID``, ``SLURM_NTASKS_PER_NODE``, ``SLURM_NODEID``);
 - or the ranks of its node, where the user names them by a process group or a device mesh.
 
 All descriptions are gathered, and every rank derives the same table from them or raises the same error.
@@ -113,8 +113,8 @@ def check_node_options(topology: str, intra_node_group: object, device_mesh: obj
         )
     if isinstance(device_mesh, DeviceMesh) and device_mesh.ndim != 2:
         raise ValueError(
-            f"Invalid device_mesh: it has {device_mesh.ndim} dimensions. Must have two: nodes, and ranks "
-            "of a node."
+            f"Invalid device_mesh: it has {device_mesh.ndim} dimensions. Must have two: nodes, "
+            "and ranks of a node."
         )
 
 
@@ -191,8 +191,8 @@ def describe_rank(
 
     Args:
         environment: The environment variables.
-        rank: This rank in the default group. A launcher's variables count only if they mean this rank: a
-            process that was started within a launcher's process inherits them.
+        rank: This rank in the default group. A launcher's variables count only if they mean this
+            rank: a process that was started within a launcher's process inherits them.
         world_size: Size of the default group.
         members: Ranks of the node, if the user names them.
 
@@ -242,7 +242,7 @@ def _host_identity(name: str) -> str:
     parts = [name]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/net"))
+        parts.append(str(Path("/proc/self/ns/net").readlink()))
     except OSError:  # not Linux
         pass
     return " ".join(parts)
@@ -276,8 +276,8 @@ def tabulate(descriptions: Sequence[Description]) -> NodeTable:
     if len(sizes) > 1:
         raise EffAdamError(
             f"The nodes have unequal numbers of ranks: {_shown(groups, descriptions)}. "
-            f'topology="{HIERARCHICAL}" needs equally many on each: use topology="sharded", or start as '
-            "many ranks on every node."
+            f'topology="{HIERARCHICAL}" needs equally many on each: use topology="sharded", '
+            "or start as many ranks on every node."
         )
     if len(groups) == 1 and len(descriptions) > 1:
         raise EffAdamError(
@@ -293,8 +293,8 @@ def _named_by_user(descriptions: Sequence[Description]) -> list[tuple[int, ...]]
     for rank, own in enumerate(descriptions):
         if own.members is None:
             raise DisagreementError(
-                f"Rank {rank} has neither intra_node_group nor device_mesh, and other ranks have. Must be "
-                "the same on all ranks."
+                f"Rank {rank} has neither intra_node_group nor device_mesh, and other ranks have. "
+                "Must be the same on all ranks."
             )
         groups[own.members] = None
         for member in own.members:
@@ -302,8 +302,8 @@ def _named_by_user(descriptions: Sequence[Description]) -> list[tuple[int, ...]]
                 raise DisagreementError(
                     f"The ranks name different nodes: rank {rank} is on a node with the ranks "
                     f"{_listed(own.members)}, rank {member} on one with "
-                    f"{_listed(descriptions[member].members or ())}. Make intra_node_group or device_mesh "
-                    "the same on all ranks."
+                    f"{_listed(descriptions[member].members or ())}. Make intra_node_group or "
+                    "device_mesh the same on all ranks."
                 )
         if rank not in own.members:
             raise DisagreementError(
@@ -334,8 +334,8 @@ def _check_launchers(
                 host, other = host_of.setdefault((own.launcher, own.node), (own.host, rank))
                 if host != own.host:
                     raise _contradiction(
-                        f"rank {other} and rank {rank} are both on node {own.node} of {own.launcher}, and "
-                        f"on the hosts {descriptions[other].name!r} and {own.name!r}"
+                        f"rank {other} and rank {rank} are both on node {own.node} of {own.launcher}, "
+                        f"and on the hosts {descriptions[other].name!r} and {own.name!r}"
                     )
                 if first.launcher == own.launcher and first.node not in (None, own.node):
                     raise _contradiction(
@@ -344,8 +344,8 @@ def _check_launchers(
                     )
             if own.local_world_size is not None and len(ranks) > own.local_world_size:
                 raise _contradiction(
-                    f"{where} with {len(ranks)} ranks ({_listed(ranks)}), and {own.launcher} has told it "
-                    f"of {own.local_world_size} local ranks"
+                    f"{where} with {len(ranks)} ranks ({_listed(ranks)}), and {own.launcher} has told "
+                    f"it of {own.local_world_size} local ranks"
                 )
         counts = Counter(own.local_rank for _, own in known if own.local_rank is not None)
         for local_rank, count in counts.items():

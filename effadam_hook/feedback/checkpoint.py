@@ -12,9 +12,10 @@ on the order of the parameters, shares are dealt out anew:
 - from a rank's own state, whose other ranks' parts are not at hand, what this rank no longer serves
   moves into its worker residual. The conserved total is ẽ + (1/N) Σ e_i, so it moves N times.
 
-In the hierarchical topology the worker is the node, and a rank's worker residual covers its share of each
-parameter. Such a state also holds ``nodes``, the ranks of every node, and ``worker_start``, the first element
-of each share. It fits ranks with the same nodes; a state of all ranks fits any other run.
+In the hierarchical topology the worker is the node, and a rank's worker residual covers its share
+of each parameter. Such a state also holds ``nodes``, the ranks of every node, and ``worker_start``,
+the first element of each share. It fits ranks with the same nodes; a state of all ranks fits any
+other run.
 """
 
 from __future__ import annotations

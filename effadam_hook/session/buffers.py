@@ -4,8 +4,8 @@ Everything that a bucket needs is allocated here, once, when DDP shows the bucke
 with other parameters than before; a step allocates no buffer.
 
 In the hierarchical topology the worker is the node, and this rank encodes its share of the node's mean:
-input and worker residual have the compact layout of the share. What a server receives and what is decoded
-have the bucket's own layout.
+input and worker residual have the compact layout of the share. What a server receives and what is
+decoded have the bucket's own layout.
 """
 
 from __future__ import annotations

@@ -180,8 +180,8 @@ class Connection:
     def open(self, device: torch.device, steps: int, progress: Any, compressing: bool) -> None:
         """Connect the ranks, choose topology and kernels; a collective operation.
 
-        Done before the first bucket, even if that one is dense: a rank that opened its groups later than
-        the others could not be told that they do something else.
+        Done before the first bucket, even if that one is dense: a rank that opened its groups later
+        than the others could not be told that they do something else.
 
         Args:
             device: The device of the buckets.
@@ -190,7 +190,8 @@ class Connection:
             compressing: Whether the next bucket is compressed.
 
         Raises:
-            UnsupportedBackendError: If the backend cannot carry compressed buckets, and the next one is.
+            UnsupportedBackendError: If the backend cannot carry compressed buckets, and the next
+                one is.
             EffAdamError: If the ranks are at different steps, or one is gone.
         """
         self.phase = "opening the exchange"

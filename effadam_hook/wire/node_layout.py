@@ -46,8 +46,8 @@ class NodeLayout:
     Attributes:
         runs: Its runs, in the order of the bucket's slots; at most one for each.
         numel: Number of elements.
-        uplink: Chunks for the servers of the share. Pieces start in the compact share, and offsets count
-            from the run's first element.
+        uplink: Chunks for the servers of the share. Pieces start in the compact share, and offsets
+            count from the run's first element.
     """
 
     runs: tuple[Run, ...]

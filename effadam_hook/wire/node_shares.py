@@ -1,9 +1,9 @@
 """Shares of the ranks of a node in a parameter. Integers only, no torch.
 
-With M nodes of G ranks, the blocks of a parameter are first divided among the G local ranks in contiguous
-runs, and each of these runs among the M nodes. Server ``g * M + m`` is local rank g of node m: the servers
-of one local rank are consecutive, and so are their elements. With G = 1 these are the shares of
-:func:`~effadam_hook.wire.layout.share_of`.
+With M nodes of G ranks, the blocks of a parameter are first divided among the G local ranks in
+contiguous runs, and each of these runs among the M nodes. Server ``g * M + m`` is local rank g of
+node m: the servers of one local rank are consecutive, and so are their elements. With G = 1 these
+are the shares of :func:`~effadam_hook.wire.layout.share_of`.
 """
 
 from __future__ import annotations

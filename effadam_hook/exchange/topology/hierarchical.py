@@ -1,12 +1,12 @@
 """Topology "hierarchical": a dense mean inside the node, a quantized exchange between nodes.
 
-The ranks of a node share its network card, which a flat all-to-all crosses once for each rank. Here every
-rank of a node handles its share of the bucket, and each element crosses the card once in each direction.
-With M nodes of G ranks, rank g of node m:
+The ranks of a node share its network card, which a flat all-to-all crosses once for each rank. Here
+every rank of a node handles its share of the bucket, and each element crosses the card once in each
+direction. With M nodes of G ranks, rank g of node m:
 
 1. receives the other local ranks' gradients for share g and averages them ("node mean");
-2. encodes the mean of its share, with the worker residual, and exchanges chunks with the M ranks of equal
-   g on the other nodes ("uplink");
+2. encodes the mean of its share, with the worker residual, and exchanges chunks with the M ranks of
+   equal g on the other nodes ("uplink");
 3. reduces chunk ``g * M + m`` as its server and exchanges the result with the same ranks ("downlink");
 4. exchanges the payload chunks of its share for those of the other local ranks ("node gather");
 5. decodes the whole bucket.

@@ -13,8 +13,8 @@ class NodeTable:
     """The ranks of each node.
 
     Attributes:
-        nodes: Ranks in the process group, ascending, for each node. Nodes are in the order of their first
-            ranks; all have the same number of ranks.
+        nodes: Ranks in the process group, ascending, for each node. Nodes are in the order of their
+            first ranks; all have the same number of ranks.
         source: The knowledge from which nodes were found, for messages.
     """
 

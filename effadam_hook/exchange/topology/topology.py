@@ -1,13 +1,14 @@
 """The interface of a topology: its servers, and the stages that a bucket passes.
 
 A topology is described by its class, before any rank exists: its name, how many servers it has among N
-ranks, and what its collectives cost. An instance is one rank's view: the chunk that this rank serves, and
-the stages. A *stage* is arithmetic on this rank followed by a collective; the next stage waits for that
-collective. The exchange (:mod:`~effadam_hook.exchange.gloo`, :mod:`~effadam_hook.exchange.nccl`) runs
-whatever stages there are, in their order::
+ranks, and what its collectives cost. An instance is one rank's view: the chunk that this rank
+serves, and the stages. A *stage* is arithmetic on this rank followed by a collective; the next
+stage waits for that collective. The exchange (:mod:`~effadam_hook.exchange.gloo`,
+:mod:`~effadam_hook.exchange.nccl`) runs whatever stages there are, in their order::
 
     rank0, sharded    encode ─ uplink ─► reduce ─ downlink ─► decode
-    hierarchical      pack ─ node mean ─► encode ─ uplink ─► reduce ─ downlink ─► ─ node gather ─► decode
+    hierarchical      pack ─ node mean ─► encode ─ uplink ─► reduce ─ downlink ─►
+                      node gather ─► decode
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Topology(ABC):
         name: The public name.
         servers: How many servers there are, and so how many chunks a bucket has.
         serves: The chunk that this rank is the server of; None if there is none.
-        worker_ranks: The ranks from which this rank receives uplinks as a server, in the order in which it
-            sums them. Their number is N in the formulas.
+        worker_ranks: The ranks from which this rank receives uplinks as a server, in the order in
+            which it sums them. Their number is N in the formulas.
         server_ranks: The rank that serves each chunk.
         shares: Number of ranks that divide the encoding of a worker's bucket among themselves.
         share: Which share of it this rank encodes.
