@@ -25,7 +25,7 @@ import torch.distributed as dist
 from netlab import LabError, Link, NetLab, RankError, read_wire_bytes, run_in_lab
 from torch import Tensor
 
-from effadam_hook.exchange.compat import all_gather_flat, gather_to_first
+from effadam_hook.exchange.collectives import all_gather_flat, gather_to_first
 
 Pattern = Callable[[Tensor, Tensor, dist.ProcessGroup], None]
 _LINE = "{:<24}{:>12}{:>12}{:>10}{:>12}{:>10}"

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from effadam_hook import EfficientAdamState
 from effadam_hook.cli.benchmark_run import between_ends
 from effadam_hook.exchange.probe import Probe
-from effadam_hook.planner.measure_speed import exchange_all
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.traffic import ParameterSize, make_buckets
 from effadam_hook.planner.workloads import Workload
+from effadam_hook.session.session import exchange_all
 
 Exchange = Callable[[], None]
 
@@ -49,7 +49,7 @@ def make_exchange(method: Method, buckets: list[list[Tensor]]) -> Iterator[Excha
     if method.is_effadam:
         state = EfficientAdamState(quantizer=method.quantizer, topology=method.topology)
         try:
-            yield lambda: exchange_all(state, buffers, buckets)
+            yield lambda: exchange_all(state.session, buffers, buckets)
         finally:
             state.close()
         return

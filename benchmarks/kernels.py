@@ -30,8 +30,8 @@ from torch import Tensor
 
 from effadam_hook.cli.environment import environment
 from effadam_hook.kernels import Kernels, choose, reference
-from effadam_hook.layout import BucketLayout, Slot, plan_bucket
-from effadam_hook.quantizers import QUANTIZERS, get_quantizer
+from effadam_hook.wire.layout import BucketLayout, Slot, lay_out_bucket
+from effadam_hook.wire.quantizers import QUANTIZERS, get_quantizer
 
 WORKERS = 4
 PARAMETERS = 20
@@ -114,9 +114,9 @@ class Bucket:
 def layout_of(quantizer: str, sizes: list[int], exact: tuple[int, ...] = ()) -> BucketLayout:
     slots, start = [], 0
     for index, numel in enumerate(sizes):
-        slots.append(Slot(f"p{index}", index, start, numel, index in exact))
+        slots.append(Slot(f"p{index}", start, numel, index in exact))
         start += numel
-    return plan_bucket(
+    return lay_out_bucket(
         slots,
         uplink=get_quantizer(quantizer),
         downlink=get_quantizer(quantizer),

@@ -25,21 +25,21 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import attach
-from effadam_hook.accumulation import AccumulationCheck
-from effadam_hook.exchange.seal import Seal
-from effadam_hook.exchange.watchdog import Watch
-from effadam_hook.idle import IdleInput, IdleMean
+from effadam_hook.ddp.accumulation import AccumulationCheck
+from effadam_hook.exchange.replica_check import ReplicaCheck
+from effadam_hook.exchange.watchdog.watchdog import Watchdog
+from effadam_hook.feedback.unused import UnusedInput, UnusedMean
 
 CHECKS: tuple[tuple[type, str], ...] = (
-    (Seal, "stamp"),
-    (Seal, "check"),
-    (IdleInput, "_find"),
-    (IdleMean, "_find"),
+    (ReplicaCheck, "stamp"),
+    (ReplicaCheck, "check"),
+    (UnusedInput, "_find"),
+    (UnusedMean, "_find"),
     (AccumulationCheck, "begin"),
     (AccumulationCheck, "end"),
-    (Watch, "enter"),
-    (Watch, "settled"),
-    (Watch, "_round"),
+    (Watchdog, "enter"),
+    (Watchdog, "settled"),
+    (Watchdog, "_round"),
 )
 
 
@@ -104,7 +104,7 @@ def run(rank: int, arguments: argparse.Namespace, folder: str) -> None:
         kernels = state.summary().partition("kernels")[2].split("\n")[0].strip()
         print(
             f"{arguments.workers} workers, {numel / 1e6:.1f} M parameters, "
-            f"{len(state._engine.plans)} buckets, {arguments.topology}, kernels {kernels}, "
+            f"{len(state.session.buckets)} buckets, {arguments.topology}, kernels {kernels}, "
             f"{arguments.steps} steps"
         )
         for label, spent_s in sorted(meter.spent_s.items()):

@@ -3,7 +3,7 @@
 from effadam_hook._version import __version__
 from effadam_hook.errors import DisagreementError, EffAdamError, StateMismatchError
 from effadam_hook.hook import attach, efficient_adam_hook
-from effadam_hook.optim import EfficientAdam
+from effadam_hook.optim.efficient_adam import EfficientAdam
 from effadam_hook.state import EfficientAdamState
 
 __all__ = [

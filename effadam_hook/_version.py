@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
-PAYLOAD_VERSION = 1
+PAYLOAD_VERSION = 2
 """Changes whenever the bytes of a payload change their meaning."""
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Changes whenever the contents of a saved state change their meaning."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from effadam_hook.quantizers import SCALE_RULES, Quantizer, get_quantizer
+from effadam_hook.exchange.topology import AUTO, TOPOLOGIES
+from effadam_hook.wire.names import nearest_names
+from effadam_hook.wire.quantizers import SCALE_RULES, Quantizer, get_quantizer
 
-__all__ = ["TOPOLOGIES", "Config"]
+__all__ = ["TOPOLOGY_NAMES", "Config"]
 
-TOPOLOGIES = ("rank0", "sharded", "auto")
-"""Who is the server: rank 0 for everything, every rank for its share of every parameter, or whichever
-is faster on this link."""
+TOPOLOGY_NAMES = (*TOPOLOGIES, AUTO)
+"""Values of the option ``topology``."""
 
 _MIN_BLOCK, _MAX_BLOCK = 16, 4096
+_MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Config:
         error_feedback: Whether what a quantizer dropped is added to its next input.
         exact: Which parameters travel uncompressed. ``"1d"`` means those with at most one
             dimension, ``"<N"`` those with fewer than N elements, anything else is a shell pattern
-            for parameter names, such as ``"*.norm*"``.
+            for parameter names, such as ``"*.norm*"``. A pattern may match any name of a tied
+            parameter, with or without the components that wrappers insert, and must match at least
+            one parameter of the model.
         warmup_steps: Backward passes with a dense all-reduce before compression starts.
     """
 
@@ -47,7 +52,7 @@ class Config:
         get_quantizer(self.worker_quantizer)
         get_quantizer(self.server_quantizer)
         _one_of("scale_rule", self.scale_rule, SCALE_RULES)
-        _one_of("topology", self.topology, TOPOLOGIES)
+        _one_of("topology", self.topology, TOPOLOGY_NAMES)
         _integer("block_size", self.block_size)
         if not _MIN_BLOCK <= self.block_size <= _MAX_BLOCK or self.block_size.bit_count() != 1:
             raise ValueError(
@@ -83,15 +88,16 @@ class Config:
         """The quantizer from servers to workers."""
         return get_quantizer(self.server_quantizer)
 
-    def needs_names(self) -> bool:
-        """Whether a rule in ``exact`` asks for parameter names."""
-        return any(rule != "1d" and not rule.startswith("<") for rule in self.exact)
+    @property
+    def name_patterns(self) -> tuple[str, ...]:
+        """The rules of ``exact`` that are patterns for parameter names."""
+        return tuple(rule for rule in self.exact if rule != "1d" and not rule.startswith("<"))
 
-    def is_exact(self, name: str, ndim: int, numel: int) -> bool:
+    def is_exact(self, names: Collection[str], ndim: int, numel: int) -> bool:
         """Whether a parameter travels uncompressed.
 
         Args:
-            name: The parameter's name.
+            names: All names of the parameter; a pattern may match any of them.
             ndim: Its number of dimensions.
             numel: Its number of elements.
 
@@ -103,9 +109,29 @@ class Config:
             if rule == "1d"
             else numel < int(rule[1:])
             if rule.startswith("<")
-            else fnmatchcase(name, rule)
+            else any(fnmatchcase(name, rule) for name in names)
             for rule in self.exact
         )
+
+    def check_patterns(self, names: Collection[str]) -> None:
+        """Check that every pattern of ``exact`` matches a parameter of the model.
+
+        Args:
+            names: All names of the model's parameters.
+
+        Raises:
+            ValueError: If a pattern matches none of them.
+        """
+        for rule in self.name_patterns:
+            if any(fnmatchcase(name, rule) for name in names):
+                continue
+            near = nearest_names(rule, names)
+            shown = near or list(dict.fromkeys(names))[:_MOST_NAMES]
+            raise ValueError(
+                f"Invalid rule in exact: {rule!r}, which matches no parameter of the model. Must match "
+                f"at least one; the {'nearest names' if near else 'first names of the model'} are "
+                f"{', '.join(map(repr, shown))}. Correct the pattern, or leave it out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for comparison between ranks and for saved states."""

@@ -16,7 +16,7 @@ class StateOptions(TypedDict, total=False):
 
     Attributes:
         quantizer: Name of the quantizer of both directions, see
-            :data:`effadam_hook.quantizers.QUANTIZERS`. Default: ``"lloyd4"``.
+            :data:`effadam_hook.wire.quantizers.QUANTIZERS`. Default: ``"lloyd4"``.
         worker_quantizer: Quantizer of the uplink; None for ``quantizer``. Default: ``None``.
         server_quantizer: Quantizer of the downlink; None for ``quantizer``. Default: ``None``.
         block_size: Number of elements that share a scale, a power of two from 16 to 4096.
@@ -35,6 +35,8 @@ class StateOptions(TypedDict, total=False):
             it must be equal on all ranks. Default: ``True``.
         scale_rule: Rule for the scale of a block, ``"least_squares"`` or ``"absmax"``.
             Default: ``"least_squares"``.
+        wait_timeout_s: Seconds after which a bucket that waits for other ranks raises an error with
+            their state; None for the time-out of the process group. Default: ``None``.
     """
 
     quantizer: str
@@ -47,6 +49,7 @@ class StateOptions(TypedDict, total=False):
     warmup_steps: int
     enabled: bool
     scale_rule: str
+    wait_timeout_s: float | None
 
 
 class HookOptions(StateOptions, total=False):

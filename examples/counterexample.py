@@ -9,7 +9,7 @@ small gradients therefore dominate, and x ends at +1. With theta_t = 1 - theta/t
 and x converges to -1.
 
 For each schedule the program prints which of the convergence conditions hold (see
-`effadam_hook.schedules`) and the final x for several random seeds. It plots the paths in
+`effadam_hook.optim.schedules`) and the final x for several random seeds. It plots the paths in
 `outputs/counterexample.png`.
 
 Source: the counterexample of "Towards Practical Adam", arXiv 2101.05471.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effadam_hook.schedules import PowerSchedule, Schedule, check_convergence
+from effadam_hook.optim.schedules import PowerSchedule, Schedule, check_convergence
 
 LARGE, SMALL, PROBABILITY = 1010.0, -10.0, 0.01
 OPTIMUM = -1.0

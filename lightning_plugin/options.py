@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
+from effadam_hook.ddp.auto_compress import check_auto
+from effadam_hook.optim.efficient_adam import unwrapped
 from effadam_hook.options import HookOptions
-from effadam_hook.trial import check_auto
 
 __all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer", "needs_optimizer"]
 
@@ -96,6 +97,7 @@ def exchanged_optimizer(optimizers: Sequence[Optimizer], options: HookOptions) -
     Raises:
         EffAdamError: If the exchange requires an optimizer, and the model has none or several.
     """
+    optimizers = [unwrapped(one, (EfficientAdam,)) for one in optimizers]
     special = any(isinstance(one, EfficientAdam) for one in optimizers)
     if not special and not needs_optimizer(options):
         return None

@@ -23,6 +23,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState, attach
+from effadam_hook.feedback.checksum import with_checksum
 from lightning_plugin.base import ExchangeStrategy
 from lightning_plugin.checkpointing import load_states, saved_states
 from lightning_plugin.options import exchanged_optimizer
@@ -128,7 +129,8 @@ class StrategyMixin(ExchangeStrategy, Base):
         if any(isinstance(one, EfficientAdam) for one in self.optimizers):
             # Every fit has new optimizers, whose moments start from zero and need their warm-up again.
             own = state.state_dict()
-            saved = {**saved, "moments": own["moments"], "counters": own["counters"]}
+            fresh = {"moments": own["moments"], "counters": own["counters"]}
+            saved = with_checksum({**saved, **fresh})
         state.load_state_dict(saved)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

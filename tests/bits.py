@@ -64,7 +64,7 @@ def run_of(rank: int, world_size: int, quantizer: str) -> dict[str, list[int]]:
 def record() -> dict[str, Any]:
     """All digests, as ``data/bits.json`` holds them."""
     from bits import run_of  # by its importable name, also where this file is the program
-    from effadam_hook.quantizers import QUANTIZERS
+    from effadam_hook.wire.quantizers import QUANTIZERS
 
     runs = {
         f"{quantizer} on {world_size}": run_ranks(run_of, world_size, quantizer, timeout=120)

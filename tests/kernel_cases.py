@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from effadam_hook.kernels import Kernels, cpu, reference
-from effadam_hook.layout import BucketLayout, Slot, Wire, plan_bucket
-from effadam_hook.quantizers import QUANTIZERS, SCALE_RULES, get_quantizer
+from effadam_hook.wire.layout import BucketLayout, Slot, Wire, lay_out_bucket
+from effadam_hook.wire.quantizers import QUANTIZERS, SCALE_RULES, get_quantizer
 
 SIZES = (1, 2, 5, 15, 16, 17, 0, 255, 256, 257, 1000, 40, 3)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -50,9 +50,9 @@ def layout_of(
 ) -> BucketLayout:
     slots, start = [], 0
     for index, numel in enumerate(sizes):
-        slots.append(Slot(f"p{index}", index, start, numel, index in exact))
+        slots.append(Slot(f"p{index}", start, numel, index in exact))
         start += numel
-    return plan_bucket(
+    return lay_out_bucket(
         slots,
         uplink=get_quantizer(quantizer),
         downlink=get_quantizer(downlink or quantizer),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from effadam_hook import attach
 from effadam_hook.kernels import reference
-from effadam_hook.layout import Slot, plan_bucket
-from effadam_hook.quantizers import QUANTIZERS, get_quantizer
+from effadam_hook.wire.layout import Slot, lay_out_bucket
+from effadam_hook.wire.quantizers import QUANTIZERS, get_quantizer
 from harness import run_ranks
 from training import SHAPES, ChosenGradients, ddp, drawn_gradients, train_mlp
 
@@ -21,8 +21,8 @@ TOPOLOGIES = ("rank0", "sharded")
 def quantized(x: Tensor, quantizer: str) -> Tensor:
     """Q(x) for one parameter, decoded, with blocks of 256."""
     kind = get_quantizer(quantizer)
-    slot = Slot("x", 0, 0, x.numel(), exact=False)
-    wire = plan_bucket(
+    slot = Slot("x", 0, x.numel(), exact=False)
+    wire = lay_out_bucket(
         [slot],
         uplink=kind,
         downlink=kind,
@@ -75,7 +75,7 @@ def exchange_chosen_gradients(
         model.zero_grad(set_to_none=True)
         model(drawn_gradients(rank, step, dtype=dtype)).backward()
         received.append([p.grad.clone() for p in model.parameters()])
-    return received, state.state_dict(), len(state._engine.plans)
+    return received, state.state_dict(), len(state.session.buckets)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -19,29 +19,21 @@ PACKAGES = ("effadam_hook", "lightning_plugin")
 # A new module takes its place here.
 LADDER = (
     ("effadam_hook.errors", "effadam_hook._version"),
+    ("effadam_hook.wire",),
     (
-        "effadam_hook.config",
-        "effadam_hook.layout",
-        "effadam_hook.options",
-        "effadam_hook.quantizers",
+        "effadam_hook.exchange.bucket_job",
+        "effadam_hook.exchange.collectives",
+        "effadam_hook.exchange.timing",
+        "effadam_hook.exchange.topology",
+        "effadam_hook.exchange.waiting",
     ),
-    (
-        "effadam_hook.accumulation",
-        "effadam_hook.idle",
-        "effadam_hook.kernels",
-        "effadam_hook.log",
-        "effadam_hook.parameters",
-        "effadam_hook.residuals",
-        "effadam_hook.saved",
-        "effadam_hook.stats",
-        "effadam_hook.trial",
-    ),
-    ("effadam_hook.schedules",),
+    ("effadam_hook.config", "effadam_hook.options", "effadam_hook.run_log"),
+    ("effadam_hook.kernels", "effadam_hook.feedback"),
     ("effadam_hook.optim",),
     ("effadam_hook.modes",),
     ("effadam_hook.exchange",),
-    ("effadam_hook.plan",),
-    ("effadam_hook.engine",),
+    ("effadam_hook.session",),
+    ("effadam_hook.ddp",),
     ("effadam_hook.state",),
     ("effadam_hook.hook",),
     ("effadam_hook",),
@@ -56,12 +48,15 @@ GRAD_BUCKET_HOME = "effadam_hook.hook"
 COLLECTIVES_HOME = "effadam_hook.exchange"
 TORCH_FREE = {
     "effadam_hook._version",
-    "effadam_hook.planner.predict",
     "effadam_hook.errors",
-    "effadam_hook.layout",
-    "effadam_hook.planner.timeline",
+    "effadam_hook.exchange.topology.leg",
     "effadam_hook.planner.method",
+    "effadam_hook.planner.predict",
+    "effadam_hook.planner.timeline",
     "effadam_hook.planner.traffic",
+    "effadam_hook.wire.layout",
+    "effadam_hook.wire.names",
+    "effadam_hook.wire.quantizers",
 }
 
 # Everything that all ranks of a group must call in the same order.
@@ -318,18 +313,19 @@ def test_the_packages_keep_the_rule(rule: Rule) -> None:
 CLEAN = {
     "effadam_hook/__init__.py": "from effadam_hook.hook import hook",
     "effadam_hook/errors.py": "import enum",
-    "effadam_hook/config.py": "from .errors import EffAdamError\nfrom . import quantizers",
-    "effadam_hook/quantizers.py": (
-        "import torch\nif TYPE_CHECKING:\n    from effadam_hook.config import Config"
+    "effadam_hook/config.py": "from .errors import EffAdamError\nfrom .wire import quantizers",
+    "effadam_hook/wire/quantizers.py": (
+        "import math\nif TYPE_CHECKING:\n    from effadam_hook.wire.layout import Wire"
     ),
+    "effadam_hook/wire/layout.py": "from effadam_hook.wire import quantizers",
     "effadam_hook/kernels/__init__.py": "",
     "effadam_hook/kernels/choose.py": "def best():\n    from . import triton_kernels",
     "effadam_hook/kernels/triton_kernels.py": "import triton.language as tl",
     "effadam_hook/exchange/__init__.py": "",
-    "effadam_hook/exchange/rank0.py": "import torch.distributed as dist\ndist.all_reduce(x)",
+    "effadam_hook/exchange/topology/rank0.py": "import torch.distributed as dist\ndist.all_reduce(x)",
     "effadam_hook/hook.py": (
         "import torch.distributed as dist\n"
-        "from ..effadam_hook.exchange import rank0\n"
+        "from ..effadam_hook.exchange.topology import rank0\n"
         "def hook(state, bucket: dist.GradBucket): return dist.get_rank(), torch.gather(x, 0, i)"
     ),
     "effadam_hook/cli.py": "import effadam_hook\ndef plot():\n    import matplotlib",
@@ -360,16 +356,36 @@ def test_the_rule_passes_any_part_of_the_packages(rule: Rule, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("rule", "file", "source", "said"),
     [
-        (imports_go_one_way, "layout", "from effadam_hook.state import S", "layout:1 imports"),
-        (imports_go_one_way, "layout", "def f():\n    from . import hook", "layout:2 imports"),
-        (imports_go_one_way, "layout", "if TYPE_CHECKING:\n    from . import hook", "layout:2 imp"),
+        (imports_go_one_way, "wire/layout", "from effadam_hook.state import S", "layout:1 imports"),
+        (
+            imports_go_one_way,
+            "wire/layout",
+            "def f():\n    from .. import hook",
+            "layout:2 imports",
+        ),
+        (
+            imports_go_one_way,
+            "wire/layout",
+            "if TYPE_CHECKING:\n    from .. import hook",
+            "layout:2 imp",
+        ),
         (imports_go_one_way, "exchange/flat", "from ..hook import attach", "exchange.flat:1 impor"),
-        (imports_go_one_way, "residuals", "import effadam_hook", "residuals:1 imports effadam_"),
+        (
+            imports_go_one_way,
+            "feedback/residuals",
+            "import effadam_hook",
+            "residuals:1 imports effadam_",
+        ),
         (imports_go_one_way, "cli", "import lightning_plugin", "cli:1 imports lightning_plugin"),
         (imports_go_one_way, "cli", "from benchmarks import kernels", "cli:1 imports benchmarks"),
-        (imports_go_one_way, "quantizers", "from . import config", "in a circle: effadam_hook."),
+        (
+            imports_go_one_way,
+            "wire/quantizers",
+            "from . import layout",
+            "in a circle: effadam_hook.",
+        ),
         (imports_go_one_way, "gadget", "", "effadam_hook.gadget has no place on the ladder"),
-        (core_needs_only_torch, "layout", "import torch", "layout:1 imports torch"),
+        (core_needs_only_torch, "wire/layout", "import torch", "layout:1 imports torch"),
         (core_needs_only_torch, "config", "import numpy as np", "config:1 imports numpy"),
         (core_needs_only_torch, "config", "try:\n    import rich\nexcept E: pass", "imports rich"),
         (core_needs_only_torch, "hook", "def f():\n    import lightning", "hook:2 knows lightning"),

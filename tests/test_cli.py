@@ -9,6 +9,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -22,14 +24,14 @@ from torch import nn
 
 from effadam_hook.cli import main
 from effadam_hook.cli.interface import InterfaceCounter
+from effadam_hook.cli.logfile import Log
+from effadam_hook.cli.logfile import read_log as read_columns
 from effadam_hook.cli.methods import prepare
 from effadam_hook.cli.plan import _cluster
 from effadam_hook.cli.ranks import Ranks
-from effadam_hook.cli.report import read_log
 from effadam_hook.cli.rows import rows_of
 from effadam_hook.errors import CommandError
 from effadam_hook.exchange.probe import Probe, Timing
-from effadam_hook.log import RunLog
 from effadam_hook.planner.advice import advise, code_for
 from effadam_hook.planner.measure_compute import measure_compute
 from effadam_hook.planner.measure_link import measure_link
@@ -38,6 +40,7 @@ from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Prediction, predict
 from effadam_hook.planner.traffic import ParameterSize, payload_bytes
 from effadam_hook.planner.workloads import UserModel, Workload, describe, parse_count, to_device
+from effadam_hook.run_log import RunLog
 from harness import run_ranks
 
 TIMEOUT = 120.0
@@ -523,6 +526,10 @@ def test_the_line_to_paste_is_python_and_says_the_buckets() -> None:
     ]
 
 
+def read_log(path: Path) -> Log:
+    return read_columns(path, ["loss", "ratio", "worker_residual_norm", "exchange_s"])
+
+
 STATS = {"ratio": 7.5, "worker_residual_norm": 1.0, "server_residual_norm": 0.5, "exchange_s": 0.25}
 
 
@@ -550,9 +557,15 @@ def test_a_log_of_a_killed_and_resumed_run_is_read(tmp_path: Path) -> None:
         log.write(2, 0.5, **STATS)
     with path.open("a") as file:
         file.write('{"step": 3, "lo')
-    first, second = read_log(path)
-    assert "loss" not in first and second["loss"] == 0.5
+    log = read_log(path)
+    assert "loss" not in log.row(0) and log.row(1)["loss"] == 0.5
+    assert (len(log.steps), log.skipped) == (2, 0)
     assert "NaN" not in path.read_text()
+    with RunLog(path, append=True) as resumed:
+        resumed.write(3, 0.25, **STATS)
+    log = read_log(path)
+    assert (list(log.steps), log.skipped) == ([1, 2, 3], 1)
+    assert f"Line 3 of {str(path)!r} is no JSON" in log.first_skipped
 
 
 def test_a_log_that_is_left_to_another_rank_writes_nothing(tmp_path: Path) -> None:
@@ -567,7 +580,8 @@ def test_lightning_s_metrics_are_read_and_the_lines_of_a_step_joined(tmp_path: P
         "effadam/ratio,effadam/exchange_s,epoch,step,train_loss\n"
         "7.5,0.25,0,9,\n,,0,9,1.25\n7.6,0.5,0,19,nan\n"
     )
-    first, second = read_log(path)
+    log = read_log(path)
+    first, second = log.row(0), log.row(1)
     assert (first["ratio"], first["loss"], first["exchange_s"]) == (7.5, 1.25, 0.25)
     assert second["step"] == 19 and "loss" not in second
 
@@ -584,6 +598,159 @@ def test_what_is_no_log_is_refused(name: str, text: str, said: str, tmp_path: Pa
     (tmp_path / name).write_text(text)
     with pytest.raises(CommandError, match=said):
         read_log(tmp_path / name)
+
+
+GOOD = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+
+HOSTILE: dict[str, str | bytes] = {
+    "deep.jsonl": "[" * 200_000 + "]" * 200_000 + "\n" + '{"a":' * 90_000 + "\n" + GOOD,
+    "integers.jsonl": '{"step": 1, "loss": 1' + "0" * 400 + "}\n"
+    '{"step": 3, "ratio": 1' + "0" * 9000 + "}\n" + GOOD,
+    "not_finite.jsonl": '{"step": NaN, "loss": NaN}\n{"step": Infinity, "loss": 1}\n' + GOOD,
+    "huge.jsonl": '{"step": 1e300, "loss": 1e308}\n{"step": -1e300, "loss": -1e308}\n' + GOOD,
+    "truth.jsonl": '{"step": true, "loss": true}\n' + GOOD,
+    "bytes.jsonl": b'{"step": 3, "loss": 1, "x": "\xff\xfe\x00"}\n\x00\x00\n' + GOOD.encode(),
+    "separators.jsonl": '{"step": 3, "loss": 1, "note": "a\u2028b\x85c"}\n' + GOOD,
+    "values.jsonl": '[1, 2]\n3\nnull\n"x"\n{"step": {"a": 1}, "loss": [1]}\n' + GOOD,
+    "keys.jsonl": '{"step": 3, "loss": 1, "\\u001b[31m[/b]:smile:\\u202e": 5}\n' + GOOD,
+    "long.jsonl": '{"step": 3, "loss": 1, "note": "' + "x" * 3_000_000 + '"}\n' + GOOD,
+    "cells.csv": 'step,loss\n1,2,3,4\n,5\n2,x\n3\n4,"' + "a" * 200_000 + '"\n5,1\n',
+    "open.csv": 'step,loss\n1,2\n"never closed,4\n' + "5,6\n" * 9,
+    "nul.csv": b"step,loss\n1,2\x00\n\x00\n2,1\n",
+    "mark.csv": b"\xef\xbb\xbfstep,loss\n1,2\n",
+    "name\x1b]0;x\x07\x9b31m[/b][red]\u202e:smile:.jsonl": GOOD,
+    "name\udcff.jsonl": GOOD,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_whatever_a_log_holds_its_numbers_are_shown_and_nothing_reaches_the_terminal(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = HOSTILE[name]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["report", str(tmp_path / name)]) == 0
+    out, err = capsys.readouterr()
+    assert all(char.isprintable() or char == "\n" for char in out + err)
+    assert max(map(len, out.splitlines())) < 300
+    assert "1.0000" in out or "2.0000" in out
+    if name.startswith("name"):
+        assert repr(name.split("[", maxsplit=1)[0])[1:-1] in out.replace("\n", "")
+        assert ":smile:" in out or ":smile:" not in name
+    assert main(["report", str(tmp_path / name), "--json", "--no-png"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["lines"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (".", "'.' to read: it is not a regular file"),
+        ("/dev/zero", "'/dev/zero' to read: it is not a regular file"),
+        ("good.jsonl --png /proc/no/x.png", "cannot be written: No such file"),
+        ("good.jsonl --png folder.png", "cannot be written: Is a directory"),
+        ("good.jsonl --png /dev/full", "cannot be written: No space left on device"),
+        ("good.jsonl --png x.notapng", "Its suffix must be one of"),
+        ("good.jsonl --png good.jsonl", "Must be another file than the log"),
+        ("good.png", "Must be another file than the log"),
+        ("empty.jsonl", "has no line with a step"),
+        ("no\x1b[31m", r"There is no file 'no\x1b[31m'"),
+    ],
+)
+def test_a_report_that_cannot_be_made_ends_with_2_and_one_line(
+    arguments: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"good.jsonl": GOOD, "good.png": GOOD, "empty.jsonl": ""}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "folder.png").mkdir()
+    assert main(["report", *arguments.split(" ")]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and "\x1b" not in err
+    assert (tmp_path / "good.jsonl").read_text() == GOOD
+    assert (tmp_path / "good.png").read_text() == GOOD
+
+
+def test_an_argument_s_escape_sequences_do_not_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "a", "--no\x1b[31m"])
+    assert "\x1b" not in capsys.readouterr().err
+    assert main(["plan", "--parameters", "1M", "--methods", "\x1b[31m"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("to", "code"), [("closed pipe", 1), ("/dev/full", 2)])
+def test_output_that_cannot_be_written_makes_no_traceback(
+    to: str, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    command = [sys.executable, "-m", "effadam_hook.cli", "report", str(tmp_path / "a.jsonl")]
+    if to == "closed pipe":
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open(to, os.O_WRONLY)
+    done = subprocess.run(
+        [*command, "--no-png"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+def test_a_log_takes_the_scalars_that_training_has_and_no_bare_nan(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    path = tmp_path / "a.jsonl"
+    values = {
+        "tensor": torch.tensor(0.5, dtype=torch.bfloat16),
+        "flag": numpy.bool_(True),
+        "truth": True,
+        "float32": numpy.float32(0.25),
+        "int64": numpy.int64(7),
+        "nan": numpy.float64("nan"),
+        "infinite": torch.tensor(float("inf")),
+        "nested": {"a": [1, float("-inf"), (torch.tensor([1, 2]), None)], 3: numpy.ones(2)},
+        "huge": 10**400,
+        "text": "\ud800\n",
+    }
+    with RunLog(path) as log:
+        log.write(torch.tensor(3), torch.tensor(1.5, requires_grad=True), **values)
+        with pytest.raises(
+            TypeError, match=r"Invalid value of 'what': object\. Must be None, a number"
+        ):
+            log.write(4, 1.0, what=object())
+        with pytest.raises(TypeError, match=r"Invalid step: nan\. Must be a finite number"):
+            log.write(math.nan, 1.0)
+        circle: list[Any] = []
+        circle.append(circle)
+        with pytest.raises(ValueError, match="Invalid value of 'circle': nested more than"):
+            log.write(4, 1.0, circle=circle)
+    (text,) = path.read_text().splitlines()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 3,
+        "loss": 1.5,
+        "tensor": 0.5,
+        "flag": True,
+        "truth": True,
+        "float32": 0.25,
+        "int64": 7,
+        "nan": None,
+        "infinite": None,
+        "nested": {"a": [1, None, [[1, 2], None]], "3": [1, 1]},
+        "huge": None,
+        "text": "\ud800\n",
+    }
+    assert read_log(path).row(0)["loss"] == 1.5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effadam_hook.layout import Slot, plan_bucket
 from effadam_hook.planner.method import Method, expand_names
 from effadam_hook.planner.predict import Cluster, Compute, Link, Speed, predict
 from effadam_hook.planner.timeline import Transit, Work, run_timeline
@@ -21,7 +20,8 @@ from effadam_hook.planner.traffic import (
     payload_bytes,
     square_model,
 )
-from effadam_hook.quantizers import get_quantizer
+from effadam_hook.wire.layout import Slot, lay_out_bucket
+from effadam_hook.wire.quantizers import get_quantizer
 
 MLP = [
     parameter for _ in range(6) for parameter in (ParameterSize(1 << 20, 1024), ParameterSize(1024))
@@ -223,9 +223,9 @@ def test_payloads_have_the_size_of_the_layout(quantizer: str, servers: int) -> N
     ]
     slots, start = [], 0
     for order, parameter in enumerate(bucket):
-        slots.append(Slot(str(order), order, start, parameter.numel, parameter.rows == 0))
+        slots.append(Slot(str(order), start, parameter.numel, parameter.rows == 0))
         start += parameter.numel
-    layout = plan_bucket(
+    layout = lay_out_bucket(
         slots,
         uplink=get_quantizer(quantizer),
         downlink=get_quantizer(quantizer),

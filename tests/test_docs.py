@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach
-from effadam_hook.quantizers import QUANTIZERS, SCALE_BYTES
+from effadam_hook.wire.quantizers import QUANTIZERS, SCALE_BYTES
 from harness import run_ranks
 
 ROOT = Path(__file__).parent.parent

@@ -16,6 +16,7 @@ from netlab import Link
 from effadam_hook.cli.benchmark_run import Cell
 from effadam_hook.cli.environment import kernel_build
 from effadam_hook.cli.kernel_check import KernelsError, KernelsUsed, check_kernels
+from effadam_hook.kernels import cpu
 from effadam_hook.planner.method import Method, expand_names
 from effadam_hook.planner.workloads import Workload
 
@@ -49,7 +50,7 @@ def test_kernels_that_change_or_differ_between_ranks_are_not_reported(other: Ker
 def test_a_rebuilt_library_is_another_build(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("effadam_hook.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "kernels" / "cpu.py"))
     assert kernel_build() == "none"
     library = tmp_path / "kernels" / "_cpu.abi.so"
     library.parent.mkdir()

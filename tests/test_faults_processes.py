@@ -22,10 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effadam_hook import attach
-from effadam_hook.exchange import watchdog
-from effadam_hook.exchange.compat import timeout_of
-from effadam_hook.exchange.lanes import LaneExchange
-from effadam_hook.plan import BucketPlan
+from effadam_hook.exchange.gloo import GlooExchange
+from effadam_hook.exchange.watchdog import watchdog
+from effadam_hook.session.buffers import BucketBuffers
 from harness import Died, run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
 
@@ -64,23 +63,24 @@ def at_phase(phase: str, action: Callable[[], None]) -> None:
             action()
 
     if phase in ("uplink", "downlink"):
-        name = {"uplink": "_step_across", "downlink": "_step_down"}[phase]
-        original = getattr(LaneExchange, name)
+        waiting_stage = {"uplink": 1, "downlink": 2}[phase]
+        original = GlooExchange._run
 
-        def step(exchange: LaneExchange, passage: Any, job: Any) -> None:
-            counted(job.label)
-            original(exchange, passage, job)
+        def run(exchange: GlooExchange, number: int, inflight: Any, job: Any) -> None:
+            if number == waiting_stage:
+                counted(job.label)
+            original(exchange, number, inflight, job)
 
-        setattr(LaneExchange, name, step)
+        GlooExchange._run = run  # type: ignore[method-assign]
         return
     name = {"hook": "load"}.get(phase, phase)
-    method = getattr(BucketPlan, name)
+    method = getattr(BucketBuffers, name)
 
-    def patched(plan: BucketPlan, *args: Any, **kwargs: Any) -> Any:
+    def patched(plan: BucketBuffers, *args: Any, **kwargs: Any) -> Any:
         counted(plan.label)
         return method(plan, *args, **kwargs)
 
-    setattr(BucketPlan, name, patched)
+    setattr(BucketBuffers, name, patched)
 
 
 # Killed and stopped
@@ -222,7 +222,7 @@ def disagree_at_run_time(
             if kind == "enabled" and step == 4:
                 state.enabled = not (odd ^ ("enabled" in options))
             if kind == "raises" and step == 4 and odd:
-                state._engine.plans[1].encode = broken  # type: ignore[method-assign]
+                state.session.buckets[1].encode = broken  # type: ignore[method-assign]
             if kind == "backward skipped" and step == 4 and odd:
                 model.zero_grad()
                 model(drawn_gradients(rank, step))
@@ -321,7 +321,7 @@ def go_on_after_an_error(rank: int, world_size: int) -> list[str]:
     backward(model, rank, 0)
     backward(model, rank, 1)
     if rank == VICTIM:
-        state._engine.plans[1].decode = broken  # type: ignore[method-assign]
+        state.session.buckets[1].decode = broken  # type: ignore[method-assign]
     return [attempt(lambda n=n: backward(model, rank, n))[0] for n in (2, 3, 4, 5)]
 
 
@@ -379,7 +379,7 @@ def train_many(rank: int, world_size: int) -> tuple[list[list[Tensor]], list[int
             backward(model, rank, step)
         results.append([p.grad.clone() for p in model.parameters()])
         groups.append(len(dist.distributed_c10d._world.pg_map))
-        # In the fourth life the exchange ends on one rank only, and its groups cannot be taken.
+        # In the fourth life the exchange ends on one rank only.
         if life != 3 or rank == 0:
             state.close()
         else:
@@ -387,14 +387,14 @@ def train_many(rank: int, world_size: int) -> tuple[list[list[Tensor]], list[int
     return results, groups
 
 
-def test_exchanges_that_follow_one_another_share_their_groups() -> None:
+def test_exchanges_that_follow_one_another_leave_no_group_behind() -> None:
     for results, groups in run_ranks(train_many, 3):
-        assert groups == [3, 3, 3, 3, 5, 5]
+        assert groups == [1] * 6
         for grads in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(grads, results[0], strict=True))
 
 
-def time_out_of_lanes(rank: int, world_size: int, folder: str) -> list[float]:
+def time_out_of_worker_threads(rank: int, world_size: int, folder: str) -> list[float]:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
@@ -405,10 +405,12 @@ def time_out_of_lanes(rank: int, world_size: int, folder: str) -> list[float]:
     model = ddp(ChosenGradients())
     state = attach(model)
     backward(model, rank, 0)
-    exchange: Any = state._engine._exchange
-    groups = (exchange._up_group, exchange._down_group)
-    return [timeout_of(group, torch.device("cpu")).total_seconds() for group in groups]
+    exchange: Any = state.session.connection.exchange
+    groups = [made.group for made in exchange._groups]
+    return [group.options._timeout.total_seconds() for group in groups]
 
 
 def test_the_lanes_groups_have_the_time_out_of_ddps(tmp_path: Path) -> None:
-    assert run_ranks(time_out_of_lanes, 2, str(tmp_path), backend=None) == [[77.0, 77.0]] * 2
+    assert (
+        run_ranks(time_out_of_worker_threads, 2, str(tmp_path), backend=None) == [[77.0, 77.0]] * 2
+    )

@@ -219,6 +219,28 @@ def extreme(rank: int, world_size: int, dtype: torch.dtype, quantizer: str) -> l
     return wrong
 
 
+def pull_for_long(rank: int, world_size: int, dtype: torch.dtype, quantizer: str) -> list[str]:
+    wrong = []
+    model = ddp(ChosenGradients(dtype=dtype))
+    state = attach(model, quantizer=quantizer, topology="sharded")
+    draws = drawn_gradients(rank, 0, dtype=torch.float64)
+    # The largest element makes errors add up where the others decide the scale.
+    gradients = [(g / g.abs().max() * torch.finfo(dtype).max).to(dtype) for g in draws]
+    for step in range(25):
+        got = step_once(model, gradients)
+        if not all(bool(g.isfinite().all()) for g in got) or not all_finite(state):
+            wrong.append(f"step {step}")
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantizer", ["lloyd2", "ternary", "sign"])
+def test_gradients_at_the_end_of_float32_stay_finite_for_many_steps(
+    dtype: torch.dtype, quantizer: str
+) -> None:
+    assert run_ranks(pull_for_long, 3, dtype, quantizer) == [[]] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("quantizer", ["lloyd3", "uniform8", "sign"])
 def test_values_of_any_size_stay_finite(dtype: torch.dtype, quantizer: str) -> None:
@@ -373,6 +395,35 @@ def test_accumulation_without_no_sync_is_warned_of_once(
 ) -> None:
     for messages in run_ranks(accumulate_wrongly, 2, how, options):
         assert len(messages) == warned
+
+
+def skip_a_step_and_a_parameter(rank: int, world_size: int) -> list[str]:
+    model = ddp(Heads(), find_unused_parameters=True)
+    attach(model, quantizer="lloyd4")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            optimizer.zero_grad(set_to_none=False)
+            model(torch.ones(3, 4), head=(step + rank) % 2).sum().backward()
+            if step % 3:  # as GradScaler skips one
+                optimizer.step()
+    return [str(w.message) for w in caught if "no_sync" in str(w.message)]
+
+
+class Heads(torch.nn.Module):
+    """Two heads, of which a forward uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(4, 300, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, head: int) -> torch.Tensor:
+        return self.heads[head](x)
+
+
+def test_gradients_filled_with_zeros_are_not_taken_for_accumulation() -> None:
+    assert run_ranks(skip_a_step_and_a_parameter, 2) == [[], []]
 
 
 def test_skipped_steps_of_a_model_of_one_bucket_are_not_taken_for_accumulation() -> None:

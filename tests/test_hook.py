@@ -18,8 +18,8 @@ from effadam_hook import (
     EfficientAdamState,
     attach,
     efficient_adam_hook,
-    layout,
 )
+from effadam_hook.wire import layout
 from harness import run_ranks
 from training import (
     SHAPES,
@@ -95,7 +95,7 @@ def train_with(
 ) -> tuple[list[Tensor], int, dict[str, float]]:
     layout.PART_NUMEL = part_numel
     weights, state = train_mlp(rank, world_size, 12, hook_options, ddp_options)
-    return weights, len(state._engine.plans), state.stats()
+    return weights, len(state.session.buckets), state.stats()
 
 
 @pytest.mark.parametrize("topology", ["rank0", "sharded"])
@@ -166,23 +166,23 @@ def soak(rank: int, world_size: int, topology: str) -> tuple[list[Tensor], int, 
             time.sleep(0.003)
     return (
         [p.detach() for p in model.parameters()],
-        len(state._engine.plans),
+        len(state.session.buckets),
         state.stats()["steps"],
     )
 
 
 def delay_calls(name: str, jitter: torch.Generator) -> None:
     """Make a phase of every bucket take up to a millisecond longer, differently on each rank."""
-    from effadam_hook.plan import BucketPlan
+    from effadam_hook.session.buffers import BucketBuffers
 
-    original = getattr(BucketPlan, name)
+    original = getattr(BucketBuffers, name)
 
-    def delayed(plan: BucketPlan) -> Any:
+    def delayed(plan: BucketBuffers) -> Any:
         if torch.rand((), generator=jitter) < 0.2:
             time.sleep(torch.rand((), generator=jitter).item() * 1e-3)
         return original(plan)
 
-    setattr(BucketPlan, name, delayed)
+    setattr(BucketBuffers, name, delayed)
 
 
 @pytest.mark.timeout(300)
@@ -368,12 +368,12 @@ def test_misuse_is_told_with_the_value_and_the_rule() -> None:
     assert "python_reducer" in messages["no bucket"]
 
 
-def fail_in_a_lane(rank: int, world_size: int) -> list[str]:
+def fail_in_a_worker_thread(rank: int, world_size: int) -> list[str]:
     model = ddp(ChosenGradients())
     state = attach(model)
     gradients_of(model, rank, 0)
     gradients_of(model, rank, 1)
-    plan = state._engine.plans[1]
+    plan = state.session.buckets[1]
 
     def broken() -> None:
         raise OSError("no space left")
@@ -389,7 +389,7 @@ def fail_in_a_lane(rank: int, world_size: int) -> list[str]:
 
 
 def test_an_error_in_a_lane_reaches_backward_with_rank_bucket_and_phase() -> None:
-    for rank, (first, second) in enumerate(run_ranks(fail_in_a_lane, 2)):
+    for rank, (first, second) in enumerate(run_ranks(fail_in_a_worker_thread, 2)):
         assert f"Rank {rank}, bucket 1, decode: no space left" in first
         assert "the exchange has stopped" in second
 

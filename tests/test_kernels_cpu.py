@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import tracemalloc
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from effadam_hook.kernels import Kernels, reference
-from effadam_hook.layout import BucketLayout
+from effadam_hook.kernels.fusions import AdamSource, Preconditioner
+from effadam_hook.wire.layout import BucketLayout
+from effadam_hook.wire.quantizers import Quantizer
 from kernel_cases import (
     COMBINATIONS,
     DTYPES,
@@ -154,6 +157,62 @@ def test_makes_the_bits_of_the_reference_on_awkward_input(
     assert_same(made, exchanged(reference, layout, torch.float32, workers))
     bare = encode(compiled(variant), layout.uplink, workers[0])
     assert torch.equal(bare, encode(reference, layout.uplink, workers[0]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantizer", ["uniform8", "lloyd2", "ternary", "sign", "none"])
+def test_makes_the_bits_of_the_reference_where_sums_and_quotients_overflow(
+    quantizer: str, dtype: torch.dtype, variant: str
+) -> None:
+    layout = layout_of((256, 300, 77, 40), quantizer, "lloyd3", dtype=dtype, exact=(3,))
+    top, real = torch.finfo(dtype), compute(dtype)
+    workers = [(torch.rand(673).mul(2).sub(1).double() * top.max).to(dtype) for _ in range(3)]
+    workers[0][600], workers[1][650] = float("nan"), float("inf")
+    limits = torch.finfo(real)
+    moments = [torch.rand(n, dtype=real) * v for n, v in ((256, limits.tiny * 1e5), (300, 1e30))]
+    law: dict[str, Tensor] = {}
+    for source in (None, Preconditioner((*moments, None, None))):
+        for kernels in (reference, compiled(variant)):
+            torch.manual_seed(2)
+            residuals = [(torch.rand(673, dtype=real) * 2 - 1) * limits.max for _ in workers]
+            servers = [(torch.rand(673, dtype=real) * 2 - 1) * limits.max]
+            made = round_trip(
+                kernels, layout, workers, residuals, servers, dtype, preconditioner=source
+            )
+            if kernels is not reference:
+                assert_same(made, law)
+            law = made
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_updates_make_the_bits_of_the_reference_where_they_overflow(variant: str) -> None:
+    layout = layout_of((256, 77), "lloyd2")
+    terms = torch.tensor([[0.9, 0.1, 0.99, 0.01, 3e36, 1.0, 0.0]] * 2, dtype=torch.float64)
+    made = []
+    for kernels in (reference, compiled(variant)):
+        torch.manual_seed(3)
+        g, e = torch.randn(333), torch.randn(333).sign() * torch.finfo(torch.float32).max
+        g[300] = 1e20  # whose square overflows
+        m, v = torch.randn(333), torch.rand(333) + 1
+        payload = encode(kernels, layout.uplink, g, e, adam=AdamSource(m, v, terms))
+        out = decode(kernels, layout.uplink, payload, torch.float32)
+        made.append({"payload": payload, "e": e, "m": m, "v": v, "out": out})
+    assert_same(made[1], made[0])
+    assert made[0]["out"][:256].isfinite().all()
+    assert made[0]["out"][256:].isnan().all()
+    assert made[0]["e"].isfinite().all()
+
+
+def test_a_table_that_is_too_long_is_refused() -> None:
+    levels = Quantizer("log5", (0.0, *(2.0**-k for k in range(14, -1, -1))), 8, 8, None)
+    wire = dataclasses.replace(layout_of((64,), "uniform8").uplink, quantizer=levels)
+    x = values_like_gradients(64)
+    assert encode(reference, wire, x).any()
+    with pytest.raises(
+        ValueError, match=r"'log5': it has 31 levels\. Must be at most 16 .*reference"
+    ):
+        encode(compiled(), wire, x)
 
 
 @pytest.mark.parametrize("quantizer", ["lloyd4", "ternary", "none"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from effadam_hook.kernels import Kernels
-from effadam_hook.quantizers import QUANTIZERS, get_quantizer
+from effadam_hook.kernels.fusions import Preconditioner
+from effadam_hook.wire.quantizers import QUANTIZERS, get_quantizer
 from kernel_cases import (
     COMBINATIONS,
     IMPLEMENTATIONS,
@@ -162,6 +163,80 @@ def test_extreme_magnitudes_decode_to_finite_values(
     assert out.isfinite().all()
     assert residual.isfinite().all()
     assert (out * x >= 0).all()
+
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@each
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("largest", [3e37, FLOAT32_MAX])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_gradients_stay_finite_however_long_errors_add_up(
+    kernels: Kernels, name: str, largest: float, dtype: torch.dtype
+) -> None:
+    layout = layout_of((300, 77), name)
+    # Half of the elements pull with all they have, so that errors add up; few reach the result.
+    x = torch.where(torch.rand(3, 377) < 0.02, 1.0, torch.rand(3, 377) * 1e-3)
+    x = x * largest * torch.where(torch.rand(377) < 0.5, 1.0, -1.0)
+    workers = list(x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype))
+    assert all(worker.isfinite().all() for worker in workers)
+    residuals, server = [torch.zeros(377) for _ in workers], torch.zeros(377)
+    wire_dtype = torch.float32
+    for _ in range(30):
+        out = round_trip(kernels, layout, workers, residuals, [server], wire_dtype)["out"]
+        assert out.isfinite().all()
+        assert all(residual.isfinite().all() for residual in (*residuals, server))
+
+
+@each
+@pytest.mark.parametrize("name", ["lloyd2", "sign", "uniform8", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_preconditioned_gradients_that_overflow_stay_finite(
+    kernels: Kernels, name: str, dtype: torch.dtype
+) -> None:
+    layout = layout_of((300, 300, 300), name, dtype=dtype)
+    top = torch.finfo(dtype)
+    moments = [torch.full((300,), v, dtype=dtype) for v in (top.tiny * 1e4, 1.0, top.max / 4)]
+    moments[2][::7] = top.tiny
+    source = Preconditioner(tuple(moments))
+    for size in (top.max, top.max**0.5):
+        workers = [(torch.rand(900, dtype=dtype) * 2 - 1) * size for _ in range(3)]
+        residuals = [worker.clone() for worker in workers]
+        server = torch.full((900,), size, dtype=dtype)
+        made = round_trip(
+            kernels, layout, workers, residuals, [server], dtype, preconditioner=source
+        )
+        for part in (made["out"], server, *residuals):
+            assert part.isfinite().all()
+
+
+@each
+def test_a_sum_that_overflows_becomes_the_largest_bfloat16(kernels: Kernels) -> None:
+    layout = layout_of((64,), "uniform4")
+    x = torch.full((64,), FLOAT32_MAX)
+    x[::2] *= -1
+    residual = x.clone()
+    payload = encode(kernels, layout.uplink, x, residual)
+    out = decode(kernels, layout.uplink, payload, torch.float32)
+    largest = torch.finfo(torch.bfloat16).max
+    assert torch.equal(out + residual, x.sign() * largest)
+    assert (out.abs() > 0.99 * largest).all()
+
+
+@each
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_is_not_taken_for_an_overflow(kernels: Kernels, bad: float) -> None:
+    layout = layout_of((64, 64, 64), "lloyd2", exact=(2,))
+    x, residual = torch.full((192,), FLOAT32_MAX), torch.full((192,), FLOAT32_MAX)
+    x[3], x[130] = bad, bad
+    source = Preconditioner((torch.full((64,), 1e-30), None, None))
+    payload = encode(kernels, layout.uplink, x, residual, preconditioner=source)
+    out = decode(kernels, layout.uplink, payload, torch.float32, preconditioner=source)
+    assert out[:64].isnan().all()
+    assert out[64:128].isfinite().all()
+    assert not out[130].isfinite()
+    assert (residual[:64] == FLOAT32_MAX).all()
 
 
 @each

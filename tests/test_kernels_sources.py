@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from effadam_hook.kernels import Kernels, reference
-from effadam_hook.kernels.sources import AdamSource, Preconditioner
-from effadam_hook.layout import BucketLayout
+from effadam_hook.kernels.fusions import AdamSource, Preconditioner
+from effadam_hook.wire.layout import BucketLayout
 from kernel_cases import (
     IMPLEMENTATIONS,
     SIZES,

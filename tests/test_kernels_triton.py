@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from effadam_hook.kernels import Kernels, reference
-from effadam_hook.kernels.sources import AdamSource, Preconditioner
-from effadam_hook.layout import BucketLayout
+from effadam_hook.kernels.fusions import AdamSource, Preconditioner
+from effadam_hook.wire.layout import BucketLayout
+from effadam_hook.wire.quantizers import Quantizer
 from kernel_cases import (
     COMBINATIONS,
     DTYPES,
@@ -126,6 +128,48 @@ def test_awkward_blocks(kernels: Kernels, name: str) -> None:
     assert_near(decode(reference, layout.uplink, ours.cpu(), torch.float32), law)
     assert kept_there.isfinite().all()
     assert torch.equal(kept_there.cpu()[:128], kept[:128])
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("name", ["lloyd2", "sign", "uniform8"])
+def test_sums_and_quotients_that_overflow_saturate(
+    kernels: Kernels, name: str, preconditioned: bool
+) -> None:
+    layout = layout_of((64, 64, 30), name, block_size=64)
+    largest = torch.finfo(torch.float32).max
+    x = (torch.rand(158) * 2 - 1) * largest
+    x[140] = float("inf")
+    e = x.sign() * largest
+    e[140] = 1.0
+    source = source_there = None
+    if preconditioned:
+        moments = (torch.rand(64) * 1e-33, torch.rand(64) * 1e30)
+        source = Preconditioner((*moments, None))
+        source_there = Preconditioner((*map(there, moments), None))
+    kept, kept_there = e.clone(), there(e)
+    payload = encode(reference, layout.uplink, x, kept, preconditioner=source)
+    ours = encode(kernels, layout.uplink, there(x), kept_there, preconditioner=source_there)
+    law = decode(reference, layout.uplink, payload, torch.float32, preconditioner=source)
+    out = decode(kernels, layout.uplink, ours, torch.float32, preconditioner=source_there).cpu()
+    assert out[:128].isfinite().all()
+    assert out[128:].isnan().all()
+    assert kept_there.isfinite().all()
+    assert_near(out, law)
+    both = torch.stack([ours[0]] * 3)
+    server = there(torch.full((158,), largest))
+    chunk = reduce_encode(
+        kernels, layout, 0, both, server, torch.float32, preconditioner=source_there
+    )
+    out = decode(kernels, layout.downlink, chunk[None], torch.float32, preconditioner=source_there)
+    assert out[:128].isfinite().all()
+    assert server.isfinite().all()
+
+
+def test_a_table_that_is_too_long_is_refused(kernels: Kernels) -> None:
+    levels = Quantizer("log5", (0.0, *(2.0**-k for k in range(14, -1, -1))), 8, 8, None)
+    wire = dataclasses.replace(layout_of((64,), "uniform8").uplink, quantizer=levels)
+    with pytest.raises(ValueError, match=r"'log5': it has 31 levels\. Must be at most 16"):
+        encode(kernels, wire, there(values_like_gradients(64)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,17 +9,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effadam_hook.layout import SEAL_BYTES, Slot, cut, plan_bucket, share_of
-from effadam_hook.quantizers import QUANTIZERS, get_quantizer
+from effadam_hook.wire.layout import (
+    REPLICA_CHECK_BYTES,
+    Slot,
+    cut,
+    lay_out_bucket,
+    share_of,
+    turn_of,
+)
+from effadam_hook.wire.quantizers import QUANTIZERS, get_quantizer
 from kernel_cases import layout_of
 
 names = st.sampled_from(list(QUANTIZERS))
 
 
 @given(st.integers(0, 5000), st.integers(0, 50), st.integers(4, 12), st.integers(1, 9))
-def test_shares_partition_a_parameter(numel: int, order: int, log_size: int, servers: int) -> None:
+def test_shares_partition_a_parameter(numel: int, turn: int, log_size: int, servers: int) -> None:
     size = 2**log_size
-    shares = [share_of(numel, order, size, server, servers) for server in range(servers)]
+    shares = [share_of(numel, turn, size, server, servers) for server in range(servers)]
     covered = sorted((first, first + count) for first, count in shares if count)
     assert sum(count for _, count in shares) == numel
     assert all(end == first for (_, end), (first, _) in pairwise(covered))
@@ -30,10 +37,20 @@ def test_shares_partition_a_parameter(numel: int, order: int, log_size: int, ser
 
 def test_odd_blocks_spread_over_the_servers() -> None:
     blocks = [0] * 4
-    for order in range(64):
+    for turn in range(64):
         for server in range(4):
-            blocks[server] += -(-share_of(257, order, 256, server, 4)[1] // 256)
+            blocks[server] += -(-share_of(257, turn, 256, server, 4)[1] // 256)
     assert blocks == [32, 32, 32, 32]
+
+
+def test_names_spread_odd_blocks_over_the_servers() -> None:
+    blocks = [0] * 4
+    for layer in range(64):
+        for server in range(4):
+            turn = turn_of(f"layers.{layer}.weight")
+            blocks[server] += share_of(64, turn, 64, server, 4)[1] // 64
+    assert sum(blocks) == 64
+    assert max(blocks) <= 24
 
 
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=6), names, st.integers(1, 4), st.data())
@@ -51,7 +68,7 @@ def test_pieces_tile_the_bucket_and_the_bytes(
         for piece in chunk.pieces:
             slot = layout.slots[piece.slot]
             assert (piece.offset, piece.numel) == share_of(
-                slot.numel, slot.order, 64, server, servers
+                slot.numel, turn_of(slot.name), 64, server, servers
             )
             assert piece.start == slot.start + piece.offset
             assert piece.start + piece.numel <= slot.start + slot.numel
@@ -69,7 +86,7 @@ def test_pieces_tile_the_bucket_and_the_bytes(
         assert chunk.numel == local
         assert (taken[: chunk.used_bytes] == 1).all()
         assert (taken[chunk.used_bytes :] == 0).all()
-        assert chunk.used_bytes <= wire.stride_bytes - SEAL_BYTES
+        assert chunk.used_bytes <= wire.stride_bytes - REPLICA_CHECK_BYTES
     assert (seen == 1).all()
     assert wire.slot_numels == tuple(sizes[: len(wire.slot_numels)])
     assert not any(sizes[len(wire.slot_numels) :])
@@ -95,13 +112,13 @@ def test_bytes_of_a_payload(name: str, code_bytes: int) -> None:
     layout = layout_of((306, 3), name, exact=(1,))
     used = 3 * 4 + 2 * 2 + code_bytes
     assert layout.uplink.chunks[0].used_bytes == used
-    assert layout.uplink.stride_bytes == -(-used // 8) * 8 + SEAL_BYTES
+    assert layout.uplink.stride_bytes == -(-used // 8) * 8 + REPLICA_CHECK_BYTES
     assert layout.uplink.payload_bytes == layout.uplink.stride_bytes
 
 
 def test_a_share_does_not_depend_on_the_bucket() -> None:
     def shares(slots: list[Slot]) -> dict[tuple[str, int], tuple[int, int]]:
-        layout = plan_bucket(
+        layout = lay_out_bucket(
             slots,
             uplink=get_quantizer("lloyd4"),
             downlink=get_quantizer("lloyd2"),
@@ -116,15 +133,15 @@ def test_a_share_does_not_depend_on_the_bucket() -> None:
             for piece in chunk.pieces
         }
 
-    one = shares([Slot("a", 0, 0, 500, False), Slot("b", 1, 500, 300, False)])
-    other = shares([Slot("b", 1, 0, 300, False)]) | shares([Slot("a", 0, 0, 500, True)])
+    one = shares([Slot("a", 0, 500, False), Slot("b", 500, 300, False)])
+    other = shares([Slot("b", 0, 300, False)]) | shares([Slot("a", 0, 500, True)])
     assert one == other
 
 
 def test_gaps_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Slot of 'b' starts at element 11\. Must be 10"):
-        plan_bucket(
-            [Slot("a", 0, 0, 10, False), Slot("b", 1, 11, 10, False)],
+        lay_out_bucket(
+            [Slot("a", 0, 10, False), Slot("b", 11, 10, False)],
             uplink=get_quantizer("sign"),
             downlink=get_quantizer("sign"),
             scale_rule="least_squares",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effadam_hook import EfficientAdam
-from effadam_hook.saved import merge_saved
+from effadam_hook.feedback.checkpoint import merge_saved
 from harness import Died, run_ranks
 from lightning_training import (
     FAMILIES,

@@ -253,7 +253,7 @@ def by_measurement(rank: int, world_size: int) -> tuple[list[Tensor], str]:
     trainer = make_trainer(family, strategy(topology="auto", auto=True), ".", max_epochs=20)
     trainer.fit(module, loader())
     trainer.fit_loop.max_epochs = 40
-    trainer.fit(module, loader())  # has a trial of its own
+    trainer.fit(module, loader())  # has a auto_compress of its own
     return weights(module), trainer.strategy.hook_state.summary()
 
 

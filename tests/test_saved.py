@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from effadam_hook import EfficientAdamState, StateMismatchError, attach
-from effadam_hook.residuals import Place, Residuals
+from effadam_hook.feedback.checksum import with_checksum
+from effadam_hook.feedback.residuals import Place, Residuals
 from harness import run_ranks
 from training import SHAPES, ChosenGradients, ddp, drawn_gradients, loss_of
 
@@ -160,8 +161,9 @@ def refuse(rank: int, world_size: int) -> dict[str, str]:
         "foreign": {"weights": 1},
         "version": {**good, "version": 99},
         "model": other_state.state_dict(),
-        "nan": poisoned,
-        "rank": {**good, "rank": 1 - rank},
+        "nan": with_checksum(poisoned),
+        "damaged": poisoned,
+        "rank": with_checksum({**good, "rank": 1 - rank}),
         "missing rank": {"version": 1, "ranks": [good, good]},
     }
     messages = {}
@@ -180,7 +182,11 @@ def refuse(rank: int, world_size: int) -> dict[str, str]:
 def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
     for messages in run_ranks(refuse, 2):
         assert "no saved state of EfficientAdamState" in messages["foreign"]
-        assert "version 99" in messages["version"]
+        assert "version 99. Must be at most 2" in messages["version"]
+        assert (
+            "do not match" not in messages["nan"]
+            and "The saved state is damaged" in messages["damaged"]
+        )
         assert "the parameter has" in messages["model"]
         assert "'weights.0' holds a NaN" in messages["nan"]
         assert "Load each rank's own state" in messages["rank"]

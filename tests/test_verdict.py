@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
-from effadam_hook.errors import DisagreementError
-from effadam_hook.exchange.board import Position
-from effadam_hook.exchange.verdict import disagreement, first_failure, gone_before, who_is_late
+from effadam_hook.errors import DisagreementError, EffAdamError
+from effadam_hook.exchange.watchdog.deadlock import Process, Run, Wait, find_deadlock
+from effadam_hook.exchange.watchdog.diagnosis import (
+    disagreement,
+    first_failure,
+    gone_before,
+    who_is_late,
+)
+from effadam_hook.exchange.watchdog.status_board import Position
 
 A = (0, "bucket 0", "a compressed exchange", "aa")
 B = (1, "bucket 1", "a compressed exchange", "bb")
@@ -60,3 +67,75 @@ def test_the_late_are_those_that_are_silent_gone_or_behind() -> None:
     assert "Rank 2 has ended." in text
     assert "Rank 1 has started 1 buckets, this rank 2; it is in bucket 1, uplink." in text
     assert "Rank 3" not in text
+
+
+def process(
+    rank: int, waits: dict[int, Wait | None], **started: int | tuple[int, tuple[int, ...]]
+) -> Process:
+    """A process whose models have started so many buckets, in thread 1 unless others are named."""
+    runs = {
+        name: Run(count, (1,)) if isinstance(count, int) else Run(*count)
+        for name, count in started.items()
+    }
+    return Process(rank, waits, runs)
+
+
+def bucket(run: str, sequence: int) -> Wait:
+    return Wait(f"is in bucket {sequence} of {run}", run, sequence)
+
+
+def verdict_of(*processes: Process, run: str = "a") -> EffAdamError | None:
+    found = find_deadlock({p.rank: p for p in processes}, run)
+    return None if found is None else found.error
+
+
+def test_models_taken_in_different_orders_are_a_deadlock_over_any_number_of_ranks() -> None:
+    two = (
+        process(0, {1: bucket("a", 5)}, a=6, b=5),
+        process(1, {1: bucket("b", 5)}, a=5, b=6),
+    )
+    error = verdict_of(*two)
+    assert isinstance(error, DisagreementError)
+    assert "rank 0 is in bucket 5 of a, to which rank 1 has not come" in str(error)
+    three = (
+        process(0, {1: bucket("a", 0)}, a=1, b=0, c=0),
+        process(1, {1: bucket("b", 0)}, a=0, b=1, c=0),
+        process(2, {1: bucket("c", 0)}, a=0, b=0, c=1),
+    )
+    for run in "abc":
+        assert verdict_of(*three, run=run) is not None
+    assert verdict_of(*three[:2], run="d") is None
+
+
+def test_a_rank_with_a_free_thread_is_not_accused() -> None:
+    both = (1, 2)
+    crossing = (
+        process(0, {1: bucket("a", 0), 2: None}, a=(1, both), b=(0, both)),
+        process(1, {2: bucket("b", 0), 1: None}, a=(0, both), b=(1, both)),
+    )
+    assert verdict_of(*crossing) is None
+    slow = process(0, {1: bucket("a", 3)}, a=4), process(1, {1: None}, a=3)
+    assert verdict_of(*slow) is None
+    under_way = process(0, {1: bucket("a", 3)}, a=4), process(1, {1: bucket("a", 3)}, a=4)
+    assert verdict_of(*under_way) is None
+
+
+def test_a_rank_in_a_collective_for_which_a_bucket_waits_is_a_deadlock_once_nobody_is_free() -> (
+    None
+):
+    barrier = Wait("is in barrier() at train.py:31", ranks=(0, 1, 2))
+    waiting, through = process(0, {1: bucket("a", 3)}, a=4), process(1, {1: barrier}, a=3)
+    free, also = process(2, {1: None}, a=3), process(2, {1: bucket("a", 3)}, a=4)
+    assert verdict_of(waiting, through, free) is None
+    assert verdict_of(waiting, through) is None  # nothing is known of rank 2
+    error = verdict_of(waiting, through, also)
+    assert error is not None and not isinstance(error, DisagreementError)
+    assert "rank 1 is in barrier() at train.py:31, to which ranks 0, 2 have not come" in str(error)
+    # A sender that is heard by somebody goes on.
+    from_1 = Wait("is in broadcast()", ranks=(1,))
+    assert verdict_of(waiting, process(1, {1: None}, a=3), process(2, {1: from_1}, a=3)) is None
+
+
+def test_what_a_process_waits_for_survives_the_store() -> None:
+    before = process(1, {1: bucket("a", 3), 2: None, 3: Wait("x", ranks=(0, 2))}, a=4)
+    assert Process.from_json(json.loads(json.dumps(before.to_json()))) == before

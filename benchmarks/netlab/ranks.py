@@ -76,7 +76,7 @@ def run_in_lab(
         for host in range(lab.hosts)
     ]
     try:
-        return _watch(ranks, lab, timeout_s, quiet)
+        return _watchdog(ranks, lab, timeout_s, quiet)
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -85,7 +85,7 @@ def run_in_lab(
             rank.wait()
 
 
-def _watch(
+def _watchdog(
     ranks: Sequence[subprocess.Popen[bytes]], lab: NetLab, timeout_s: float | None, quiet: bool
 ) -> list[str]:
     printed = [bytearray() for _ in ranks]

@@ -11,6 +11,7 @@ import torch
 
 import effadam_hook
 from effadam_hook.kernels import select
+from effadam_hook.kernels.cpu import libraries
 
 __all__ = ["environment", "kernel_build"]
 
@@ -24,7 +25,7 @@ def environment() -> dict[str, object]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # not on Windows
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -40,8 +41,7 @@ def kernel_build() -> str:
     Returns:
         The first 12 hexadecimal digits of the library's SHA-256; ``"none"`` if there is no library.
     """
-    folder = Path(effadam_hook.__file__).parent / "kernels"
-    built = sorted(folder.glob("_cpu*.so")) + sorted(folder.glob("_cpu*.dylib"))
+    built = libraries()
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in built))
     return digest.hexdigest()[:12] if built else "none"
 

@@ -1,4 +1,4 @@
-"""What the command prints: tables and notes for people, or one JSON object for machines."""
+"""Output of the command: tables and notes as text, or one JSON object."""
 
 from __future__ import annotations
 
@@ -12,17 +12,33 @@ from typing import Any
 
 from effadam_hook.errors import CommandError
 
-__all__ = ["Screen", "require"]
+__all__ = ["Screen", "printable", "require"]
 
 _EXTRA = 'pip install "effadam-hook[cli]"'
 
 
-def require(package: str, purpose: str) -> None:
-    """Check that an optional package is there.
+def printable(text: str) -> str:
+    """Make text safe for a terminal.
 
     Args:
-        package: Its name.
-        purpose: What it is needed for.
+        text: Any text, such as the name of a file, a key of a log or the message of an exception.
+
+    Returns:
+        The text with escapes for control and format characters, including those that start a
+        terminal's escape sequences or reverse its direction. Newlines and tabs remain unchanged.
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def require(package: str, purpose: str) -> None:
+    """Check that an optional package is installed.
+
+    Args:
+        package: Name of the package.
+        purpose: Purpose of the package, for the message.
 
     Raises:
         CommandError: If it is missing, with the remedy.
@@ -34,11 +50,11 @@ def require(package: str, purpose: str) -> None:
 
 
 class Screen:
-    """Where output goes; silent on all ranks but the first.
+    """Output of rank 0; other ranks print nothing.
 
     Args:
-        as_json: Whether standard output gets nothing but the result as JSON.
-        rank: This process's rank.
+        as_json: Whether to print nothing to standard output except the result as JSON.
+        rank: Rank of this process.
     """
 
     def __init__(self, as_json: bool, rank: int = 0) -> None:
@@ -48,16 +64,17 @@ class Screen:
             require("rich", "showing tables")
 
     def note(self, text: str) -> None:
-        """A line for people."""
+        """Print a line of text."""
         if self._main and not self._as_json:
             from rich.console import Console
+            from rich.text import Text
 
-            Console(soft_wrap=True, highlight=False, markup=False).print(text)
+            Console(soft_wrap=True).print(Text(printable(text)))
 
     def code(self, text: str) -> None:
-        """Lines to paste, as they are."""
+        """Print lines of code without formatting."""
         if self._main and not self._as_json:
-            sys.stdout.write(f"\n{text}\n\n")
+            sys.stdout.write(f"\n{printable(text)}\n\n")
 
     def table(
         self,
@@ -66,25 +83,28 @@ class Screen:
         rows: Sequence[Sequence[object]],
         marked: int | None = None,
     ) -> None:
-        """A table for people.
+        """Print a table.
 
         Args:
-            title: Above it.
-            columns: Headers; all but the first column are aligned to the right.
-            rows: Cells.
-            marked: Index of a row to emphasise.
+            title: Title above the table.
+            columns: Headers; all columns except the first are aligned to the right.
+            rows: Cells of the rows.
+            marked: Index of a row to highlight.
         """
         if not self._main or self._as_json:
             return
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        # As Text, so that brackets are not parsed as markup and colons not as emoji.
+        table = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+            header = Text(printable(column))
+            table.add_column(header, justify="right" if index else "left", no_wrap=True)
         for index, row in enumerate(rows):
-            cells = [str(cell) for cell in row]
+            cells = [Text(printable(str(cell))) for cell in row]
             table.add_row(*cells, style="bold green" if index == marked else None)
         console = Console()
         if not console.is_terminal:
@@ -92,21 +112,21 @@ class Screen:
         console.print(table)
 
     def result(self, value: dict[str, Any]) -> None:
-        """The whole result, for machines; a number that is not finite becomes ``null``."""
+        """Print the result as JSON; numbers that are not finite become ``null``."""
         if self._main and self._as_json:
             sys.stdout.write(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
             sys.stdout.flush()
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
-        """A progress bar on standard error.
+        """Show a progress bar on standard error.
 
         Args:
-            label: What is going on.
+            label: Label of the bar.
             total: Number of parts.
 
         Yields:
-            To be called with a description when a part begins.
+            Function to be called with a description at the start of each part.
         """
         if not self._main or importlib.util.find_spec("rich") is None:
             yield lambda part: None
@@ -115,18 +135,23 @@ class Screen:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeElapsedColumn as Elapsed
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Elapsed(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=total + 1)
 
             def advance(part: str) -> None:
-                bar.update(task, advance=1, description=f"{label}: {part}")
+                bar.update(task, advance=1, description=printable(f"{label}: {part}"))
 
             yield advance
 
 
 def _strict(value: Any) -> Any:
-    """The same in what JSON knows."""
+    """Convert a value to types that JSON supports."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

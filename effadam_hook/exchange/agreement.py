@@ -9,43 +9,56 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from effadam_hook.errors import DisagreementError
-from effadam_hook.exchange.compat import gather_bytes
+from effadam_hook.exchange.waiting import gather_bytes, phase
 
-__all__ = ["check_agreement"]
+__all__ = ["check_agreement", "check_steps", "differing_steps"]
 
 _MOST_SHOWN = 5
+_FAILED = "failed"
 
 
 def check_agreement(
-    description: dict[str, Any], group: dist.ProcessGroup, device: torch.device
+    description: dict[str, Any] | Exception, group: dist.ProcessGroup, device: torch.device
 ) -> str:
     """Compare every rank's description; a collective operation.
 
     Args:
-        description: Plain values by name, nested dictionaries and lists included.
+        description: Plain values by name, nested dictionaries and lists included; or why this rank has
+            none, so that the others do not wait for it.
         group: The process group.
         device: Where the group's backend wants tensors.
 
     Returns:
-        A word that is the same on all ranks and new each time.
+        A run id that is the same on all ranks and new each time.
 
     Raises:
         DisagreementError: On every rank, naming which rank differs from rank 0 in what.
     """
-    word = uuid.uuid4().hex
+    run_id = uuid.uuid4().hex
+    if isinstance(description, Exception):
+        description = {_FAILED: f"{type(description).__name__}: {description}"}
     if group.size() == 1:
-        return word
+        return run_id
     own = json.dumps(description, sort_keys=True).encode()
-    gathered = gather_bytes(word.encode() + own, group, device, everywhere=True)
-    texts = [text[len(word) :] for text in gathered]
+    with phase(group.rank(), "comparing options"):
+        gathered = gather_bytes(run_id.encode() + own, group, device, everywhere=True)
+    texts = [text[len(run_id) :] for text in gathered]
     if all(text == texts[0] for text in texts):
-        return gathered[0][: len(word)].decode()
+        return gathered[0][: len(run_id)].decode()
+    failed = {rank: json.loads(text).get(_FAILED) for rank, text in enumerate(texts)}
+    if any(failed.values()):
+        said = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items() if text)
+        raise DisagreementError(
+            f"Ranks have failed before options were compared: {said}. See their output, and restart "
+            "all ranks."
+        )
     first = _flatten(json.loads(texts[0]))
     lines = []
     for rank, text in enumerate(texts):
@@ -58,6 +71,71 @@ def check_agreement(
     raise DisagreementError(
         f"The ranks disagree: {'; '.join(lines[:_MOST_SHOWN])}{more}. "
         "Start every rank with the same model, options and package versions."
+    )
+
+
+def check_steps(
+    run_id: str,
+    steps: int,
+    optimizer_steps: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> None:
+    """Compare how far every rank has come; a collective operation.
+
+    Args:
+        run_id: Of the model; ranks that open two models in different orders meet here over one group.
+        steps: Of the exchange.
+        optimizer_steps: A digest of those of the optimizer, where the exchange depends on them.
+        group: The process group.
+        device: Where the group's backend wants tensors.
+
+    Raises:
+        DisagreementError: On every rank, if two differ.
+    """
+    if group.size() == 1:
+        return
+    own = json.dumps([steps, optimizer_steps, run_id]).encode()
+    rows = [json.loads(text) for text in gather_bytes(own, group, device, everywhere=True)]
+    others = [str(rank) for rank, row in enumerate(rows) if row[2] != run_id]
+    if others:
+        ranks = ", ".join(others)
+        raise DisagreementError(
+            f"Rank {ranks} has come here with another model than rank {group.rank()}. Run the backward "
+            "passes of several models in the same order on all ranks, or give each model a process "
+            "group of its own where threads run them."
+        )
+    if message := differing_steps([row[0] for row in rows], [row[1] for row in rows]):
+        raise DisagreementError(message)
+
+
+def differing_steps(steps: Sequence[int], optimizer_steps: Sequence[int]) -> str:
+    """A message about ranks that count other steps than rank 0, or nothing.
+
+    Args:
+        steps: Of the exchange, by rank.
+        optimizer_steps: Digests of those of the optimizer, by rank.
+
+    Returns:
+        Who differs, the rule, and the remedy.
+    """
+    differences = [
+        f"rank {rank} is at step {step} and rank 0 at step {steps[0]}"
+        for rank, step in enumerate(steps)
+        if step != steps[0]
+    ]
+    if not differences:
+        differences = [
+            f"the optimizer of rank {rank} counts other steps than that of rank 0"
+            for rank, digest in enumerate(optimizer_steps)
+            if digest != optimizer_steps[0]
+        ]
+    if not differences:
+        return ""
+    more = f"; and {len(differences) - _MOST_SHOWN} more" if len(differences) > _MOST_SHOWN else ""
+    return (
+        f"The ranks continue from different states: {'; '.join(differences[:_MOST_SHOWN])}{more}. "
+        "All ranks must load the state of the same step, or none of them."
     )
 
 

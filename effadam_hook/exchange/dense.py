@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from effadam_hook.exchange.compat import abandon
-from effadam_hook.exchange.lane import Lane
-from effadam_hook.exchange.passage import Passage
-from effadam_hook.exchange.watchdog import Watch
+from effadam_hook.exchange.collectives import Group, abandon, all_reduce
+from effadam_hook.exchange.watchdog.inflight import InflightBucket
+from effadam_hook.exchange.watchdog.watchdog import Watchdog
+from effadam_hook.exchange.worker_thread import WorkerThread
 
 __all__ = ["DenseExchange", "start_average"]
 
@@ -26,13 +26,13 @@ class DenseExchange:
 
     Args:
         group: DDP's process group.
-        watch: Knows the buckets under way.
+        watchdog: Knows the buckets under way.
     """
 
-    def __init__(self, group: dist.ProcessGroup, watch: Watch) -> None:
+    def __init__(self, group: dist.ProcessGroup, watchdog: Watchdog) -> None:
         self._group = group
-        self._watch = watch
-        self._lane: Lane[list[dist.Work]] | None = None
+        self._watchdog = watchdog
+        self._worker_thread: WorkerThread[list[dist.Work]] | None = None
 
     def submit(self, label: str, buffer: Tensor, also: Sequence[Tensor] = ()) -> Future[Tensor]:
         """Average a bucket over the ranks, uncompressed, in place.
@@ -48,27 +48,29 @@ class DenseExchange:
         if buffer.device.type != "cpu":
             return _when_all_are_done(buffer, self._start(buffer, also))
         layout = "sparse" if buffer.is_sparse else f"{buffer.numel()} elements"
-        passage = self._watch.enter(label, "a dense all-reduce", layout, "dense all-reduce", buffer)
-        if passage.is_over:
-            return passage.future
-        if self._lane is None:
+        inflight = self._watchdog.enter(
+            label, "a dense all-reduce", layout, "dense all-reduce", buffer
+        )
+        if inflight.is_over:
+            return inflight.future
+        if self._worker_thread is None:
             group = self._group
-            self._lane = Lane("effadam-dense", _finish, self._watch)
-            self._watch.on_failure(lambda: abandon(group))
-            self._watch.on_close(self._lane.close)
+            self._worker_thread = WorkerThread("effadam-dense", _finish, self._watchdog)
+            self._watchdog.on_failure(lambda: abandon(group))
+            self._watchdog.on_close(self._worker_thread.close)
         try:
             works = self._start(buffer, also)
         except Exception as error:  # which backward then raises, like one of waiting
-            self._watch.broke(passage, error)
+            self._watchdog.broke(inflight, error)
         else:
-            self._lane.put(passage, works)
-        return passage.future
+            self._worker_thread.put(inflight, works)
+        return inflight.future
 
     def _start(self, buffer: Tensor, also: Sequence[Tensor]) -> list[dist.Work]:
         return [start_average(tensor, self._group) for tensor in (buffer, *also)]
 
 
-def start_average(buffer: Tensor, group: dist.ProcessGroup) -> dist.Work:
+def start_average(buffer: Tensor, group: Group) -> dist.Work:
     """Start averaging a bucket over the ranks, uncompressed, in place.
 
     Args:
@@ -79,16 +81,14 @@ def start_average(buffer: Tensor, group: dist.ProcessGroup) -> dist.Work:
         The work to wait for.
     """
     buffer.div_(group.size())
-    work: dist.Work | None = dist.all_reduce(buffer, group=group, async_op=True)
-    assert work is not None
-    return work
+    return all_reduce(buffer, group)
 
 
-def _finish(passage: Passage, works: list[dist.Work]) -> None:
+def _finish(inflight: InflightBucket, works: list[dist.Work]) -> None:
     for work in works:
-        passage.work = work
-        passage.wait()
-    passage.succeed()
+        inflight.work = work
+        inflight.wait()
+    inflight.succeed()
 
 
 def _when_all_are_done(buffer: Tensor, works: list[dist.Work]) -> Future[Tensor]:

@@ -1,58 +1,136 @@
-"""Two Gloo groups for an exchange, and used again by the next one when it has ended well.
+"""The Gloo groups of an exchange: made by its run id, dropped with it.
 
-A process may train many models one after the other. Groups of its own for each of them would pile up:
-torch cannot make a Gloo group again after it was destroyed (see :func:`new_group_like`), so that they
-live until ``destroy_process_group()`` ends everything. Which pair is free everywhere is agreed on by
-all ranks, as an exchange may have ended on some of them only.
+``torch.distributed.new_group`` names groups by the order in which a process makes them, so that two
+threads that open exchanges in different orders on different ranks get each other's connections. A group
+made here is named by the run id on which the ranks have agreed over DDP's own group, and it is known to
+nobody else: it ends when the exchange lets go of it.
 """
 
 from __future__ import annotations
 
-import weakref
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
-from effadam_hook.exchange.compat import new_group_like
+from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.collectives import BareGroup, DefaultStore, timeout_of
 
-__all__ = ["GroupPair", "borrow_groups"]
+__all__ = ["GlooGroup", "make_gloo_groups"]
+
+_DEFAULT_TIMEOUT = timedelta(minutes=30)
+_SLICE_S = 0.25
+_LONGEST_SLEEP_S = 0.05
+
+
+class _Rendezvous(Store):
+    """The default store as Gloo needs it to connect ranks, without keeping it alive.
+
+    Gloo keeps the store of a group, and a store that is kept alive keeps its port from the next default
+    process group. A wait for another rank's address can be given up, and leaves the store to other threads
+    meanwhile.
+    """
+
+    def __init__(self, prefix: str, is_useful: Callable[[], bool]) -> None:
+        super().__init__()
+        self._inner = DefaultStore(prefix)
+        self._is_useful = is_useful
+
+    def set(self, key: str, value: Any) -> None:
+        self._inner.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        value = self._inner.get(key)
+        assert value is not None
+        return value
+
+    def add(self, key: str, amount: int) -> int:
+        return self._inner.add(key, amount)
+
+    def check(self, keys: list[str]) -> bool:
+        return all(self._inner.has(key) for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta = _DEFAULT_TIMEOUT) -> None:
+        deadline = time.monotonic() + timeout.total_seconds()
+        sleep_s = 0.001
+        while not self.check(keys):
+            if not self._is_useful():
+                raise RuntimeError("connecting was given up.")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"a rank has not connected within {timeout}.")
+            time.sleep(sleep_s)
+            sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
 
 
 @dataclass(eq=False)
-class GroupPair:
-    """The groups of the lanes "up" and "across".
+class GlooGroup:
+    """A Gloo group and the store that it refers to.
 
     Attributes:
-        up: For uplinks.
-        down: For downlinks.
-        is_free: Whether nothing is under way in them on this rank, nor will be.
+        group: The group.
+        store: Kept for as long as the group.
     """
 
-    up: dist.ProcessGroup
-    down: dist.ProcessGroup
-    is_free: bool = False
+    group: BareGroup
+    store: object
 
 
-_pairs: weakref.WeakKeyDictionary[dist.ProcessGroup, list[GroupPair]] = weakref.WeakKeyDictionary()
+def make_gloo_groups(
+    names: list[str],
+    run_id: str,
+    group: dist.ProcessGroup,
+    is_useful: Callable[[], bool],
+) -> list[GlooGroup]:
+    """Make Gloo groups of the ranks and the time-out of a process group; a collective operation.
 
-
-def borrow_groups(group: dist.ProcessGroup) -> GroupPair:
-    """A pair of groups with the ranks and the time-out of a group; a collective operation.
+    Connecting happens in C++, where neither Ctrl-C nor another rank's end is noticed. A thread does it, and
+    this function waits for the thread.
 
     Args:
-        group: The process group.
+        names: One for each group, the same on every rank.
+        run_id: The same on all ranks, and no other exchange's.
+        group: DDP's process group.
+        is_useful: Queried several times a second; connecting is given up when it is False.
 
     Returns:
-        A pair; to be given back by setting :attr:`GroupPair.is_free`.
+        The groups, in the order of their names.
+
+    Raises:
+        EffAdamError: If connecting was given up.
+        RuntimeError: If Gloo cannot connect.
     """
-    pairs = _pairs.setdefault(group, [])
-    if pairs:
-        free = torch.tensor([pair.is_free for pair in pairs], dtype=torch.int32)
-        dist.all_reduce(free, op=dist.ReduceOp.MIN, group=group)
-        for pair, is_free_everywhere in zip(pairs, free.tolist(), strict=True):
-            if is_free_everywhere:
-                pair.is_free = False
-                return pair
-    pairs.append(GroupPair(new_group_like(group), new_group_like(group)))
-    return pairs[-1]
+    timeout = timeout_of(group, torch.device("cpu")) or _DEFAULT_TIMEOUT
+    rank, size = group.rank(), group.size()
+    gave_up = threading.Event()
+    made: list[GlooGroup] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def connect() -> None:
+        try:
+            for name in names:
+                store = _Rendezvous(f"effadam/{run_id}/{name}", lambda: not gave_up.is_set())
+                bare: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+                made.append(GlooGroup(bare, store))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=connect, name="effadam-connect", daemon=True).start()
+    try:
+        while not done.wait(_SLICE_S):
+            if not is_useful():
+                raise EffAdamError("the exchange has stopped.")
+    finally:
+        gave_up.set()
+    if errors:
+        raise errors[0]
+    return made

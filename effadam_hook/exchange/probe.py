@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from effadam_hook.exchange.compat import gather_bytes
 from effadam_hook.exchange.dense import start_average
-from effadam_hook.exchange.topology import Topology, make_topology
+from effadam_hook.exchange.topology import TOPOLOGIES, Topology, make_topology
+from effadam_hook.exchange.waiting import finish, gather_bytes
 
 __all__ = ["LEGS", "Probe", "Timing"]
 
-LEGS = ("all_reduce", "up/sharded", "down/sharded", "up/rank0", "down/rank0")
+LEGS = ("all_reduce", *(f"{way}/{name}" for name in TOPOLOGIES for way in ("up", "down")))
 """Collectives that can be timed; what follows the slash is the topology."""
 
 Start = Callable[[], "list[dist.Work | None]"]
@@ -117,7 +117,9 @@ class Probe:
         Returns:
             What one of the two took, on average.
         """
-        return self._time([self._leg(f"{way}/{topology}", size) for way in ("up", "down")], repeats)
+        return self._time(
+            [self._leg(f"{route}/{topology}", size) for route in ("up", "down")], repeats
+        )
 
     def _leg(self, name: str, size: int) -> Start:
         """A collective with buffers of its own."""
@@ -138,7 +140,7 @@ class Probe:
         if kind not in self._topologies:
             topology = self._topologies[kind] = make_topology(kind, self._group)
             if self._device.type == "cpu":
-                topology.settle(self._group)
+                topology.measure_route(self._group)
         return self._topologies[kind]
 
     def time_busy(self, call: Callable[[], None], seconds: float = 0.05, windows: int = 3) -> float:
@@ -221,8 +223,7 @@ class Probe:
         cpu = time.process_time()
         begin = time.perf_counter()
         for work in [work for start in starts for work in start()]:
-            if work is not None:
-                work.wait()
+            finish(work)
         self.synchronize()
         return time.perf_counter() - begin, time.process_time() - cpu
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from effadam_hook.exchange.collectives import Group, all_reduce
+from effadam_hook.exchange.waiting import finish
+
 __all__ = ["slowest"]
 
 
-def slowest(
-    seconds: Sequence[float], group: dist.ProcessGroup, device: torch.device
-) -> list[float]:
+def slowest(seconds: Sequence[float], group: Group, device: torch.device) -> list[float]:
     """The largest of each number over all ranks; a collective operation.
 
     Args:
@@ -24,6 +25,6 @@ def slowest(
         The same numbers on every rank.
     """
     values = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    finish(all_reduce(values, group, dist.ReduceOp.MAX), device.type == "cpu")
     largest: list[float] = values.tolist()
     return largest

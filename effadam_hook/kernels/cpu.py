@@ -18,16 +18,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from effadam_hook.kernels.sources import AdamSource, Preconditioner, check_arguments
-from effadam_hook.layout import Wire
-from effadam_hook.quantizers import Quantizer
+from effadam_hook.kernels.fusions import (
+    TABLE_CODES,
+    AdamSource,
+    Preconditioner,
+    check_arguments,
+    level_table,
+)
+from effadam_hook.wire.layout import Wire
+from effadam_hook.wire.quantizers import Quantizer
 
-__all__ = ["CpuKernels", "load"]
+__all__ = ["CpuKernels", "libraries", "load"]
 
 _ABI_VERSION = 1
 _LIBRARY_VARIABLE = "EFFADAM_CPU_LIBRARY"
+_SUFFIXES = (".so", ".dylib", ".dll")
 _MAX_BLOCK = 4096
-_TABLE_CODES = 16
 _TABLE_THRESHOLDS = 8
 _STORES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _ENCODE, _REDUCE_ENCODE, _DECODE = range(3)
@@ -44,7 +50,7 @@ class _Quantizer(ctypes.Structure):
         ("spread", ctypes.c_double),
         ("top", ctypes.c_double),
         ("largest_scale", ctypes.c_double),
-        ("levels", ctypes.c_float * _TABLE_CODES),
+        ("levels", ctypes.c_float * TABLE_CODES),
         ("thresholds", ctypes.c_float * _TABLE_THRESHOLDS),
     )
 
@@ -85,7 +91,7 @@ class _Job(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _WireTables:
     """A wire as C sees it: all chunks as one list of pieces, and each chunk alone."""
 
     rows: tuple[array[int], ...]
@@ -93,7 +99,7 @@ class _Plan:
     chunks: tuple[_Wire, ...]
 
 
-_plans: WeakKeyDictionary[Wire, _Plan] = WeakKeyDictionary()
+_tables: WeakKeyDictionary[Wire, _WireTables] = WeakKeyDictionary()
 
 
 class CpuKernels:
@@ -145,7 +151,7 @@ class CpuKernels:
         )
         job = _Job(
             task=_ENCODE,
-            wire=ctypes.pointer(_plan_of(wire).whole),
+            wire=ctypes.pointer(_tables_of(wire).whole),
             x=x.data_ptr(),
             x_store=_STORES[x.dtype],
             residual=None if residual is None else residual.data_ptr(),
@@ -182,8 +188,8 @@ class CpuKernels:
         )
         job = _Job(
             task=_REDUCE_ENCODE,
-            wire=ctypes.pointer(_plan_of(downlink).chunks[server]),
-            uplink=ctypes.pointer(_plan_of(uplink).chunks[server]),
+            wire=ctypes.pointer(_tables_of(downlink).chunks[server]),
+            uplink=ctypes.pointer(_tables_of(uplink).chunks[server]),
             residual=None if residual is None else residual.data_ptr(),
             payload=payload.data_ptr(),
             payloads=payloads.data_ptr(),
@@ -205,7 +211,7 @@ class CpuKernels:
         check_arguments(wire, dtype, bucket=out, payload=payload, preconditioner=preconditioner)
         job = _Job(
             task=_DECODE,
-            wire=ctypes.pointer(_plan_of(wire).whole),
+            wire=ctypes.pointer(_tables_of(wire).whole),
             x=out.data_ptr(),
             x_store=_STORES[out.dtype],
             payload=payload.data_ptr(),
@@ -228,6 +234,17 @@ class CpuKernels:
         )
 
 
+def libraries() -> list[Path]:
+    """List the shared libraries beside this module, in the order in which they are tried.
+
+    Returns:
+        Paths; ``_cpu.so``, ``_cpu.dylib`` or ``_cpu.dll`` first, then libraries with a longer name,
+        such as those that earlier versions built for one version of Python.
+    """
+    found = [path for path in Path(__file__).parent.glob("_cpu*") if path.suffix in _SUFFIXES]
+    return sorted(found, key=lambda path: (path.stem != "_cpu", path.name))
+
+
 @cache
 def load() -> ctypes.CDLL:
     """The shared library that was built with the package.
@@ -240,12 +257,11 @@ def load() -> ctypes.CDLL:
     Raises:
         ImportError: If there is none, or it does not fit this version or this system.
     """
-    folder, other = Path(__file__).parent, os.environ.get(_LIBRARY_VARIABLE)
-    built = (
-        [Path(other)] if other else sorted([*folder.glob("_cpu*.so"), *folder.glob("_cpu*.dylib")])
-    )
+    other = os.environ.get(_LIBRARY_VARIABLE)
+    built = [Path(other)] if other else libraries()
     if not built:
-        raise ImportError(f"no compiled library _cpu*.so in {folder}")
+        names = " or ".join(f"_cpu{suffix}" for suffix in _SUFFIXES)
+        raise ImportError(f"no compiled library {names} in {Path(__file__).parent}")
     reasons = []
     for path in built:
         try:
@@ -273,14 +289,14 @@ def _variants(library: ctypes.CDLL) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _plan_of(wire: Wire) -> _Plan:
-    plan = _plans.get(wire)
+def _tables_of(wire: Wire) -> _WireTables:
+    plan = _tables.get(wire)
     if plan is None:
-        plan = _plans[wire] = _make_plan(wire)
+        plan = _tables[wire] = _make_tables(wire)
     return plan
 
 
-def _make_plan(wire: Wire) -> _Plan:
+def _make_tables(wire: Wire) -> _WireTables:
     if not 1 <= wire.block_size <= _MAX_BLOCK:
         raise ValueError(
             f"Invalid block_size: {wire.block_size}. Must be from 1 to {_MAX_BLOCK} for the compiled "
@@ -300,7 +316,7 @@ def _make_plan(wire: Wire) -> _Plan:
         _Wire(row.buffer_info()[0], count, wire.block_size, quantizer)
         for row, count in zip(rows, counts, strict=True)
     ]
-    return _Plan(rows, wires[0], tuple(wires[1:]))
+    return _WireTables(rows, wires[0], tuple(wires[1:]))
 
 
 def _describe(quantizer: Quantizer, scale_rule: str) -> _Quantizer:
@@ -315,7 +331,8 @@ def _describe(quantizer: Quantizer, scale_rule: str) -> _Quantizer:
     described.spread = quantizer.spread or 0.0
     described.top = magnitudes[-1]
     described.largest_scale = quantizer.largest_scale
-    if len(quantizer.levels) <= _TABLE_CODES:
-        described.levels[: len(quantizer.levels)] = quantizer.levels
+    levels = level_table(quantizer)
+    if levels:
+        described.levels[: len(levels)] = levels
         described.thresholds[: len(magnitudes) - 1] = quantizer.thresholds
     return described

@@ -11,7 +11,13 @@ The outcomes that are easy to get wrong:
   zeros and stays in the residual whole.
 - A block with an infinity or a NaN gets a NaN scale and so decodes to NaN everywhere; its residual is
   left as it was, finite. Raw elements carry their own infinities and NaNs.
-- A scale is limited so that the top level stays finite in float32.
+- Finite input never becomes infinite. A scale is limited so that the top level is finite in bfloat16,
+  and so in float32. A sum ``x + residual`` of finite terms that overflows, and a quotient or product
+  with a preconditioner's divisor that does, becomes the largest finite value of its sign: the largest
+  bfloat16, 3.39e38, in float32 arithmetic. What saturation cuts off is lost, and is in no residual.
+- The mean of raw elements overflows like that of a dense all-reduce. A value beyond the range of a
+  float16 bucket becomes an infinity there, which a ``GradScaler`` answers with a smaller scale. An Adam
+  update whose second moment overflows, at gradients above 1.8e19, is not finite.
 - A padding element, at the end of a partial block, is no part of any sum.
 """
 
@@ -22,14 +28,14 @@ import math
 import torch
 from torch import Tensor
 
-from effadam_hook.kernels.sources import (
+from effadam_hook.kernels.fusions import (
     AdamSource,
     Preconditioner,
     check_arguments,
     compute_dtype,
 )
-from effadam_hook.layout import Piece, Wire
-from effadam_hook.quantizers import SCALE_BYTES, Quantizer
+from effadam_hook.wire.layout import Piece, Wire
+from effadam_hook.wire.quantizers import SCALE_BYTES, Quantizer
 
 __all__ = ["decode", "encode_", "name", "reduce_encode_"]
 
@@ -131,7 +137,7 @@ def reduce_encode_(
             mean += _decode_piece(uplink, source, worker, dtype, divisor=len(payloads))
         sent = _divisor(uplink, source, preconditioner)
         if sent is not None:
-            mean = mean * sent
+            mean = _limit(mean * sent)
         here = slice(target.local, target.local + target.numel)
         error = None if residual is None else residual[here]
         divisor = _divisor(downlink, target, preconditioner)
@@ -165,7 +171,7 @@ def decode(
             here = slice(piece.start, piece.start + piece.numel)
             values = _decode_piece(wire, piece, source, dtype)
             divisor = _divisor(wire, piece, preconditioner)
-            out[here] = (values if divisor is None else values * divisor).to(out.dtype)
+            out[here] = (values if divisor is None else _limit(values * divisor)).to(out.dtype)
 
 
 class _Moments:
@@ -210,6 +216,22 @@ def _divisor(wire: Wire, piece: Piece, preconditioner: Preconditioner | None) ->
     return torch.cat(parts)
 
 
+def _largest(dtype: torch.dtype) -> float:
+    """The magnitude at which results saturate; in float32 arithmetic, the largest that bfloat16 has."""
+    return float(torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).max)
+
+
+def _limit(x: Tensor) -> Tensor:
+    """The same within the largest magnitude; NaN stays NaN."""
+    largest = _largest(x.dtype)
+    return x.clamp(-largest, largest)
+
+
+def _saturate(x: Tensor, finite: Tensor) -> Tensor:
+    """The same with infinities replaced where they are an overflow, as ``finite`` says, bool."""
+    return torch.where(torch.isinf(x) & finite, _limit(x), x)
+
+
 def _runs(numel: int, block_size: int) -> list[tuple[int, int, int]]:
     """First element, end and number of blocks: of the full blocks together, and of the partial one."""
     full = numel // block_size * block_size
@@ -236,8 +258,8 @@ def _encode_piece(
         return
     total = values.to(compute_dtype(dtype))
     if residual is not None:
-        total = total + residual
-    scaled = total if divisor is None else total / divisor
+        total = _saturate(total + residual, torch.isfinite(total))
+    scaled = total if divisor is None else _saturate(total / divisor, torch.isfinite(total))
     if moments is not None:
         # An infinite v makes an update of zero: it must not pass for a finite one.
         scaled = torch.where(torch.isfinite(moments.next_exp_avg_sq), scaled, float("inf"))
@@ -253,7 +275,9 @@ def _encode_piece(
         codes_at += packed.numel()
         finite = finite.expand(block.shape).flatten()
         if residual is not None:
-            sent = decoded.flatten() if divisor is None else decoded.flatten() * divisor[first:last]
+            sent = decoded.flatten()
+            if divisor is not None:
+                sent = _limit(sent * divisor[first:last])
             kept = residual[first:last]
             kept.copy_(torch.where(finite, total[first:last] - sent, kept))
         if moments is not None:
@@ -295,7 +319,7 @@ def _scales(wire: Wire, piece: Piece, payload: Tensor) -> Tensor:
 def _quantize(
     x: Tensor, quantizer: Quantizer, scale_rule: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize blocks ``[blocks, n]``, steps [1] to [4] of :mod:`effadam_hook.quantizers`.
+    """Quantize blocks ``[blocks, n]``, steps [1] to [4] of :mod:`effadam_hook.wire.quantizers`.
 
     Returns:
         Scales ``[blocks]`` bfloat16, codes ``[blocks, n]`` int64, the decoded values ``[blocks, n]``,

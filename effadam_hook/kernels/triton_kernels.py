@@ -1,6 +1,6 @@
 """The three kernels for CUDA, fused, in Triton: one program a block, one pass over memory.
 
-A block is held as a tile whose rows are the planes of its packing (:mod:`effadam_hook.quantizers`), so
+A block is held as a tile whose rows are the planes of its packing (:mod:`effadam_hook.wire.quantizers`), so
 that packing is a sum over a column and needs no exchange between threads. Decoding makes the bits of
 :mod:`effadam_hook.kernels.reference`. Encoding sums in another order, so that a scale may differ by one
 place of a bfloat16, and with it a code on a threshold; every implementation decodes the payload alike.
@@ -20,16 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effadam_hook.kernels.sources import AdamSource, Preconditioner, check_arguments
-from effadam_hook.layout import Chunk, Wire
-from effadam_hook.quantizers import Quantizer
+from effadam_hook.kernels.fusions import (
+    TABLE_CODES,
+    AdamSource,
+    Preconditioner,
+    check_arguments,
+    level_table,
+)
+from effadam_hook.wire.layout import Chunk, Wire
+from effadam_hook.wire.quantizers import Quantizer
 
 __all__ = ["decode", "encode_", "name", "reduce_encode_"]
 
 name = "triton"
 
 _COLUMNS = tl.constexpr(9)
-_TABLE_CODES = 16
+_TABLE_THRESHOLDS = 8
 _RAW_TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -244,17 +250,23 @@ def _make_table(wire: Wire, chunks: list[tuple[Chunk, int]], device: torch.devic
             at = (scales_at + shift, data_at + shift)
             rows.append((start, local, numel, raw, *at, slot, offset, sum(counts)))
             counts.append(-(-numel // wire.block_size))
-    owner = torch.repeat_interleave(
-        torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts, dtype=torch.int64)
-    )
-    levels = torch.zeros(_TABLE_CODES + 8)
     quantizer = wire.quantizer
-    if len(quantizer.levels) <= _TABLE_CODES:
-        levels[: len(quantizer.levels)] = torch.tensor(quantizer.levels)
-        thresholds = torch.tensor(quantizer.thresholds)
-        levels[_TABLE_CODES : _TABLE_CODES + len(thresholds)] = thresholds
-    pieces = torch.tensor(rows, dtype=torch.int64).view(-1, _COLUMNS.value)
-    return _Table(len(owner), owner.to(device), pieces.to(device), levels.to(device))
+    levels = level_table(quantizer)
+    thresholds = quantizer.thresholds if levels else ()
+    table = (
+        *levels,
+        *[0.0] * (TABLE_CODES - len(levels)),
+        *thresholds,
+        *[0.0] * (_TABLE_THRESHOLDS - len(thresholds)),
+    )
+    # Made on the CPU, whatever torch.set_default_device says.
+    owner = torch.repeat_interleave(
+        torch.arange(len(counts), dtype=torch.int32, device="cpu"),
+        torch.tensor(counts, dtype=torch.int64, device="cpu"),
+    )
+    pieces = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, _COLUMNS.value)
+    looked_up = torch.tensor(table, dtype=torch.float32, device="cpu")
+    return _Table(len(owner), owner.to(device), pieces.to(device), looked_up.to(device))
 
 
 def _moments_of(preconditioner: Preconditioner | None, device: torch.device) -> Tensor | None:
@@ -267,7 +279,7 @@ def _moments_of(preconditioner: Preconditioner | None, device: torch.device) -> 
     if key not in _addresses:
         if len(_addresses) >= _ADDRESSES_KEPT:
             _addresses.pop(next(iter(_addresses)))
-        _addresses[key] = torch.tensor(found, dtype=torch.int64).to(device)
+        _addresses[key] = torch.tensor(found, dtype=torch.int64, device=device)
     return _addresses[key]
 
 
@@ -306,6 +318,25 @@ def _is_finite(bits, real: tl.constexpr):
     else:
         finite = bits < 0x7F800000
     return finite
+
+
+@triton.jit
+def _limit(a, real: tl.constexpr):
+    """Within the largest magnitude, see the reference; NaN stays NaN."""
+    if real == tl.float64:
+        largest = 1.7976931348623157e308
+    else:
+        largest = 3.3895313892515355e38
+    a = tl.where(a > largest, largest, a)
+    return tl.where(a < -largest, -largest, a)
+
+
+@triton.jit
+def _saturate(result, operand, real: tl.constexpr):
+    """A result of a finite operand, where an infinity is an overflow; of another, the same."""
+    finite = _is_finite(_magnitude_bits(operand, real), real)
+    overflow = finite & (tl.abs(result) == float("inf"))
+    return tl.where(overflow, _limit(result, real), result)
 
 
 @triton.jit
@@ -538,11 +569,12 @@ def _encode_kernel(
         tl.store(out + i, total.to(RAW), mask=live)
     elif MAGNITUDES > 0:
         if residual is not None:
-            total += tl.load(residual + at, mask=live, other=0.0)
+            term = total
+            total = _saturate(term + tl.load(residual + at, mask=live, other=0.0), term, real)
         value = total
         if moments is not None:
             divisor = _divisor(moments, slot, tl.load(piece + 7) + first, i, live, numel, real)
-            value = _divide(total, divisor, real)
+            value = _saturate(_divide(total, divisor, real), total, real)
         code_bytes = (SIZE + PLANES - 1) // PLANES * PLANE_BYTES
         sent, kept = _emit(
             value,
@@ -566,7 +598,7 @@ def _encode_kernel(
             LARGEST_SCALE,
         )
         if moments is not None:
-            sent = sent * divisor
+            sent = _limit(sent * divisor, real)
         if residual is not None:
             tl.store(residual + at, total - sent, mask=kept)
         if exp_avg is not None:
@@ -665,7 +697,7 @@ def _reduce_encode_kernel(
         chunk += stride
     if moments is not None:
         divisor = _divisor(moments, slot, tl.load(piece + 7) + first, i, live, numel, real)
-        total = tl.where(source_raw, total, total * divisor)
+        total = tl.where(source_raw, total, _limit(total * divisor, real))
 
     data = payload + tl.load(piece + 5)
     if tl.load(piece + 3) != 0:
@@ -673,10 +705,11 @@ def _reduce_encode_kernel(
         tl.store(out + i, total.to(RAW), mask=live)
     elif MAGNITUDES > 0:
         if residual is not None:
-            total += tl.load(residual + at, mask=live, other=0.0)
+            term = total
+            total = _saturate(term + tl.load(residual + at, mask=live, other=0.0), term, real)
         value = total
         if moments is not None:
-            value = _divide(total, divisor, real)
+            value = _saturate(_divide(total, divisor, real), total, real)
         code_bytes = (SIZE + PLANES - 1) // PLANES * PLANE_BYTES
         sent, kept = _emit(
             value,
@@ -700,7 +733,7 @@ def _reduce_encode_kernel(
             LARGEST_SCALE,
         )
         if moments is not None:
-            sent = sent * divisor
+            sent = _limit(sent * divisor, real)
         if residual is not None:
             tl.store(residual + at, total - sent, mask=kept)
 
@@ -757,5 +790,6 @@ def _decode_kernel(
         value = scale * level.to(real)
         if moments is not None:
             offset = tl.load(piece + 7) + first
-            value = value * _divisor(moments, tl.load(piece + 6), offset, i, live, numel, real)
+            divisor = _divisor(moments, tl.load(piece + 6), offset, i, live, numel, real)
+            value = _limit(value * divisor, real)
         tl.store(target, value.to(out.dtype.element_ty), mask=live)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Cluster, Compute, Prediction, Speed, predict
 from effadam_hook.planner.traffic import ParameterSize
-from effadam_hook.quantizers import get_quantizer
+from effadam_hook.wire.quantizers import get_quantizer
 
 __all__ = ["Advice", "advise", "code_for", "dense_for", "dense_methods", "forecast"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from effadam_hook.exchange.compat import new_group_alone
+from effadam_hook.exchange.collectives import new_group_alone
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.planner.predict import Compute
 from effadam_hook.planner.workloads import TrainingTask, UserModel, to_device

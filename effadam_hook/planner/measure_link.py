@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from effadam_hook.exchange.probe import Probe, Timing
+from effadam_hook.exchange.topology import TOPOLOGIES, Leg
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Link
-from effadam_hook.planner.traffic import Leg, ParameterSize, legs_of, make_buckets, parts_of
+from effadam_hook.planner.traffic import ParameterSize, legs_of, make_buckets, parts_of
 
 __all__ = ["MeasuredLeg", "MeasuredLink", "measure_link", "measurement_count"]
 
@@ -188,6 +189,6 @@ def _share(leg: Leg, n: int, nccl: bool) -> float:
     """Return the bytes in the busier direction per byte of payload or gradient."""
     if leg.name == "all_reduce":
         return 2 * (n - 1) / n
-    rounds = 1 if nccl else (n - 1).bit_length()
-    rank0 = {"up/rank0": float(n - 1), "down/rank0": float(rounds)}
-    return rank0.get(leg.name, (n - 1) / n)
+    kind = TOPOLOGIES[leg.name.partition("/")[2]]
+    (share,) = (one.busiest_bytes for one in kind.legs(1.0, n, nccl) if one.name == leg.name)
+    return share

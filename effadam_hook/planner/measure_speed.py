@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from effadam_hook.config import Config
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.kernels import select
-from effadam_hook.kernels.sources import AdamSource
-from effadam_hook.layout import Slot, plan_bucket
+from effadam_hook.kernels.fusions import AdamSource
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Speed
-from effadam_hook.quantizers import get_quantizer
-from effadam_hook.state import EfficientAdamState
+from effadam_hook.session.session import ExchangeSession, exchange_all
+from effadam_hook.wire.layout import Slot, lay_out_bucket
+from effadam_hook.wire.quantizers import get_quantizer
 
-__all__ = ["exchange_all", "measure_speed"]
+__all__ = ["measure_speed"]
 
 _NUMEL = 1 << 20
 _FEW, _MANY = 2, 6
@@ -129,8 +130,8 @@ class _Calls:
     def __init__(self, method: Method, device: torch.device, numel: int) -> None:
         quantizer = get_quantizer(method.quantizer)
         self._kernels = select(device)
-        self._layout = plan_bucket(
-            [Slot("weight", 0, 0, numel, False)],
+        self._layout = lay_out_bucket(
+            [Slot("weight", 0, numel, False)],
             uplink=quantizer,
             downlink=quantizer,
             scale_rule="least_squares",
@@ -182,33 +183,19 @@ class _Calls:
 
 def _cpu_s_of_empty_part(probe: Probe, method: Method) -> float:
     """Measure the processor time of a nearly empty part: messages, Python and thread switches."""
-    state = EfficientAdamState(quantizer=method.quantizer, topology=method.topology)
+    config = Config(
+        worker_quantizer=method.quantizer,
+        server_quantizer=method.quantizer,
+        topology=method.topology,
+    )
+    session = ExchangeSession(config)
     matrices = torch.zeros(_BUCKETS, _TINY // _ROW, _ROW)
-    buffers = torch.zeros(_BUCKETS, _TINY)
-
+    flats = torch.zeros(_BUCKETS, _TINY)
     buckets = [[matrix] for matrix in matrices]
     try:
-        return probe.time_processor(lambda: exchange_all(state, buffers, buckets)) / _BUCKETS
+        return probe.time_processor(lambda: exchange_all(session, flats, buckets)) / _BUCKETS
     finally:
-        state.close()
-
-
-def exchange_all(
-    state: EfficientAdamState, buffers: Iterable[Tensor], buckets: Sequence[Sequence[Tensor]]
-) -> None:
-    """Exchange the gradients of a whole model, all ready at once; a collective operation.
-
-    Args:
-        state: The state that runs the exchange.
-        buffers: Gradients of each bucket, ``[numel]``. They are overwritten with their mean.
-        buckets: Parameters of each bucket.
-    """
-    last = len(buckets) - 1
-    futures = [
-        state.run_bucket(index, buffer, bucket, index == last)
-        for index, (buffer, bucket) in enumerate(zip(buffers, buckets, strict=True))
-    ]
-    torch.futures.wait_all(futures)
+        session.connection.close()
 
 
 def _adam(x: Tensor) -> AdamSource:

@@ -20,11 +20,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from effadam_hook.quantizers import QUANTIZERS
+from effadam_hook.exchange.topology import TOPOLOGIES
+from effadam_hook.wire.quantizers import QUANTIZERS
 
 __all__ = ["Method", "expand_names"]
 
-_TOPOLOGIES = ("sharded", "rank0")
+_DEFAULT_TOPOLOGY = "sharded"
 _NAME = re.compile(r"(?P<rest>[^@]+)(@(?P<cap>[0-9.]+))?")
 
 
@@ -44,7 +45,7 @@ class Method:
     name: str
     kind: str
     quantizer: str = ""
-    topology: str = "sharded"
+    topology: str = _DEFAULT_TOPOLOGY
     rank: int = 0
     bucket_mb: float | None = None
 
@@ -96,9 +97,9 @@ class Method:
             return cls(name, "powersgd", rank=int(rank))
         kind = "update" if rest.startswith("update:") else "gradient"
         quantizer, _, topology = rest.removeprefix("update:").partition("/")
-        if quantizer not in QUANTIZERS or (topology or "sharded") not in _TOPOLOGIES:
+        if quantizer not in QUANTIZERS or (topology or _DEFAULT_TOPOLOGY) not in TOPOLOGIES:
             raise _unknown(name)
-        return cls(name, kind, quantizer, topology or "sharded", bucket_mb=bucket_mb)
+        return cls(name, kind, quantizer, topology or _DEFAULT_TOPOLOGY, bucket_mb=bucket_mb)
 
     def with_buckets(self, bucket_mb: float | None) -> Method:
         """Return the method with another bucket size.

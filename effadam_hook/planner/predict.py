@@ -18,9 +18,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from effadam_hook.exchange.topology import TOPOLOGIES, Leg
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.timeline import Transit, Work, run_timeline
-from effadam_hook.planner.traffic import Leg, ParameterSize, legs_of, make_buckets, parts_of
+from effadam_hook.planner.traffic import ParameterSize, legs_of, make_buckets, parts_of
 
 __all__ = [
     "TCP_EFFICIENCY",
@@ -244,7 +245,7 @@ def _works(
         before, after = speed.encode_s * numel, speed.decode_s * numel
         return [_arithmetic("encode", before), *transfers, _arithmetic("decode", after)]
     n = cluster.world_size
-    reduced = numel / n if method.topology == "sharded" else numel
+    reduced = numel / TOPOLOGIES[method.topology].servers_among(n)
     reduce_s = reduced * (speed.reduce_s + n * speed.reduce_payload_s) + speed.call_s
     split = len(transfers) // 2
     return [

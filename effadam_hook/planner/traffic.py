@@ -24,12 +24,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from effadam_hook.layout import SEAL_BYTES, aligned, cut, part_numel, share_of
+from effadam_hook.exchange.topology import TOPOLOGIES, Leg
 from effadam_hook.planner.method import Method
-from effadam_hook.quantizers import SCALE_BYTES, get_quantizer
+from effadam_hook.wire.layout import (
+    REPLICA_CHECK_BYTES,
+    aligned,
+    cut,
+    part_numel,
+    share_of,
+    turn_of,
+)
+from effadam_hook.wire.quantizers import SCALE_BYTES, get_quantizer
 
 __all__ = [
-    "Leg",
     "ParameterSize",
     "legs_of",
     "make_buckets",
@@ -55,31 +62,6 @@ class ParameterSize:
 
     numel: int
     rows: int = 0
-
-
-@dataclass(frozen=True)
-class Leg:
-    """Load of one collective on the link of the busiest rank.
-
-    Attributes:
-        name: Key in :attr:`Link.slowdown <effadam_hook.planner.predict.Link.slowdown>` and in
-            :data:`effadam_hook.exchange.probe.LEGS`.
-        out_bytes: Payload bytes that the rank sends.
-        in_bytes: Payload bytes that the rank receives.
-        rounds: Messages that must follow one another.
-        messages: Further messages that the rank sends or receives concurrently.
-    """
-
-    name: str
-    out_bytes: float
-    in_bytes: float
-    rounds: int
-    messages: int = 0
-
-    @property
-    def busiest_bytes(self) -> float:
-        """Return the payload bytes in the busier direction."""
-        return max(self.out_bytes, self.in_bytes)
 
 
 def square_model(numel: int, width: int = 1024) -> list[ParameterSize]:
@@ -163,9 +145,9 @@ def payload_bytes(
         block_size: Number of elements that share a scale.
 
     Returns:
-        Bytes, equal to those of :func:`effadam_hook.layout.plan_bucket`. If parameters times servers
-        exceed 200,000, the chunks are assumed to be of equal size, as incomplete blocks are then
-        distributed evenly.
+        Bytes, equal to those of :func:`effadam_hook.wire.layout.lay_out_bucket`. If parameters times
+        servers exceed 200,000, the chunks are assumed to be of equal size, as incomplete blocks are
+        then distributed evenly.
     """
     return _payload_bytes(tuple(bucket), quantizer, servers, block_size)
 
@@ -188,12 +170,12 @@ def _payload_bytes(
     else:
         longest = max(
             sum(
-                size(each, share_of(each.numel, order, block_size, server, servers)[1])
-                for order, each in enumerate(bucket)
+                size(each, share_of(each.numel, turn_of(str(at)), block_size, server, servers)[1])
+                for at, each in enumerate(bucket)
             )
             for server in range(servers)
         )
-    return servers * (aligned(longest) + SEAL_BYTES)
+    return servers * (aligned(longest) + REPLICA_CHECK_BYTES)
 
 
 def legs_of(
@@ -224,19 +206,9 @@ def legs_of(
         sizes.append(sum(p.rows * min(rank, p.rows) for p in matrices))
         sizes.append(sum(p.numel // p.rows * min(rank, p.rows) for p in matrices))
         return [_all_reduce(size * _ITEM_BYTES, n, tree) for size in sizes]
-    servers = n if method.topology == "sharded" else 1
-    size = payload_bytes(bucket, method.quantizer, servers)
-    if method.topology == "sharded":
-        share = size * (n - 1) / n
-        return [
-            Leg("up/sharded", share, share, 1, n - 2),
-            Leg("down/sharded", share, share, 1, n - 2),
-        ]
-    rounds = (n - 1).bit_length()
-    return [
-        Leg("up/rank0", 0, size * (n - 1), 1, n - 2),
-        Leg("down/rank0", size * (1 if tree else rounds), 0, rounds),
-    ]
+    topology = TOPOLOGIES[method.topology]
+    size = payload_bytes(bucket, method.quantizer, topology.servers_among(n))
+    return topology.legs(size, n, tree)
 
 
 def _all_reduce(size: int, n: int, tree: bool) -> Leg:

@@ -26,7 +26,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from effadam_hook import EfficientAdamState
-    from effadam_hook.log import RunLog
+    from effadam_hook.run_log import RunLog
 
 EVALUATION_CHUNK = 64  # held-out samples per forward
 
@@ -241,7 +241,7 @@ def open_log(mode: Mode, options: Options, worker: Worker) -> RunLog | None:
     """Open the log of the main worker, if requested; with `--compare`, one log for each mode."""
     if options.log is None or not worker.is_main:
         return None
-    from effadam_hook.log import RunLog
+    from effadam_hook.run_log import RunLog
 
     path = options.log
     if options.compare:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from fuzz.cases import ENDINGS, Case, draw
+from fuzz.books import missing
+from fuzz.cases import ENDINGS, LOSSES, Case, Ending, draw
 from fuzz.ranks import Report, lose_a_rank, run_batch
 from harness import Died, run_ranks
 
@@ -25,7 +25,6 @@ __all__ = ["Tally", "run"]
 
 _BATCH = 25
 _MARKS = ("<!-- fuzz:begin -->", "<!-- fuzz:end -->")
-_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4}
 _SOON_S = 15.0
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
 
@@ -73,21 +72,34 @@ def run(seed: int, *, minutes: float = 0.0, batches: int = 0, batch: int = _BATC
     print(f"fuzz: first seed {seed}", flush=True)
     while number < batches if batches else time.monotonic() - began < 60 * minutes:
         world_size = chance.choice([1, 2, 2, 3, 3, 4])
-        plan = [(seed + number * _BATCH + i, "") for i in range(batch)]
-        plan = [
-            (s, chance.choice(ENDINGS[:4]) if s % 8 == 7 and world_size > 1 else "")
-            for s, _ in plan
-        ]
-        if world_size > 1 and number % 3 == 1:
-            plan[-1] = (plan[-1][0], ENDINGS[4])  # leaves the process group unusable: the last
-        _run_batch(tally, plan, world_size)
+        seeds = [seed + number * _BATCH + i for i in range(batch)]
+        _run_batch(tally, _plan(chance, seeds, world_size, number), world_size)
         if number % 4 == 2:
-            _lose_a_rank(tally, seed + number, chance.choice([signal.SIGKILL, signal.SIGSTOP]))
+            _lose_a_rank(tally, seed + number, chance.choice(LOSSES))
         number += 1
         if number % 10 == 0:
             print(f"fuzz: {tally.runs} runs, {len(tally.wrong)} wrong", flush=True)
     tally.seconds = time.monotonic() - began
     return tally
+
+
+def _plan(
+    chance: random.Random, seeds: list[int], world_size: int, number: int
+) -> list[tuple[int, str]]:
+    """Seeds with endings: every eighth case has one, and the last of every third set of processes one
+    that leaves the process group unusable."""
+    if world_size == 1:
+        return [(seed, "") for seed in seeds]
+    lasting = [ending for ending in ENDINGS.values() if ending.leaves_group]
+    fatal = [ending for ending in ENDINGS.values() if not ending.leaves_group]
+
+    def drawn(endings: list[Ending]) -> str:
+        return chance.choices(endings, [ending.weight for ending in endings])[0].name
+
+    plan = [(seed, drawn(lasting) if seed % 8 == 7 else "") for seed in seeds]
+    if number % 3 == 1:
+        plan[-1] = (seeds[-1], drawn(fatal))
+    return plan
 
 
 def _run_batch(tally: Tally, plan: list[tuple[int, str]], world_size: int) -> None:
@@ -103,73 +115,82 @@ def _run_batch(tally: Tally, plan: list[tuple[int, str]], world_size: int) -> No
     for (seed, ending), reports in zip(plan, zip(*by_rank, strict=False), strict=False):
         case = draw(seed, world_size, ending)
         tally.runs += 1
-        _count(tally, case, world_size)
+        _count(tally, case)
         _judge(tally, case, f"seed {seed} on {world_size} ranks", list(reports))
     done = min(len(reports) for reports in by_rank)
     if done < len(plan) and not by_rank[0][-1].error:
         tally.note("silence", name, f"only {done} of {len(plan)} cases were run")
 
 
-def _count(tally: Tally, case: Case, world_size: int) -> None:
-    tally.injected["non-finite gradients"] += len(case.poisoned)
-    tally.injected["parameters unused by some rank"] += sum(map(bool, case.unused.values()))
-    tally.injected["compression switched on all ranks"] += len(case.switched)
-    tally.injected["resumed from a saved state"] += case.resumed >= 0
-    tally.injected["phases delayed at random"] += case.jitter
+def _count(tally: Tally, case: Case) -> None:
+    counts = {
+        "non-finite gradients": len(case.poisoned),
+        "gradients whose sums overflow": case.is_huge,
+        "parameters unused by some rank": sum(map(bool, case.unused.values())),
+        "parameters unused by some rank, in update mode": case.updates
+        and sum(map(bool, case.unused.values())),
+        "compression switched on all ranks": len(case.switched),
+        "join() with uneven batches": len(set(case.batches)) > 1,
+        "loss scale changed by GradScaler": case.scales,
+        "DDP model copied": case.copied >= 0,
+        "phases delayed at random": case.jitter,
+    }
     if case.ending:
-        tally.injected[case.ending] += 1
+        counts[case.ending.name] = 1
+    elif case.resumed >= 0:
+        counts[case.rebuild] = 1
+    for kind, count in counts.items():
+        tally.injected[kind] += count
 
 
 def _judge(tally: Tally, case: Case, name: str, reports: list[Report]) -> None:
     if any(not report.is_finite for report in reports):
         tally.note("poison", name, "a residual is not finite")
     if case.ending:
-        if case.options["worker_quantizer"] == "none" and case.ending.startswith("weights"):
+        if case.options["worker_quantizer"] == "none" and case.ending.name.startswith("weights"):
             return
         for rank, report in enumerate(reports):
+            told = "Rank " in report.error or not (
+                case.ending.culprit_is_told or rank != case.culprit
+            )
             if not report.error:
-                tally.note("silence", name, f"{case.ending}: rank {rank} was not told")
-            elif "Rank " not in report.error or report.seconds > _SOON_S:
-                tally.note("silence", name, f"rank {rank}: {report.seconds:.0f} s: {report.error}")
+                tally.note("silence", name, f"{case.ending.name}: rank {rank} was not told")
+            elif not told or report.seconds > _SOON_S:
+                text = f"{case.ending.name}: rank {rank}: {report.seconds:.0f} s: {report.error}"
+                tally.note("silence", name, text)
         return
     for rank, report in enumerate(reports):
         if report.error:
-            tally.note("crash", name, f"rank {rank}: {report.error}")
+            tally.note("crash", name, f"{_kinds(case)}: rank {rank}: {report.error}")
             return
-        if report.digests != reports[0].digests:
-            tally.note("divergence", name, f"rank {rank} is not the same as rank 0")
-    _check_books(tally, case, name, reports)
+        if report.overflows and case.dtype != torch.float16:
+            tally.note("poison", name, f"finite gradients are not at steps {report.overflows}")
+        pairs = zip(report.digests, reports[0].digests, strict=False)
+        same = all(
+            torch.equal(a, b) for a, b in zip(report.weights, reports[0].weights, strict=True)
+        )
+        if any(a != b for a, b in pairs) or not (same or case.is_alone(case.steps - 1)):
+            tally.note("divergence", name, f"{_kinds(case)}: rank {rank} is not the same as rank 0")
+    for text in missing(case, reports):
+        tally.note("loss", name, f"{_kinds(case)}: {text}")
 
 
-def _check_books(tally: Tally, case: Case, name: str, reports: list[Report]) -> None:
-    """Nothing may be lost: what arrived and what the residuals hold is what was given."""
-    tolerance = _TOLERANCE.get(case.dtype)
-    if case.mode == "update" or tolerance is None or not case.options["error_feedback"]:
-        return
-    poisoned = {p for _, p, _ in case.poisoned.values()}
-    for p in range(len(case.shapes)):
-        if p in poisoned:
-            continue
-        total = sum(report.arrived[p] for report in reports[:1]).flatten()
-        given = sum(report.given[p] for report in reports).flatten() / len(reports)
-        key = f"weights.{p}"
-        for report in reports:
-            if key in report.saved["worker"]:
-                total = total + report.saved["worker"][key].double() / len(reports)
-            if key in report.saved["server"]:
-                start, share = report.saved["server_start"][key], report.saved["server"][key]
-                total[start : start + share.numel()] += share.double()
-        size = max(float(report.given[p].abs().max()) for report in reports)
-        largest = max(size, float(given.abs().max()), 1e-30) * case.steps
-        if float((total - given).abs().max()) > tolerance * largest:
-            error = float((total - given).abs().max()) / largest
-            tally.note(
-                "loss", name, f"parameter {p}, {case.shapes[p]}: {error:.2g} of it is missing"
-            )
+def _kinds(case: Case) -> str:
+    """What is special about a case."""
+    kinds = {
+        "unused": case.unused,
+        case.rebuild: case.resumed >= 0,
+        "join": case.batches,
+        "scaler": case.scales,
+        "copied": case.copied >= 0,
+        "huge": case.is_huge,
+        "switched": case.switched,
+        "zeros": not case.set_to_none,
+    }
+    return ", ".join([case.mode, *(kind for kind, is_drawn in kinds.items() if is_drawn)])
 
 
-def _lose_a_rank(tally: Tally, seed: int, number: signal.Signals) -> None:
-    kind = {signal.SIGKILL: "rank killed", signal.SIGSTOP: "rank stopped"}[number]
+def _lose_a_rank(tally: Tally, seed: int, kind: str) -> None:
     tally.injected[kind] += 1
     tally.runs += 1
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +198,7 @@ def _lose_a_rank(tally: Tally, seed: int, number: signal.Signals) -> None:
             results = run_ranks(
                 lose_a_rank,
                 3,
-                *(folder, seed, number),
+                *(folder, seed, kind),
                 backend=None,
                 may_die=(0, 1, 2),
                 timeout=60,
@@ -191,7 +212,8 @@ def _lose_a_rank(tally: Tally, seed: int, number: signal.Signals) -> None:
     if len(survivors) != 2:
         tally.note("crash", f"{kind}, seed {seed}", f"{len(survivors)} survivors")
     for report in survivors:
-        if not report.error or report.seconds > _SOON_S or not report.is_finite:
+        told = "Rank " in report.error and report.seconds <= _SOON_S
+        if not told or not report.is_finite:
             text = f"{report.seconds:.0f} s, finite {report.is_finite}: {report.error}"
             tally.note("silence", f"{kind}, seed {seed}", text)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import random
 import signal
 import time
+import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -17,14 +20,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from effadam_hook import EfficientAdam, EfficientAdamState, attach, layout
-from effadam_hook.exchange import watchdog
-from effadam_hook.plan import BucketPlan
-from fuzz.cases import Case, Model, draw, gradients
+from effadam_hook import EfficientAdam, EfficientAdamState, attach
+from effadam_hook.ddp.accumulation import AccumulationCheck
+from effadam_hook.exchange.watchdog import watchdog
+from effadam_hook.session import buckets, connection
+from effadam_hook.session.buffers import BucketBuffers
+from effadam_hook.wire import layout
+from fuzz.cases import WRAPPERS, Case, Model, draw, gradients
 
 __all__ = ["Report", "lose_a_rank", "run_batch"]
 
 _PHASES = ("encode", "reduce", "decode")
+_RAISING: dict[str, tuple[Any, str]] = {
+    **{f"exception in {phase}": (BucketBuffers, phase) for phase in _PHASES},
+    "exception in planning": (buckets, "BucketBuffers"),
+    "exception in the choice of kernels": (connection, "select"),
+    "exception in the check of accumulation": (AccumulationCheck, "begin"),
+}
+"""By ending, what is replaced by a function that raises."""
 
 
 @dataclass
@@ -35,8 +48,10 @@ class Report:
         digests: One per step, of all gradients, or of the weights in update mode.
         arrived: Sums of what arrived, by parameter.
         given: Sums of this rank's own gradients, by parameter.
+        weights: At the end, by parameter.
         saved: The saved state at the end.
         is_finite: Whether the residuals are.
+        overflows: Steps at which something arrived that is not finite, though all that was given is.
         error: What was raised, if anything.
         seconds: How long the last step took.
     """
@@ -44,10 +59,33 @@ class Report:
     digests: list[int] = field(default_factory=list)
     arrived: list[Tensor] = field(default_factory=list)
     given: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
     saved: dict[str, Any] = field(default_factory=dict)
     is_finite: bool = True
+    overflows: list[int] = field(default_factory=list)
     error: str = ""
     seconds: float = 0.0
+
+    def start(self, case: Case) -> None:
+        """Begin the sums."""
+        self.arrived = [torch.zeros(shape, dtype=torch.float64) for shape in case.shapes]
+        self.given = [torch.zeros(shape, dtype=torch.float64) for shape in case.shapes]
+
+
+@dataclass
+class _Run:
+    """One model in training, and what belongs to it."""
+
+    model: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    state: EfficientAdamState
+    scaler: torch.amp.GradScaler | None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """By number, whatever the order in which they are registered."""
+        parameters: list[Tensor] = self.model.module.ordered
+        return parameters
 
 
 def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[Report]:
@@ -62,94 +100,160 @@ def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[R
         A report per case; fewer if one ended as it should not have.
     """
     watchdog.PATIENCE_S = 1.0
+    alone = [dist.new_group([other]) for other in range(world_size)][rank]
     reports = []
     for seed, ending in plan:
         case = draw(seed, world_size, ending)
         report = Report()
         reports.append(report)
         layout.PART_NUMEL = case.part_numel
-        with _delays(case, rank):
-            _run(case, rank, report)
+        # What can end a run as an error, with -W error, must not be said in vain.
+        with warnings.catch_warnings(), _replaced(case, rank):
+            warnings.filterwarnings("error", "Gradients of the last backward were still there")
+            _run(case, rank, report, alone)
         if bool(report.error) != bool(case.ending):
             break
     return reports
 
 
-def _run(case: Case, rank: int, report: Report) -> None:
-    report.arrived = [torch.zeros(s, dtype=torch.float64) for s in case.shapes]
-    report.given = [torch.zeros(s, dtype=torch.float64) for s in case.shapes]
-    model, optimizer, state = _build(case)
+def _run(case: Case, rank: int, report: Report, alone: dist.ProcessGroup) -> None:
+    report.start(case)
+    # DDP's own collectives pair up with other runs' unless models are made by all ranks alike.
+    run = _build(case, alone if case.is_alone(0) else None)
+    other = _build(case, None) if case.ending and "order" in case.ending.name else None
+    runs, aside = [run], Report()
+    aside.start(case)
+    began = time.monotonic()
     try:
-        for step in range(case.steps):
-            if step in case.switched:
-                state.enabled = not state.enabled
-            if step == case.resumed:
-                saved = state.state_dict()
-                saved_model, saved_optimizer = model.state_dict(), optimizer.state_dict()
-                enabled = state.enabled
-                state.close()
-                model, optimizer, state = _build(case)
-                model.load_state_dict(saved_model)
-                optimizer.load_state_dict(saved_optimizer)
-                state.load_state_dict(saved)
-                state.enabled = enabled
-            if case.ending and step == case.steps - 2 and rank == case.culprit:
-                _spoil(case, model, state)
-            began = time.monotonic()
-            _step(case, rank, step, model, optimizer, report)
-            report.seconds = time.monotonic() - began
-        if case.ending == "weights changed on one rank":
+        joining = run.model.join() if case.batches else contextlib.nullcontext()
+        with joining:
+            for step in range(case.batches[rank] if case.batches else case.steps):
+                if step in case.switched:
+                    run.state.enabled = not run.state.enabled
+                if step == case.resumed - 1:
+                    earlier = run.state.state_dict()
+                if step == case.resumed:
+                    odd = case.ending is not None and rank == case.culprit
+                    run = _rebuild(case, run, earlier if odd else None)
+                    runs.append(run)
+                if step == case.copied:
+                    _use_a_copy(case, rank, step, run, report)
+                if _is_due(case, step) and rank == case.culprit:
+                    _spoil(case, run, other)
+                began = time.monotonic()
+                steps = [(run, report), (other, aside)] if other is not None else [(run, report)]
+                if _is_due(case, step) and rank == case.culprit:
+                    steps.reverse()
+                for one, into in steps:
+                    _step(case, rank, step, one, into)
+                report.seconds = time.monotonic() - began
+        if case.ending and case.ending.name.startswith("weights"):
             # One weight of every eighth step is compared in buckets other than the first.
             for step in range(8 * len(case.shapes)):
-                _step(case, rank, step, model, optimizer, report)
-    except RuntimeError as error:
+                _step(case, rank, step, run, report)
+        report.saved = run.state.state_dict()
+    except Exception as error:
         report.error = f"{type(error).__name__}: {error}"
         report.seconds = time.monotonic() - began
-    else:
-        report.saved = state.state_dict()
-    for side in (state._engine.worker, state._engine.server):
-        for _, residual in side:
-            report.is_finite &= bool(residual.isfinite().all())
-    state.close()
+    report.weights = [parameter.detach().clone() for parameter in run.parameters]
+    for one in (*runs, *([other] if other else [])):
+        for side in (one.state.session.worker, one.state.session.server):
+            for _, residual in side:
+                report.is_finite &= bool(residual.isfinite().all())
+        one.state.close()
 
 
 def _build(
     case: Case,
-) -> tuple[DistributedDataParallel, torch.optim.Optimizer, EfficientAdamState]:
-    model = DistributedDataParallel(Model(case.shapes, case.dtype), **case.ddp_options)
+    group: dist.ProcessGroup | None,
+    order: tuple[int, ...] = (),
+    wrapper: str = "",
+) -> _Run:
+    module = Model(case.shapes, case.dtype, order, wrapper)
+    model = DistributedDataParallel(module, process_group=group, **case.ddp_options)
     options = dict(case.options)
+    if wrapper and case.seed % 2:
+        # Rules hold for names as they are in the model, too.
+        options["exact"] = tuple(
+            rule.replace("weights.", f"{wrapper}.weights.") for rule in options["exact"]
+        )
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    if case.mode == "update":
-        options["optimizer"] = optimizer = EfficientAdam(model.parameters(), lr=1e-3)
+    scaler = None
+    if case.updates:
+        optimizer = EfficientAdam(model.parameters(), **case.optimizer_options)
+        options |= {"optimizer": optimizer, "quantize_weights": case.mode == "weights"}
     if case.mode == "preconditioned":
         options["optimizer"] = optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         options["precondition"] = True
-    return model, optimizer, attach(model, **options)
+    if case.scales:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (case.seed % 13), growth_interval=2)
+        options["grad_scaler"] = scaler
+    return _Run(model, optimizer, attach(model, **options), scaler)
 
 
-def _step(
-    case: Case,
-    rank: int,
-    step: int,
-    model: DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    report: Report,
-) -> None:
+def _rebuild(case: Case, run: _Run, earlier: dict[str, Any] | None) -> _Run:
+    """Model and state anew, continued from what was saved, or from an ``earlier`` state."""
+    full = case.rebuild in ("resumed from a full state", "resumed on more ranks")
+    saved = run.state.full_state_dict() if full else run.state.state_dict()
+    if full:
+        handed = [saved]
+        dist.broadcast_object_list(handed, 0)  # as if all ranks read one file
+        saved = handed[0]
+    enabled, weights = run.state.enabled, [p.detach().clone() for p in run.parameters]
+    run.state.close()
+    order, wrapper = tuple(range(len(case.shapes))), ""
+    if case.rebuild == "resumed with parameters in another order":
+        random.Random(case.seed).shuffle(shuffled := list(order))
+        order = tuple(shuffled)
+    if case.rebuild == "resumed under another wrapper":
+        wrapper = WRAPPERS[1 + case.seed % (len(WRAPPERS) - 1)]
+    new = _build(case, None, order, wrapper)
+    with torch.no_grad():
+        for parameter, weight in zip(new.parameters, weights, strict=True):
+            parameter.copy_(weight)
+    if order == tuple(range(len(case.shapes))):
+        new.optimizer.load_state_dict(run.optimizer.state_dict())
+    if new.scaler is not None and run.scaler is not None:
+        new.scaler.load_state_dict(run.scaler.state_dict())
+    new.state.load_state_dict(saved if earlier is None else earlier)
+    new.state.enabled = enabled
+    return new
+
+
+def _use_a_copy(case: Case, rank: int, step: int, run: _Run, report: Report) -> None:
+    """Copy the DDP model in the middle of training, and train with the copy for a step."""
+    twin = copy.deepcopy(run.model)
+    twin.zero_grad()
+    twin(gradients(case, rank, step)).backward()
+    report.digests.append(_digest([p.grad for p in twin.module.ordered]))
+
+
+def _step(case: Case, rank: int, step: int, run: _Run, report: Report) -> None:
     chosen = gradients(case, rank, step)
-    optimizer.zero_grad()
-    model(chosen).backward()
-    got = [p.grad for p in model.parameters()]
+    run.optimizer.zero_grad(set_to_none=case.set_to_none)
+    loss = run.model(chosen)
+    if run.scaler is None:
+        loss.backward()
+    else:
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(run.optimizer)
+    got = [p.grad for p in run.parameters]
     is_finite = all(bool(g.isfinite().all()) for g in got if g is not None)
+    if not is_finite and step not in case.poisoned:
+        report.overflows.append(step)
     for p, (grad, own) in enumerate(zip(got, chosen, strict=True)):
         if grad is not None:
             report.arrived[p] += grad.double()
         if own is not None:
             report.given[p] += own.double()
     shown = got
-    if is_finite:  # as GradScaler would have it
-        optimizer.step()
-    if case.mode == "update":
-        shown = [p.detach() for p in model.parameters()]
+    if run.scaler is not None:
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    elif is_finite:
+        run.optimizer.step()
+    if case.updates:
+        shown = [p.detach() for p in run.parameters]
     report.digests.append(_digest(shown))
 
 
@@ -162,95 +266,111 @@ def _digest(tensors: list[Tensor | None]) -> int:
     return digest
 
 
-def _spoil(case: Case, model: DistributedDataParallel, state: EfficientAdamState) -> None:
-    phase = case.ending.rpartition(" ")[2]
-    if phase in _PHASES:
-        setattr(BucketPlan, phase, _fail)
-    elif case.ending.startswith("weights"):
+def _is_due(case: Case, step: int) -> bool:
+    """Whether the ending comes in this step."""
+    return case.ending is not None and step == (0 if case.ending.at_start else case.steps - 2)
+
+
+def _spoil(case: Case, run: _Run, other: _Run | None) -> None:
+    """Do what the ending says on this rank; the rest is done where it happens."""
+    assert case.ending is not None
+    name = case.ending.name
+    if name in _RAISING:
+        setattr(*_RAISING[name], _fail)
+    elif name.startswith("weights"):
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in run.parameters:
                 parameter.add_(1)
-    else:
-        state.enabled = not state.enabled
+    elif name.startswith("enabled"):
+        run.state.enabled = not run.state.enabled
+    elif name.startswith("a barrier"):
+        dist.barrier()
 
 
-def _fail(*_: Any) -> None:
+def _fail(*_: Any, **__: Any) -> None:
     raise OSError("made to fail")
 
 
 @contextlib.contextmanager
-def _delays(case: Case, rank: int) -> Any:
-    """Delay every phase, if the case wants it; and put back whatever was done to them."""
-    originals = {name: getattr(BucketPlan, name) for name in _PHASES}
+def _replaced(case: Case, rank: int) -> Iterator[None]:
+    """Delay every phase, if the case wants it; and put back whatever was replaced."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name in _RAISING.values()]
     chance = random.Random(case.seed * 7 + rank)
 
-    def delayed(name: str) -> Any:
-        def run(plan: BucketPlan) -> Any:
+    def delayed(original: Any) -> Any:
+        def run(plan: BucketBuffers) -> Any:
             if chance.random() < 0.3:
                 time.sleep(chance.random() * 2e-3)
-            return originals[name](plan)
+            return original(plan)
 
         return run
 
-    for name in _PHASES if case.jitter else ():
-        setattr(BucketPlan, name, delayed(name))
+    for owner, name, original in originals if case.jitter else ():
+        if name in _PHASES:
+            setattr(owner, name, delayed(original))
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(BucketPlan, name, original)
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
 
-def lose_a_rank(rank: int, world_size: int, folder: str, seed: int, number: int) -> Report:
-    """Run a case until one rank is killed or stopped at a random moment.
+def lose_a_rank(rank: int, world_size: int, folder: str, seed: int, kind: str) -> Report:
+    """Run a case until one rank is lost at a random moment.
 
     Args:
         rank: This rank.
         world_size: How many there are.
         folder: For the rendezvous.
         seed: Of the case.
-        number: The signal.
+        kind: One of :data:`fuzz.cases.LOSSES`.
     """
     watchdog.PATIENCE_S = 1.0
+    chance = random.Random(seed)
+    exits = "exits" in kind
+    # That a rank is gone shows at once; that it is stopped, at the time-out.
+    timeout_s = 4 if kind == "rank stopped" else 120
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous{seed}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=4),
+        timeout=timedelta(seconds=timeout_s),
     )
     pids: list[Any] = [None] * world_size
     dist.all_gather_object(pids, os.getpid())
     case = draw(seed, world_size, "lost")
-    chance = random.Random(seed)
-    countdown = chance.randint(1, 12)
-    name = chance.choice(_PHASES)
+    countdown, name = chance.randint(1, 12), chance.choice(_PHASES)
     # In topology "rank0" only rank 0 reduces.
-    culprit = 0 if name == "reduce" else case.culprit
-    if rank == culprit:
-        original = getattr(BucketPlan, name)
+    culprit = 0 if name == "reduce" and not exits else case.culprit
+    if rank == culprit and not exits:
+        number = signal.SIGKILL if kind == "rank killed" else signal.SIGSTOP
+        original = getattr(BucketBuffers, name)
 
-        def counted(plan: BucketPlan) -> Any:
+        def counted(plan: BucketBuffers) -> Any:
             nonlocal countdown
             countdown -= 1
             if countdown <= 0:
                 os.kill(os.getpid(), number)
             return original(plan)
 
-        setattr(BucketPlan, name, counted)
+        setattr(BucketBuffers, name, counted)
     report = Report()
-    model, optimizer, state = _build(case)
-    report.given = [torch.zeros(s, dtype=torch.float64) for s in case.shapes]
-    report.arrived = [torch.zeros(s, dtype=torch.float64) for s in case.shapes]
+    run = _build(case, None)
+    run.state.enabled = not exits or chance.random() < 0.7
+    report.start(case)
     began = time.monotonic()
     try:
+        if exits and rank == culprit:
+            time.sleep(chance.random())
+            os._exit(3)
         for step in range(40):
             began = time.monotonic()
-            _step(case, rank, step, model, optimizer, report)
-    except RuntimeError as error:
+            _step(case, rank, step, run, report)
+    except Exception as error:
         report.error = f"{type(error).__name__}: {error}"
     report.seconds = time.monotonic() - began
-    for _, residual in state._engine.worker:
+    for _, residual in run.state.session.worker:
         report.is_finite &= bool(residual.isfinite().all())
     with contextlib.suppress(ProcessLookupError):
         os.kill(pids[culprit], signal.SIGKILL)  # a stopped one would stay

@@ -21,6 +21,7 @@
 #define SQRT __builtin_sqrt
 #define STORE_REAL STORE_F64
 #define SMALLEST_NORMAL 0x1p-1022
+#define LARGEST 0x1.fffffffffffffp1023
 #else
 #define UINT uint32_t
 #define INT int32_t
@@ -33,6 +34,7 @@
 #define SQRT __builtin_sqrtf
 #define STORE_REAL STORE_F32
 #define SMALLEST_NORMAL 0x1p-126f
+#define LARGEST 0x1.fep127f /* that bfloat16 has */
 #endif
 
 #define INFINITE_BITS ((UINT)(2 * BIAS + 1) << MANTISSA_BITS)
@@ -121,6 +123,18 @@ static void FN(convert)(const void *in, int in_store, int64_t numel, void *out, 
 
 static void *FN(at)(const void *x, int store, int64_t index) {
     return (char *)x + index * bytes_of_store[store];
+}
+
+/* The same within the largest magnitude; NaN stays NaN. */
+static inline REAL FN(limit)(REAL value) {
+    value = value > LARGEST ? LARGEST : value;
+    return value < -LARGEST ? -LARGEST : value;
+}
+
+/* A result of a finite operand, where an infinity is an overflow; of another, the same. */
+static inline REAL FN(saturate)(REAL result, REAL operand) {
+    UINT operand_bits = BITS_OF(operand) & (~(UINT)0 >> 1), bits = BITS_OF(result) & (~(UINT)0 >> 1);
+    return operand_bits < INFINITE_BITS && bits == INFINITE_BITS ? FN(limit)(result) : result;
 }
 
 /* Bits of the largest magnitude: above INFINITE_BITS if there is a NaN. */
@@ -337,20 +351,41 @@ typedef struct {
 } FN(Group);
 #define GROUP FN(Group)
 
+/* x + e, and divided by the divisor if there is one, where finite terms overflow; from gathered ones. */
+static __attribute__((noinline, cold)) UINT FN(gather_saturated)(const GROUP *group, int64_t first,
+                                                                 int64_t numel, int64_t at,
+                                                                 SCRATCH *scratch) {
+    const REAL_ANY *residual = group->residual ? group->residual + first : NULL;
+    REAL *value = scratch->value + at;
+    REAL *total = group->moment ? scratch->total + at : value;
+    FN(fetch)(FN(at)(group->x, group->store, first), group->store, numel, total);
+    if (group->exp_avg)
+        FN(adam_updates)(group->terms, group->exp_avg + first, group->exp_avg_sq + first, numel, total,
+                         scratch->exp_avg + at, scratch->exp_avg_sq + at);
+    if (residual)
+        for (int64_t i = 0; i < numel; i++)
+            total[i] = FN(saturate)(total[i] + residual[i], total[i]);
+    if (group->moment) {
+        const REAL *divisor = scratch->divisor + at;
+        for (int64_t i = 0; i < numel; i++)
+            value[i] = FN(saturate)(total[i] / divisor[i], total[i]);
+    }
+    return FN(largest_of)(value, numel);
+}
+
 /* Fills value (and total, divisor) of the block at `first`, and says how large it is. */
 static UINT FN(gather)(const GROUP *group, int64_t first, int64_t numel, int64_t at, SCRATCH *scratch) {
     const void *x = FN(at)(group->x, group->store, first);
     const REAL_ANY *residual = group->residual ? group->residual + first : NULL;
     REAL *value = scratch->value + at;
-    UINT largest;
+    UINT largest, second = 0;
     if (group->exp_avg) {
         FN(fetch)(x, group->store, numel, value);
-        UINT second = FN(adam_updates)(group->terms, group->exp_avg + first, group->exp_avg_sq + first,
+        second = FN(adam_updates)(group->terms, group->exp_avg + first, group->exp_avg_sq + first,
                                        numel, value, scratch->exp_avg + at, scratch->exp_avg_sq + at);
         if (residual)
             for (int64_t i = 0; i < numel; i++) value[i] += residual[i];
         largest = FN(largest_of)(value, numel);
-        largest = second < INFINITE_BITS ? largest : INFINITE_BITS;
     } else if (group->moment) {
         REAL *total = scratch->total + at, *divisor = scratch->divisor + at;
         FN(divisor_of)(group->moment + first, numel, divisor);
@@ -362,6 +397,8 @@ static UINT FN(gather)(const GROUP *group, int64_t first, int64_t numel, int64_t
     } else {
         largest = FN(fetch_total)(x, group->store, residual, numel, value);
     }
+    if (largest >= INFINITE_BITS) largest = FN(gather_saturated)(group, first, numel, at, scratch);
+    if (second >= INFINITE_BITS) largest = INFINITE_BITS;
     for (int64_t i = numel; i % LANES; i++) value[i] = 0;
     return largest;
 }
@@ -387,7 +424,7 @@ static void FN(emit)(const Quantizer *quantizer, const void *cells, const Ahead 
         if (residual && group->moment) {
             const REAL *divisor = scratch->divisor + at;
             for (int64_t i = 0; i < numel; i++)
-                residual[i] = total[i] - scale * (REAL)level[i] * divisor[i];
+                residual[i] = total[i] - FN(limit)(scale * (REAL)level[i] * divisor[i]);
         } else if (residual) {
             for (int64_t i = 0; i < numel; i++) residual[i] = value[i] - scale * (REAL)level[i];
         }
@@ -564,7 +601,7 @@ static void FN(mean_of)(const Job *job, const Piece *piece, int64_t from, int64_
     const REAL_ANY *moment = FN(moment_of)(job, piece);
     if (moment) {
         FN(divisor_of)(moment + from, numel, scratch->divisor);
-        for (int64_t i = 0; i < numel; i++) mean[i] *= scratch->divisor[i];
+        for (int64_t i = 0; i < numel; i++) mean[i] = FN(limit)(mean[i] * scratch->divisor[i]);
     }
 }
 
@@ -681,7 +718,7 @@ static void FN(decode_piece)(const Job *job, const Piece *piece, int64_t first, 
         FN(decode_block)(quantizer, codes, scale, numel, value, scratch);
         if (moment) {
             FN(divisor_of)(moment + from, numel, scratch->divisor);
-            for (int64_t i = 0; i < numel; i++) value[i] *= scratch->divisor[i];
+            for (int64_t i = 0; i < numel; i++) value[i] = FN(limit)(value[i] * scratch->divisor[i]);
         }
         if (!direct) FN(stash)(scratch->value, numel, out, job->x_store);
     }
@@ -733,6 +770,7 @@ static void FN(run)(const Job *job, int64_t first, int64_t last) {
 #undef SQRT
 #undef STORE_REAL
 #undef SMALLEST_NORMAL
+#undef LARGEST
 #undef INFINITE_BITS
 #undef TINY_BITS
 #undef REAL_ANY

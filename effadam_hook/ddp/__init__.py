@@ -1,0 +1,1 @@
+"""DistributedDataParallel as a caller of the exchange: its backward passes, and what they need."""

@@ -1,0 +1,257 @@
+"""The backward passes of one DDP model: each as a whole dense or compressed, its errors raised at its end.
+
+An error that leaves a hook leaves DDP unusable. So whatever goes wrong in a hook is reported to the other
+ranks at once, the bucket is completed as it is, and ``backward()`` raises the error after DDP has written
+gradients and put its books in order::
+
+    hook, first bucket   [1] agree and open, if not done; decide: dense or compressed
+    hook, each bucket    [2] exchange or average ─► a future that DDP waits for
+    end of backward      [3] wait for all buckets, where Ctrl-C is heard     (before DDP)
+                         [4] raise what went wrong; restore unused parameters (after DDP)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook.config import Config
+from effadam_hook.ddp.accumulation import AccumulationCheck
+from effadam_hook.ddp.auto_compress import AutoCompress
+from effadam_hook.ddp.backward import at_end_of_backward
+from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.timing import slowest
+from effadam_hook.session.session import ExchangeSession
+from effadam_hook.session.stats import Clock
+
+__all__ = ["Engine"]
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Run the buckets of one DDP model, dense or compressed.
+
+    Args:
+        config: The options, the same on all ranks.
+        group: DDP's process group; None is the default group, looked up at first use.
+
+    Attributes:
+        session: The exchange of the model's buckets.
+        enabled: Whether to compress; read when the first bucket of a backward comes.
+        check_replicas: Whether to compare weights with the other ranks', where that costs nothing.
+        is_joining: Returns whether ranks may have stopped making optimizer steps, as in DDP's ``join()``.
+        grad_scaler: Supplies the current loss scale; None where the loss is not scaled.
+        clock: Times the exchanges.
+        auto_compress: Decides between dense and compressed steps; None to compress in any case.
+    """
+
+    def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
+        self.session = ExchangeSession(config, group)
+        self.enabled = True
+        self.check_replicas = True
+        self.is_joining: Callable[[], bool] = lambda: True
+        self.grad_scaler: torch.amp.GradScaler | None = None
+        self.clock = Clock()
+        self.auto_compress: AutoCompress | None = None
+        self._in_backward = False
+        self._error: EffAdamError | None = None  # raised when DDP has put its books in order
+        self._compressing = False
+        self._accumulation = AccumulationCheck()
+
+    def agree(self, device: torch.device) -> None:
+        """Compare options, versions and model with the other ranks; a collective operation.
+
+        Args:
+            device: Where the group's backend wants tensors.
+
+        Raises:
+            DisagreementError: On every rank, if any two differ.
+        """
+        auto = self.auto_compress is not None
+        self.session.agree(device, {"enabled": self.enabled, "auto": auto})
+
+    def run_bucket(
+        self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
+    ) -> Future[Tensor]:
+        """Exchange one bucket.
+
+        Args:
+            index: The bucket's index in this backward; 0 comes first.
+            buffer: ``[numel]``, the local gradients of ``parameters`` one after the other,
+                overwritten with the result.
+            parameters: The parameters of the bucket.
+            is_last: Whether it is this backward's last.
+
+        Returns:
+            A future of ``buffer``.
+
+        Raises:
+            EffAdamError: If the exchange is broken, the ranks disagree, or anything else goes wrong
+                here and no backward runs. Within a backward, ``backward()`` raises it.
+        """
+        session = self.session
+        if index == 0:
+            self._error, session.connection.phase = None, "comparing options"
+            self._in_backward = at_end_of_backward(self._before_ddp)
+        try:
+            if self._error is not None:
+                return _completed(buffer)
+            if session.connection.is_stopped:
+                session.connection.watchdog.is_in_backward = self._in_backward
+                return session.refuse(index, buffer)
+            return self._run_bucket(index, buffer, parameters, is_last)
+        except BaseException as error:
+            failure = session.connection.stop(f"bucket {index}", error)
+            if not isinstance(error, Exception):
+                raise
+            if not self._in_backward:
+                raise failure from failure.__cause__
+            self._error = self._error or failure
+        return _completed(buffer)
+
+    def _run_bucket(
+        self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
+    ) -> Future[Tensor]:
+        session = self.session
+        if index == 0:
+            self._begin(buffer.device, parameters)  # [1]
+        # Numbered in every step, so that their order does not depend on when compression starts.
+        for tensor in parameters:
+            session.parameters.find(tensor)
+        session.connection.phase = "planning"
+        if not self._compressing or buffer.is_sparse:  # [2]
+            future = session.average(index, buffer, parameters)
+        else:
+            is_joining = self.is_joining()
+            future = session.exchange(
+                index,
+                buffer,
+                parameters,
+                check_weights=self.check_replicas and not is_joining,
+                is_joining=is_joining,
+                restores_unused=self._in_backward and not is_joining,
+            )
+        if is_last:
+            session.release()
+            self._accumulation.see_last(parameters)
+            self.clock.stop_after(future)
+            session.counters.steps += 1
+            if not self._in_backward:
+                future = self._then_end_without_backward(future)
+        return future
+
+    def _begin(self, device: torch.device, parameters: Sequence[Tensor]) -> None:
+        """Prepare a backward: its first bucket has come."""
+        session = self.session
+        if not session.connection.has_agreed:
+            self.agree(device)
+        session.connection.phase = "preparing"
+        session.connection.watchdog.is_in_backward = self._in_backward
+        self._compressing = self._decide(device)
+        session.begin_step()
+        self.clock.start(device)
+        self._follow_loss_scale()
+        self._accumulation.begin(parameters)
+        session.open(device, self._compressing)
+        self._check_names()
+        session.mode.begin_backward(self.is_joining())
+
+    def _decide(self, device: torch.device) -> bool:
+        """Decide whether the backward that begins is compressed."""
+        is_warm = self.session.counters.steps >= self.session.config.warmup_steps
+        auto = self.auto_compress
+        if not is_warm or auto is None or auto.is_over:
+            return self.enabled and is_warm
+        self._continue_auto_compress(auto, device)
+        return self.enabled and (auto.is_over or auto.compresses)
+
+    def _continue_auto_compress(self, auto_compress: AutoCompress, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # or the times are those of launching kernels
+        auto_compress.begin_step(time.perf_counter())
+        if not auto_compress.is_complete:
+            return
+        session = self.session
+        label = "comparing dense and compressed steps"
+        with session.connection.watchdog.hold(label, "exchanging times"):
+            times = slowest(auto_compress.medians_s(), session.group, device)
+        auto_compress.decide(*times)
+        self.enabled = bool(auto_compress.pays)
+        if session.group.rank() == 0:
+            choice = "compresses" if auto_compress.pays else "averages densely"
+            step, reason = session.counters.steps, auto_compress.reason
+            _log.info("effadam_hook %s from step %d on: %s", choice, step, reason)
+
+    def _before_ddp(self) -> None:
+        """Wait for the buckets where errors and Ctrl-C are heard."""
+        if self.session.connection.has_agreed:
+            self.session.connection.watchdog.join()  # [3]
+        at_end_of_backward(self._after_ddp)
+
+    def _after_ddp(self) -> None:
+        """Raise what went wrong; then see what DDP has written."""
+        session = self.session
+        session.connection.phase = "after the exchange"
+        raised, self._error = self._error, None
+        try:
+            self._accumulation.end()
+            if raised is not None:
+                raise raised  # [4]
+            if session.connection.has_agreed:
+                session.connection.watchdog.check()
+            if self._compressing:
+                session.restore_unused()
+            session.mode.notice_end_of_backward()
+        except Exception as error:
+            stopped = error is raised or session.connection.is_stopped
+            if isinstance(error, EffAdamError) and stopped:
+                raise
+            raise session.connection.stop("the end of backward", error) from error
+
+    def _then_end_without_backward(self, last: Future[Tensor]) -> Future[Tensor]:
+        """Let the mode end the step of a rank out of data, which no backward and no loop will end."""
+        mode = self.session.mode
+
+        def end(done: Future[Tensor]) -> Tensor:
+            buffer = done.value()  # raises what the exchange raised
+            mode.end_without_backward()
+            return buffer
+
+        return last.then(end)
+
+    def _follow_loss_scale(self) -> None:
+        """Multiply the residuals when the loss is multiplied by another factor than before."""
+        session = self.session
+        if self.grad_scaler is None or not session.mode.scales_with_loss:
+            return
+        scale = float(self.grad_scaler.get_scale())
+        if scale == session.loss_scale or not 0 < scale < math.inf:
+            return
+        for residuals in (session.worker, session.server):
+            for _, view in residuals:
+                # What overflows saturates, as sums do in the kernels.
+                view.mul_(scale / session.loss_scale).nan_to_num_()
+        session.loss_scale = scale
+
+    def _check_names(self) -> None:
+        config = self.session.config
+        if config.name_patterns and not self.session.parameters.bound:
+            raise EffAdamError(
+                f"exact={config.exact} asks for parameter names, which this state does not "
+                "have. Use attach(ddp_model, ...), or call "
+                "state.bind(ddp_model.module.named_parameters()) after register_comm_hook."
+            )
+
+
+def _completed(buffer: Tensor) -> Future[Tensor]:
+    future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+    future.set_result(buffer)
+    return future

@@ -1,0 +1,101 @@
+"""The order of collectives on Gloo: a thread and a group for each stage, first in, first out.
+
+A second collective that is started from a future's callback hangs or aborts on Gloo as soon as there
+are two buckets, because the ranks start it in different orders. Here the thread of a stage alone starts
+collectives on the group of that stage, and buckets pass the threads in the order in which DDP hands them
+over, which is the same on every rank. With two collectives a bucket, as in "rank0" and "sharded"::
+
+    hook ──► thread "encode"          thread "reduce"              thread "decode"
+             [1] encode               [3] wait for the uplink       [6] wait for the downlink
+             [2] start the uplink     [4] reduce (servers only)     [7] decode
+                 (its own group)      [5] start the downlink        [8] complete the future
+                                          (its own group)
+
+While the downlink of bucket k is under way, so is the uplink of bucket k+1, and backward goes on. Large
+buckets travel in parts, for the same reason.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook.exchange.bucket_job import BucketJob
+from effadam_hook.exchange.collectives import abandon
+from effadam_hook.exchange.dense import start_average
+from effadam_hook.exchange.groups import make_gloo_groups
+from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.watchdog.inflight import Hold, InflightBucket
+from effadam_hook.exchange.watchdog.watchdog import Watchdog
+from effadam_hook.exchange.worker_thread import WorkerThread
+from effadam_hook.wire.layout import part_numel
+
+__all__ = ["GlooExchange"]
+
+
+class GlooExchange:
+    """Run jobs on CPU tensors over Gloo.
+
+    Args:
+        topology: This rank's view of the servers.
+        group: DDP's process group, whose ranks and time-out the groups of the stages get.
+        watchdog: Holds the buckets in flight.
+        hold: The wait within which the exchange is opened; its phase is kept up to date.
+    """
+
+    def __init__(
+        self, topology: Topology, group: dist.ProcessGroup, watchdog: Watchdog, hold: Hold
+    ) -> None:
+        self.part_numel: int | None = part_numel(group.size())
+        self._stages = topology.stages
+        names = [stage.transfer for stage in self._stages if stage.transfer]
+        groups = make_gloo_groups(names, watchdog.run_id, group, watchdog.is_going_on)
+        self._groups = groups
+        hold.phase = "measuring round trips"
+        try:
+            topology.measure_route(groups[0].group)
+        except BaseException:
+            abandon(*groups)
+            raise
+        self._threads = [
+            WorkerThread(f"effadam-{stage.phase}", partial(self._run, number), watchdog)
+            for number, stage in enumerate(self._stages)
+        ]
+        watchdog.on_failure(lambda: abandon(*groups))
+        for thread in self._threads:
+            watchdog.on_close(thread.close)
+        watchdog.on_close(groups.clear)  # those that may never end have been abandoned before
+
+    def new_future(self) -> Future[Tensor]:
+        """Make a future for a job, to be handed to DDP."""
+        return Future()
+
+    def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
+        """Start a job.
+
+        Args:
+            job: The bucket's job; its buffers are in use until the bucket has arrived.
+            inflight: Completed with the decoded bucket, or with the error.
+        """
+        self._threads[0].put(inflight, job)
+
+    def _run(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
+        """Run one stage of a bucket, in the thread of that stage."""
+        stage = self._stages[number]
+        inflight.wait()  # [3] [6] for the collective of the stage before
+        if stage.averages_first and job.averages_first:
+            inflight.phase = "dense average"
+            inflight.work = start_average(job.bucket, self._groups[number].group)
+            inflight.wait()
+        if stage.compute is not None:
+            inflight.phase = stage.phase
+            stage.compute(job)  # [1] [4] [7]
+        if stage.start is None:
+            inflight.succeed()  # [8]
+            return
+        inflight.phase = stage.transfer
+        inflight.work = stage.start(job, self._groups[number].group)  # [2] [5]
+        self._threads[number + 1].put(inflight, job)

@@ -1,0 +1,66 @@
+"""The order of collectives on NCCL: no thread, no callback, one side stream.
+
+Everything is issued from the hook itself, in the order in which DDP calls it, on a stream beside
+backward's and on DDP's own process group: several communicators at once can deadlock. Waiting for a
+collective there only orders streams; the host goes on at once and the device is never synchronised.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook.exchange.bucket_job import BucketJob
+from effadam_hook.exchange.dense import start_average
+from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.watchdog.inflight import InflightBucket
+
+__all__ = ["NcclExchange"]
+
+
+class NcclExchange:
+    """Run jobs on CUDA tensors over NCCL.
+
+    Args:
+        topology: This rank's view of the servers.
+        group: DDP's process group.
+        device: The CUDA device of the buckets.
+    """
+
+    def __init__(self, topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.part_numel: int | None = None
+        self._stages = topology.stages
+        self._group = group
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def new_future(self) -> Future[Tensor]:
+        """Make a future for a job, to be handed to DDP; it orders the streams of whoever waits."""
+        return Future(devices=[self._device])
+
+    def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
+        """Issue a job.
+
+        Args:
+            job: The bucket's job.
+            inflight: Completed, on the device, with the decoded bucket.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for stage in self._stages:
+                if stage.averages_first and job.averages_first:
+                    _order(start_average(job.bucket, self._group))
+                if stage.compute is not None:
+                    stage.compute(job)
+                if stage.start is not None:
+                    _order(stage.start(job, self._group))
+            # The allocator must not hand the bucket out again while this stream reads it.
+            job.bucket.record_stream(self._stream)
+            inflight.succeed()
+
+
+def _order(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()

@@ -1,0 +1,148 @@
+"""The last bytes of every chunk: do all workers mean the same bucket of the same model?
+
+Configuration and model are compared when training starts, and who waits in vain is found out by the
+watchdog. What remains is silent: replicas that have drifted apart, because one rank skipped a
+backward but not the optimizer step, has another learning rate, or loaded another checkpoint. They
+would average gradients of different models. So every worker writes behind its codes what the bucket
+is made of and one of its weights, another one each time, and the server compares before it reduces::
+
+    chunk     | raw elements | scales | codes | padding | digest 3, optimizer 2, step 3 | weight 8 |
+
+The digest covers the run id, so that a chunk of another model is noticed whatever its layout; the steps
+find ranks that continue from different states.
+
+Reading one weight costs microseconds on the CPU. On other devices it would stop the host, so that the
+weight is left out there, and nothing is compared.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effadam_hook.errors import DisagreementError
+from effadam_hook.exchange.agreement import differing_steps
+from effadam_hook.wire.layout import REPLICA_CHECK_BYTES
+
+__all__ = ["ReplicaCheck"]
+
+_FORMAT = struct.Struct("<Qd")
+_DIGEST_BITS, _OPTIMIZER_BITS, _STEP_BITS = 24, 16, 24
+_UNKNOWN = math.inf
+"""Stands for a weight that was not looked at."""
+_OTHERS_EVERY = 8
+_STRIDE = 7919
+
+
+class ReplicaCheck:
+    """Writes and compares one bucket's seals.
+
+    Args:
+        digest: What the bucket is made of and the run id, as a number; the same on every rank.
+        names: Its parameters' names.
+        parameters: Its parameters.
+        sent: ``[servers, stride_bytes]`` uint8, this worker's payload.
+        received: ``[world_size, stride_bytes]`` uint8, what arrives here as a server.
+        often: Whether to look at a weight every time, and not only every eighth.
+    """
+
+    def __init__(
+        self,
+        digest: int,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        sent: Tensor,
+        received: Tensor,
+        often: bool,
+    ) -> None:
+        self._digest = digest % (1 << _DIGEST_BITS)
+        self._names = list(names)
+        self._parameters = [p.detach() for p in parameters]
+        self._sent = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in sent]
+        self._received = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in received]
+        self._every = 1 if often else _OTHERS_EVERY
+        self._stamped = 0
+        self._looked_at = (0, 0)
+
+    def stamp(self, look: bool, steps: int, optimizer_steps: int = 0) -> None:
+        """ReplicaCheck this worker's chunks.
+
+        Args:
+            look: Whether to include a weight.
+            steps: How many steps the exchange has made.
+            optimizer_steps: A digest of the optimizer's, where the exchange depends on them.
+        """
+        self._stamped += 1
+        weight = _UNKNOWN
+        if look and self._stamped % self._every == 0:
+            which = self._stamped // self._every
+            index = which % len(self._parameters)
+            parameter = self._parameters[index]
+            if parameter.numel():
+                element = which * _STRIDE % parameter.numel()
+                self._looked_at = (index, element)
+                weight = float(parameter[_unravel(element, parameter.shape)])
+        number = self._digest << (_OPTIMIZER_BITS + _STEP_BITS)
+        number |= optimizer_steps % (1 << _OPTIMIZER_BITS) << _STEP_BITS
+        number |= steps % (1 << _STEP_BITS)
+        for row in self._sent:
+            _FORMAT.pack_into(row, 0, number, weight)
+
+    def check(self) -> None:
+        """Compare all workers' seals.
+
+        Raises:
+            DisagreementError: If they differ, naming which rank differs from rank 0 in what.
+        """
+        rows = [bytes(row) for row in self._received]
+        if all(row == rows[0] for row in rows):
+            return
+        numbers, weights = zip(*map(_FORMAT.unpack, rows), strict=True)
+        differences = [
+            f"rank {rank} has a bucket of other parameters, or of another model, than rank 0"
+            for rank, number in enumerate(numbers)
+            if (number ^ numbers[0]) >> (_OPTIMIZER_BITS + _STEP_BITS)
+        ]
+        if differences:
+            raise DisagreementError(
+                f"The ranks have exchanged different buckets: {'; '.join(differences)}. Run the same "
+                "backward passes in the same order on all ranks."
+            )
+        steps = [number % (1 << _STEP_BITS) for number in numbers]
+        optimizer_steps = [number >> _STEP_BITS & (1 << _OPTIMIZER_BITS) - 1 for number in numbers]
+        if message := differing_steps(steps, optimizer_steps):
+            raise DisagreementError(message)
+        weight = weights[0]
+        for rank, other_weight in enumerate(weights):
+            if _differ(weight, other_weight):
+                index, element = self._looked_at
+                differences.append(
+                    f"element {element} of parameter {self._names[index]!r} is {other_weight!r} on "
+                    f"rank {rank} and {weight!r} on rank 0"
+                )
+        if differences:
+            raise DisagreementError(
+                f"The replicas have drifted apart: {'; '.join(differences)}. All ranks must start "
+                "from the same weights and make the same optimizer steps. If weights are changed on "
+                "purpose between forward and backward (a sharpness-aware step, an embedding with "
+                "max_norm), or processors round differently, and you can accept that, set "
+                "state.check_replicas = False on all ranks."
+            )
+
+
+def _differ(here: float, there: float) -> bool:
+    if _UNKNOWN in (here, there) or (math.isnan(here) and math.isnan(there)):
+        return False
+    return here != there
+
+
+def _unravel(element: int, shape: torch.Size) -> tuple[int, ...]:
+    index: list[int] = []
+    for size in reversed(shape):
+        element, position = divmod(element, size)
+        index.append(position)
+    return tuple(reversed(index))

@@ -1,0 +1,157 @@
+"""The interface of a topology: its servers, and the stages that a bucket passes.
+
+A topology is described by its class, before any rank exists: its name, how many servers it has among N
+ranks, and what its collectives cost. An instance is one rank's view: the chunk that this rank serves, and
+the stages. A *stage* is arithmetic on this rank followed by a collective; the next stage waits for that
+collective. The exchange (:mod:`~effadam_hook.exchange.gloo`, :mod:`~effadam_hook.exchange.nccl`) runs
+whatever stages there are, in their order::
+
+    rank0, sharded    encode ─ uplink ─► reduce ─ downlink ─► decode
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from effadam_hook.exchange.bucket_job import BucketJob
+from effadam_hook.exchange.collectives import Group
+from effadam_hook.exchange.topology.leg import Leg
+
+__all__ = ["Stage", "Topology"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Arithmetic on this rank, then a collective that the next stage waits for.
+
+    Attributes:
+        phase: Name of the arithmetic in messages.
+        compute: The arithmetic; None where this rank has none to do.
+        transfer: Name of the collective in messages; empty for the last stage, which has none.
+        start: Starts the collective on a group that only this stage uses, and returns the work.
+        averages_first: Whether a bucket that asks for it (:attr:`BucketJob.averages_first`) is averaged
+            uncompressed, on the stage's group, before the arithmetic.
+    """
+
+    phase: str
+    compute: Callable[[BucketJob], None] | None
+    transfer: str = ""
+    start: Callable[[BucketJob, Group], dist.Work | None] | None = None
+    averages_first: bool = False
+
+
+class Topology(ABC):
+    """One rank's view of the servers, and the stages of a bucket.
+
+    Args:
+        rank: This process's rank in the group.
+        world_size: The group's size.
+
+    Attributes:
+        name: The public name.
+        servers: How many servers there are, and so how many chunks a payload has.
+        serves: The chunk that this rank is the server of; None if there is none.
+        route: The route that messages take, with the reason; empty where there is no choice.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.servers = self.servers_among(world_size)
+        self.serves = rank if rank < self.servers else None
+        self.route = ""
+
+    @classmethod
+    @abstractmethod
+    def servers_among(cls, world_size: int) -> int:
+        """Return the number of servers among that many ranks; the first ranks are the servers."""
+
+    @classmethod
+    @abstractmethod
+    def legs(cls, payload_bytes: float, world_size: int, tree: bool) -> list[Leg]:
+        """Describe the collectives of one bucket.
+
+        Args:
+            payload_bytes: Bytes of a whole payload.
+            world_size: Number of ranks.
+            tree: Whether a broadcast sends its bytes once, as NCCL's does, and not once a round.
+
+        Returns:
+            The uplink and the downlink.
+        """
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of a bucket, in their order."""
+        reduce = _reduce if self.serves is not None else None
+        return (
+            Stage("encode", _encode, "uplink", self._start_uplink, averages_first=True),
+            Stage("reduce", reduce, "downlink", self._start_downlink),
+            Stage("decode", _decode),
+        )
+
+    def measure_route(self, group: Group) -> None:
+        """Choose the route that messages take on Gloo; a collective operation.
+
+        Args:
+            group: The process group, or one of the same ranks. Buffers must be made afterwards.
+        """
+
+    def outgoing(self, downlink: Tensor) -> Tensor:
+        """Return a buffer ``[copies, stride_bytes]`` for what this rank sends as a server.
+
+        Args:
+            downlink: ``[servers, stride_bytes]``, the buffer of the downlink's payload.
+        """
+        return downlink.new_zeros(1, downlink.shape[1])
+
+    @abstractmethod
+    def send_up(self, payload: Tensor, received: Tensor, group: Group) -> dist.Work | None:
+        """Start the uplink.
+
+        Args:
+            payload: ``[servers, stride_bytes]``, this worker's chunk for every server.
+            received: ``[world_size, stride_bytes]``, filled with every worker's chunk for this server;
+                empty where this rank is none.
+            group: The process group.
+
+        Returns:
+            The work to wait for.
+        """
+
+    @abstractmethod
+    def send_down(self, outgoing: Tensor, payload: Tensor, group: Group) -> dist.Work | None:
+        """Start the downlink.
+
+        Args:
+            outgoing: The buffer of :meth:`outgoing`, with the first row filled.
+            payload: ``[servers, stride_bytes]``, filled with every server's chunk.
+            group: The process group.
+
+        Returns:
+            The work to wait for.
+        """
+
+    def _start_uplink(self, job: BucketJob, group: Group) -> dist.Work | None:
+        return self.send_up(job.uplink, job.received, group)
+
+    def _start_downlink(self, job: BucketJob, group: Group) -> dist.Work | None:
+        return self.send_down(job.outgoing, job.downlink, group)
+
+
+def _encode(job: BucketJob) -> None:
+    job.encode()
+
+
+def _reduce(job: BucketJob) -> None:
+    job.reduce()
+
+
+def _decode(job: BucketJob) -> None:
+    job.decode()

@@ -1,0 +1,61 @@
+"""A thread that takes buckets one at a time, in order, and whose errors reach their futures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+from effadam_hook.exchange.watchdog.inflight import InflightBucket
+from effadam_hook.exchange.watchdog.watchdog import END_S, Watchdog
+
+__all__ = ["WorkerThread"]
+
+T = TypeVar("T")
+
+
+class WorkerThread(Generic[T]):
+    """First in, first out.
+
+    Args:
+        name: The thread's name.
+        step: What is done with a bucket. After an error nothing is started any more.
+        watchdog: Hears of errors.
+    """
+
+    def __init__(
+        self, name: str, step: Callable[[InflightBucket, T], None], watchdog: Watchdog
+    ) -> None:
+        self._queue: SimpleQueue[tuple[InflightBucket, T] | None] = SimpleQueue()
+        # A daemon, so that a rank whose peer is gone can still end.
+        self._thread = threading.Thread(
+            target=_run, args=(self._queue, step, watchdog), name=name, daemon=True
+        )
+        self._thread.start()
+
+    def put(self, inflight: InflightBucket, job: T) -> None:
+        """Append a bucket."""
+        self._queue.put((inflight, job))
+
+    def close(self) -> None:
+        """End the thread; a collective under way is left to its group's time-out."""
+        self._queue.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=END_S)
+
+
+def _run(
+    queue: SimpleQueue[tuple[InflightBucket, T] | None],
+    step: Callable[[InflightBucket, T], None],
+    watchdog: Watchdog,
+) -> None:
+    while (item := queue.get()) is not None:
+        inflight, job = item
+        try:
+            if not watchdog.is_going_on():
+                raise watchdog.failure or RuntimeError("the exchange was closed.")
+            step(inflight, job)
+        except BaseException as error:
+            watchdog.broke(inflight, error)
+        del item, inflight, job

@@ -1,0 +1,228 @@
+"""Parameter identities: names that are stable across buckets, wrappers and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effadam_hook.errors import EffAdamError
+from effadam_hook.wire.names import canonical_name, canonical_names
+
+__all__ = [
+    "Parameter",
+    "ParameterTable",
+    "flat_view",
+    "identify",
+    "is_exchanged",
+    "shaped_view",
+]
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """A tensor's elements in the order in which DDP lays them out in a bucket.
+
+    That is the order in memory where there are neither gaps nor overlaps, ``channels_last``
+    included, and the logical order otherwise.
+
+    Args:
+        tensor: Of any shape.
+
+    Returns:
+        ``[numel]``, a view where DDP's order is that in memory.
+    """
+    tensor = tensor.detach()
+    if _is_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.reshape(-1)
+
+
+def shaped_view(flat: Tensor, like: Tensor) -> Tensor:
+    """A stretch of a bucket in the shape of its parameter; the inverse of :func:`flat_view`.
+
+    Args:
+        flat: ``[numel]``.
+        like: The parameter.
+
+    Returns:
+        A view of ``flat`` with the parameter's shape, and its strides if it is dense.
+    """
+    if _is_dense(like):
+        return flat.as_strided(like.size(), like.stride(), flat.storage_offset())
+    return flat.view(like.shape)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether some order of the dimensions makes the tensor contiguous."""
+    if tensor.numel() == 0:
+        return False
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter's identity.
+
+    Attributes:
+        name: Its canonical name in the model, or its number where the model is not known.
+        aliases: All of its names: canonical ones and those of ``named_parameters()``, more than one
+            of each for a tied parameter.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+
+
+def identify(named: Iterable[tuple[str, Tensor]]) -> list[tuple[Parameter, Tensor]]:
+    """Find the identities of a model's parameters.
+
+    Args:
+        named: Names and parameters in the model's order. A tied parameter comes once under each of
+            its names with ``named_parameters(remove_duplicate=False)``; the first is its identity.
+
+    Returns:
+        Identities and parameters in the same order, each parameter once.
+    """
+    tensors: dict[int, Tensor] = {}
+    names: dict[int, list[str]] = {}
+    for name, tensor in named:
+        tensors[id(tensor)] = tensor
+        names.setdefault(id(tensor), []).append(name)
+    canonical = canonical_names([own[0] for own in names.values()])
+    identities = []
+    for key, own in names.items():
+        name = canonical[own[0]]
+        aliases = dict.fromkeys([name, *own, *map(canonical_name, own)])
+        identities.append((Parameter(name, tuple(aliases)), tensors[key]))
+    return identities
+
+
+class ParameterTable:
+    """Finds a parameter's identity by its tensor.
+
+    With the model's names (:meth:`bind`) identities are canonical names, see
+    :mod:`effadam_hook.wire.names`. Without, parameters are numbered as DDP first shows them, which is the
+    same on every rank and in every run of the same program.
+    """
+
+    def __init__(self) -> None:
+        self.bound = False
+        # By id; holding the tensor keeps its id from being used again.
+        self._known: dict[int, tuple[Tensor, Parameter]] = {}
+        self._names: dict[str, str] = {}
+
+    def first_name(self) -> str:
+        """The name of the first parameter; empty where names are not known."""
+        if not self.bound:
+            return ""
+        return next((parameter.name for _, parameter in self._known.values()), "")
+
+    def bind(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Take the names of a model.
+
+        Args:
+            named: As for :func:`identify`: the parameters that DDP may show.
+
+        Raises:
+            EffAdamError: If numbers have been given to parameters already.
+            ValueError: If two parameters have the same name.
+        """
+        if self._known:
+            raise EffAdamError(
+                "Cannot take parameter names: this state has already seen parameters. "
+                "Bind a state once, before the first backward."
+            )
+        owners: dict[str, set[str]] = {}
+        identities = identify(named)
+        names = {parameter.name for parameter, _ in identities}
+        if len(names) < len(identities):
+            raise ValueError(
+                f"Invalid named_parameters: {len(identities)} parameters with {len(names)} different "
+                "names. Must be those of one model: model.named_parameters(remove_duplicate=False)."
+            )
+        for parameter, tensor in identities:
+            self._known[id(tensor)] = (tensor, parameter)
+            for alias in parameter.aliases:
+                owners.setdefault(alias, set()).add(parameter.name)
+        self._names = {alias: min(named) for alias, named in owners.items() if len(named) == 1}
+        self._names.update(zip(names, names, strict=True))
+        self.bound = True
+
+    def find(self, tensor: Tensor) -> Parameter:
+        """The identity of a parameter.
+
+        Args:
+            tensor: The parameter itself.
+
+        Returns:
+            Its names.
+
+        Raises:
+            EffAdamError: If it belongs to another model than the one bound.
+        """
+        known = self._known.get(id(tensor))
+        if known is not None:
+            return known[1]
+        if self.bound:
+            raise EffAdamError(
+                f"A parameter of shape {tuple(tensor.shape)} is not part of the model that this "
+                "state was bound to. Use one state per DDP model."
+            )
+        number = str(len(self._known))
+        self._known[id(tensor)] = (tensor, Parameter(number, (number,)))
+        return self._known[id(tensor)][1]
+
+    def resolve(self, name: str) -> str:
+        """Translate a name from elsewhere into the identity that it has in this model.
+
+        Args:
+            name: A name of a saved state: canonical, with wrapper components, or any name of a tied
+                parameter.
+
+        Returns:
+            The parameter's name here; the name itself if it is no parameter's.
+        """
+        return self._names.get(name) or self._names.get(canonical_name(name), name)
+
+    def aliases(self) -> list[str]:
+        """All names of all parameters."""
+        return [alias for _, parameter in self._known.values() for alias in parameter.aliases]
+
+    def numels(self) -> dict[str, int]:
+        """Number of elements by name."""
+        return {parameter.name: tensor.numel() for tensor, parameter in self._known.values()}
+
+    def describe(self) -> dict[str, list[object]]:
+        """Position, shape and dtype by name, as plain values, for comparison between ranks.
+
+        Only trainable parameters count: DDP exchanges nothing for the others, so that ranks may differ
+        in them.
+        """
+        return {
+            parameter.name: [position, str(list(tensor.shape)), str(tensor.dtype)]
+            for position, (tensor, parameter) in enumerate(self._exchanged())
+        }
+
+    def device(self) -> torch.device:
+        """Where the parameters are; the CPU before any is known."""
+        for tensor, _ in self._exchanged():
+            return tensor.device
+        return torch.device("cpu")
+
+    def _exchanged(self) -> list[tuple[Tensor, Parameter]]:
+        """What DDP exchanges; without names, whatever DDP has shown."""
+        known = self._known.values()
+        return [entry for entry in known if not self.bound or is_exchanged(entry[0])]
+
+
+def is_exchanged(parameter: Tensor) -> bool:
+    """Whether a parameter is trainable and not marked as one that DDP ignores."""
+    return parameter.requires_grad and not getattr(parameter, "_ddp_ignored", False)

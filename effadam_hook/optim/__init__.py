@@ -1,0 +1,5 @@
+"""The optimizer of update mode, and the schedules of generic Adam."""
+
+from effadam_hook.optim.efficient_adam import EfficientAdam
+
+__all__ = ["EfficientAdam"]

@@ -1,0 +1,156 @@
+"""The buckets that a session has seen, each with the buffers of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from effadam_hook.config import Config
+from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.topology import Topology
+from effadam_hook.feedback.parameters import ParameterTable
+from effadam_hook.feedback.residuals import Residuals
+from effadam_hook.kernels import Kernels
+from effadam_hook.modes.all_modes import Mode
+from effadam_hook.session.buffers import BucketBuffers
+from effadam_hook.wire.layout import Slot, cut, lay_out_bucket
+
+__all__ = ["Buckets"]
+
+
+class Model(Protocol):
+    """The session, as far as the buffers of a bucket depend on it."""
+
+    config: Config
+    mode: Mode
+    parameters: ParameterTable
+    worker: Residuals
+    server: Residuals
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group."""
+        ...
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's view of the servers."""
+        ...
+
+
+class Buckets:
+    """The buffers of every bucket, by the bucket's index.
+
+    DDP changes its buckets while it runs: an index that shows other tensors than before gets new
+    buffers, into which residuals and moments move.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[object, list[BucketBuffers]]] = {}
+
+    def all(self) -> list[BucketBuffers]:
+        """Return the buffers of the buckets seen last, in order; large buckets have several."""
+        return [buffers for _, parts in self._known.values() for buffers in parts]
+
+    def of(
+        self,
+        index: int,
+        flat: Tensor,
+        tensors: Sequence[Tensor],
+        model: Model,
+        part_numel: int | None,
+        kernels: Kernels,
+        run_id: str,
+    ) -> list[BucketBuffers]:
+        """Return a bucket's buffers, one for each part; new ones if its tensors have changed.
+
+        Args:
+            index: The bucket's index.
+            flat: ``[numel]``, its elements.
+            tensors: The owners of the elements.
+            model: Options, names and residuals.
+            part_numel: Elements of a part; None for one part.
+            kernels: The implementation of the arithmetic.
+            run_id: Distinguishes this model's buckets from those of another model.
+
+        Raises:
+            EffAdamError: If the tensors do not have as many elements as the bucket.
+        """
+        key = (flat.dtype, flat.device, model.mode.generation, *map(id, tensors))
+        known = self._known.get(index)
+        if known is not None and known[0] == key:
+            return known[1]
+        numels = [tensor.numel() for tensor in tensors]
+        if sum(numels) != flat.numel():
+            raise EffAdamError(
+                f"Bucket {index} has {flat.numel()} elements and its parameters have "
+                f"{sum(numels)}. They must be equal; a parameter was resized after DDP was built."
+            )
+        cuts = cut(numels, part_numel)
+        parts = [
+            _make(
+                f"bucket {index}" + (f", part {number}" if len(cuts) > 1 else ""),
+                flat,
+                tensors[part],
+                model,
+                kernels,
+                check_every_step=index == number == 0,
+                run_id=run_id,
+            )
+            for number, part in enumerate(cuts)
+        ]
+        self._known[index] = (key, parts)
+        return parts
+
+
+def _make(
+    label: str,
+    flat: Tensor,
+    tensors: Sequence[Tensor],
+    model: Model,
+    kernels: Kernels,
+    *,
+    check_every_step: bool,
+    run_id: str,
+) -> BucketBuffers:
+    config, mode, topology = model.config, model.mode, model.topology
+    slots = _slots(tensors, config, model.parameters)
+    dtype = mode.wire_dtype(flat.dtype)
+    layout = lay_out_bucket(
+        slots,
+        uplink=config.uplink,
+        downlink=config.downlink,
+        scale_rule=config.scale_rule,
+        block_size=config.block_size,
+        servers=topology.servers,
+        itemsize=dtype.itemsize,
+    )
+    return BucketBuffers(
+        label,
+        layout,
+        kernels,
+        topology,
+        model.group.size(),
+        dtype,
+        flat.device,
+        model.worker if config.error_feedback else None,
+        model.server if config.error_feedback else None,
+        mode.content(tensors, slots, flat.dtype),
+        tensors,
+        check_every_step=check_every_step,
+        run_id=run_id,
+    )
+
+
+def _slots(tensors: Sequence[Tensor], config: Config, parameters: ParameterTable) -> list[Slot]:
+    slots: list[Slot] = []
+    start = 0
+    for tensor in tensors:
+        known = parameters.find(tensor)
+        exact = config.is_exact(known.aliases, tensor.ndim, tensor.numel())
+        slots.append(Slot(known.name, start, tensor.numel(), exact))
+        start += tensor.numel()
+    return slots

@@ -1,0 +1,238 @@
+"""The connection between the ranks of one exchange: compared, opened, watched, ended."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from effadam_hook.config import Config
+from effadam_hook.errors import EffAdamError, UnsupportedBackendError
+from effadam_hook.exchange.agreement import check_agreement, check_steps
+from effadam_hook.exchange.auto import agree_on_topology
+from effadam_hook.exchange.collectives import abandon
+from effadam_hook.exchange.exchange import Exchange, check_backend, make_exchange
+from effadam_hook.exchange.topology import AUTO, TOPOLOGIES, Topology, make_topology
+from effadam_hook.exchange.waiting import phase as waiting_phase
+from effadam_hook.exchange.watchdog.watchdog import CONNECTING, Watchdog
+from effadam_hook.kernels import Kernels, select
+
+__all__ = ["Connection"]
+
+_PROBED_NUMEL = 1 << 20
+"""Elements of the payloads with which topologies are timed."""
+
+
+class Connection:
+    """Connect the ranks of a process group for one exchange.
+
+    Args:
+        config: The options, the same on all ranks.
+        group: The process group; None is the default group, looked up at first use.
+
+    Attributes:
+        exchange: Runs bucket jobs; None before :meth:`open`.
+        kernels: The implementation of the arithmetic; None before :meth:`open`.
+        loaded_topology: The topology of a loaded state, which decides where ``topology="auto"`` has not
+            chosen yet; empty otherwise.
+        topology_reason: The reason for the topology that was chosen; empty where none was.
+        run_id: The same on all ranks and new in every run; empty before :meth:`agree`.
+        phase: What is being done, for messages.
+    """
+
+    def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
+        self.exchange: Exchange | None = None
+        self.kernels: Kernels | None = None
+        self.loaded_topology = ""
+        self.topology_reason = ""
+        self.run_id = ""
+        self.phase = ""
+        self._config = config
+        self._group = group
+        self._topology: Topology | None = None
+        self._watchdog: Watchdog | None = None
+        self._wait_timeout_s: float | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group.
+
+        Raises:
+            EffAdamError: If there is none yet.
+        """
+        if self._group is None:
+            if not dist.is_initialized():
+                raise EffAdamError(
+                    "There is no process group yet. Call torch.distributed.init_process_group "
+                    "before the state is used, or hand it a process_group."
+                )
+            self._group = dist.group.WORLD
+            assert self._group is not None
+        return self._group
+
+    @property
+    def topology(self) -> Topology:
+        """This rank's view of the servers."""
+        if self._topology is not None:
+            return self._topology
+        if self._config.topology == AUTO:  # not chosen before the first bucket
+            return make_topology(self.loaded_topology or next(iter(TOPOLOGIES)), self.group)
+        self._topology = make_topology(self._config.topology, self.group)
+        return self._topology
+
+    @property
+    def route(self) -> str:
+        """Which route messages take, and why, once that is known."""
+        return "" if self._topology is None else self._topology.route
+
+    @property
+    def has_topology(self) -> bool:
+        """Whether it is known who the servers are."""
+        return self._topology is not None or self._config.topology != AUTO
+
+    @property
+    def given_group(self) -> dist.ProcessGroup | None:
+        """The process group as far as it is known; None is the default group, not looked up yet."""
+        return self._group
+
+    def use_group(self, group: dist.ProcessGroup) -> None:
+        """Take DDP's process group."""
+        self._group = group
+
+    def agree(
+        self, device: torch.device, describe: Callable[[], dict[str, Any]], name: str
+    ) -> None:
+        """Compare configuration and model with the other ranks; a collective operation.
+
+        Args:
+            device: Where the group's backend wants tensors.
+            describe: Describes this rank in plain values, which must be equal on all ranks.
+            name: How messages name the model.
+
+        Raises:
+            DisagreementError: On every rank, if any two differ.
+        """
+        description: dict[str, Any] | Exception
+        try:
+            description = describe()
+        except Exception as error:  # the others must not wait for this rank
+            description = error
+        self.run_id = check_agreement(description, self.group, device)
+        if isinstance(description, Exception):
+            raise description
+        # From here on a rank that fails, before its first backward too, can tell the others.
+        self._watchdog = Watchdog(self.group, self.run_id, name)
+        self._watchdog.wait_timeout_s = self._wait_timeout_s
+        if device.type == "cpu":
+            group = self.group
+            self._watchdog.on_failure(lambda: abandon(group))
+        # Threads hold on to the watchdog and not to the connection, so that both can end.
+        weakref.finalize(self, self._watchdog.close)
+
+    def open(self, device: torch.device, steps: int, progress: Any, compressing: bool) -> None:
+        """Connect the ranks, choose topology and kernels; a collective operation.
+
+        Done before the first bucket, even if that one is dense: a rank that opened its groups later than
+        the others could not be told that they do something else.
+
+        Args:
+            device: The device of the buckets.
+            steps: Steps made so far.
+            progress: Further counts that must be equal on all ranks.
+            compressing: Whether the next bucket is compressed.
+
+        Raises:
+            UnsupportedBackendError: If the backend cannot carry compressed buckets, and the next one is.
+            EffAdamError: If the ranks are at different steps, or one is gone.
+        """
+        self.phase = "opening the exchange"
+        try:
+            check_backend(self.group, device)
+        except UnsupportedBackendError:
+            if compressing:
+                raise
+            return  # dense steps need no exchange
+        with self.watchdog.hold("opening the exchange", "comparing steps") as held:
+            # Over DDP's own connections, so that a rank that has died is noticed at once.
+            check_steps(self.run_id, steps, progress, self.group, device)
+            if not self.has_topology:
+                held.phase = "measuring topologies"
+                name, self.topology_reason = agree_on_topology(
+                    self.loaded_topology,
+                    self._config.uplink.code_bytes(_PROBED_NUMEL),
+                    self.group,
+                    device,
+                )
+                self._topology = make_topology(name, self.group)
+            held.phase = CONNECTING
+            self.exchange = make_exchange(self.topology, self.group, device, self.watchdog, held)
+        self.phase = "choosing kernels"
+        self.kernels = select(device)
+
+    @property
+    def watchdog(self) -> Watchdog:
+        """The list of the buckets in flight, made when the ranks have compared options."""
+        if self._watchdog is None:
+            raise EffAdamError("The ranks have not compared options yet: attach the state first.")
+        return self._watchdog
+
+    @property
+    def has_agreed(self) -> bool:
+        """Return whether the ranks have compared options."""
+        return self._watchdog is not None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Return whether the exchange has stopped for good."""
+        return self._watchdog is not None and self._watchdog.failure is not None
+
+    @property
+    def wait_timeout_s(self) -> float | None:
+        """Seconds after which a bucket that waits is an error; None for the group's time-out."""
+        return self._wait_timeout_s
+
+    @wait_timeout_s.setter
+    def wait_timeout_s(self, value: float | None) -> None:
+        self._wait_timeout_s = value
+        if self._watchdog is not None:
+            self._watchdog.wait_timeout_s = value
+
+    def waiting(self, label: str) -> AbstractContextManager[object]:
+        """Enter a wait for all ranks outside a bucket; every rank must do so.
+
+        Args:
+            label: How messages name it, such as a method.
+        """
+        if self._watchdog is not None and self._watchdog.is_going_on():
+            return self._watchdog.hold(label, "gathering from all ranks")
+        return waiting_phase(self.group.rank(), label)
+
+    def stop(self, label: str, error: BaseException) -> EffAdamError:
+        """Stop the exchange because of an error on this rank, and report it to the other ranks.
+
+        Args:
+            label: What was running, such as ``"bucket 3"``.
+            error: The error.
+
+        Returns:
+            The error to raise here.
+        """
+        if self._watchdog is not None:
+            return self._watchdog.stop(label, self.phase, error)
+        if isinstance(error, EffAdamError) and str(error).startswith("Rank "):
+            return error  # says where already
+        kind = type(error) if isinstance(error, EffAdamError) else EffAdamError
+        rank = self.group.rank() if dist.is_initialized() else 0
+        text = str(error) or type(error).__name__
+        failure = kind(f"Rank {rank}, {label}, {self.phase}: {text}")
+        failure.__cause__ = error
+        return failure
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._watchdog is not None:
+            self._watchdog.close()

@@ -1,0 +1,1 @@
+"""What travels: quantizers, layouts and names. Integers and strings, no torch."""
