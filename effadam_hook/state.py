@@ -364,7 +364,7 @@ class EfficientAdamState:
             f"  feedback     {'both sides' if config.error_feedback else 'none'}",
             f"  topology     {topology}",
             *(
-                [f"  auto         {engine.auto_compress.verdict}"]
+                [f"  auto         {engine.auto_compress.outcome}"]
                 if engine.auto_compress is not None
                 else []
             ),

@@ -1,1 +1,1 @@
-"""Who sends which bytes to whom, and in which order: the only place that calls collectives."""
+"""The exchange: who sends which bytes to whom, in which order. The only package that calls collectives."""
