@@ -57,7 +57,7 @@ DIST := build/dist
 # The wheel is built from the source archive, so whatever the archive lacks is missed here.
 dist: $(STAMP)
 	rm -rf $(DIST)
-	$(PY) -m build --no-isolation --outdir $(DIST)
+	$(PY) -m build --no-isolation --quiet --outdir $(DIST)
 	$(PY) -m twine check --strict $(DIST)/*
 	$(PY) -m pyroma --min 10 .
 

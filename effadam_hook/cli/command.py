@@ -1,4 +1,4 @@
-"""The command line: subcommands, and what becomes of their errors."""
+"""The command line: subcommands, exit codes and error output."""
 
 from __future__ import annotations
 
@@ -16,25 +16,37 @@ import torch.distributed as dist
 import effadam_hook
 from effadam_hook.cli.bench import add_bench, run_bench
 from effadam_hook.cli.env import add_env, run_env
+from effadam_hook.cli.kernel_check import KernelsError
 from effadam_hook.cli.plan import add_plan, run_plan
 from effadam_hook.cli.report import add_report, run_report
-from effadam_hook.cli.stepping import KernelsError
 from effadam_hook.cli.ui import printable
 from effadam_hook.errors import CommandError, EffAdamError, UserCodeError
 
 __all__ = ["main"]
 
-_ABOUT = "Communication-efficient data-parallel training: what runs here, and does it pay?"
+_ABOUT = (
+    "Communication-efficient data-parallel training: environment, prediction, comparison, logs."
+)
 _INTERRUPTED = 130
 
 _Parts = tuple[
     str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]
 ]
 _COMMANDS: tuple[_Parts, ...] = (
-    ("env", "what is installed, and which kernels will run", add_env, run_env),
-    ("plan", "measure, predict every method's step time, recommend one", add_plan, run_plan),
-    ("bench", "train by several methods on these ranks and compare", add_bench, run_bench),
-    ("report", "a run's log as a table and a picture", add_report, run_report),
+    ("env", "show installed versions and the kernels that will run", add_env, run_env),
+    (
+        "plan",
+        "measure the link, predict step times, recommend a method",
+        add_plan,
+        run_plan,
+    ),
+    (
+        "bench",
+        "train with several methods and compare step times",
+        add_bench,
+        run_bench,
+    ),
+    ("report", "show a run's log as a table and a figure", add_report, run_report),
 )
 
 

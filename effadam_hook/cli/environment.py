@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure was measured with."""
+"""Machine and versions that belong to a measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["environment", "kernel_build"]
 
 
 def environment() -> dict[str, object]:
-    """What belongs beside every figure.
+    """Describe the machine and the versions, for the record of a measurement.
 
     Returns:
         Plain values by name.
@@ -36,10 +36,10 @@ def environment() -> dict[str, object]:
 
 
 def kernel_build() -> str:
-    """Which build of the compiled kernels lies beside the package at this moment.
+    """Return the digest of the compiled kernels that are installed at this moment.
 
     Returns:
-        The first 12 hexadecimal digits of the library's SHA-256; "none" if there is no library.
+        The first 12 hexadecimal digits of the library's SHA-256; ``"none"`` if there is no library.
     """
     built = libraries()
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in built))
