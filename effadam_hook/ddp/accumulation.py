@@ -1,8 +1,8 @@
 """The check for gradients that are accumulated over several exchanges by mistake.
 
-Without ``no_sync()`` every backward exchanges the content of ``.grad``. If the gradient of the previous
-backward is still there, it is the mean of all ranks already, and is compressed a second time. The result is
-not the accumulated gradient.
+Without ``no_sync()`` every backward exchanges the content of ``.grad``. If the gradient of the
+previous backward is still there, it is the mean of all ranks already, and is compressed a second
+time. The result is not the accumulated gradient.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ __all__ = ["AccumulationCheck"]
 class AccumulationCheck:
     """Compare the versions of one parameter at the start and at the end of every exchanging backward.
 
-    Gradients are accumulated if the weight has not been updated since the last exchange, and its gradient is
-    the same tensor, changed only by one addition of backward. The versions of both tensors show this, and
-    are read without waiting for a device.
+    Gradients are accumulated if the weight has not been updated since the last exchange, and its
+    gradient is the same tensor, changed only by one addition of backward. The versions of both
+    tensors show this, and are read without waiting for a device.
 
-    With ``gradient_as_bucket_view=True`` the versions are the same for a gradient that was set to None while
-    the optimizer made no step, as when a GradScaler skips one. A parameter of the last bucket is therefore
-    checked too: DDP has not restored its gradient yet when the first bucket arrives.
+    With ``gradient_as_bucket_view=True`` the versions are the same for a gradient that was set to
+    None while the optimizer made no step, as when a GradScaler skips one. A parameter of the last
+    bucket is therefore checked too: DDP has not restored its gradient yet when the first bucket
+    arrives.
     """
 
     def __init__(self) -> None:
@@ -55,8 +56,8 @@ class AccumulationCheck:
             # Views of one bucket count their changes together.
             written = len(parameters) if is_view else 1
             expected = (version, grad_version + written)
-            # A zero gradient was filled with zeros after a skipped step, and this backward did not use the
-            # parameter.
+            # A zero gradient was filled with zeros after a skipped step, and this backward did not use
+            # the parameter.
             if (
                 kept
                 and (weight._version, self._grad._version) == expected

@@ -1,8 +1,8 @@
 """The engine: the backward passes of one DDP model, each dense or compressed as a whole.
 
-An error that leaves a hook leaves DDP unusable. An error in a hook is therefore reported to the other ranks at
-once, the bucket is completed as it is, and ``backward()`` raises the error after DDP has written gradients
-and finished its own bookkeeping::
+An error that leaves a hook leaves DDP unusable. An error in a hook is therefore reported to the
+other ranks at once, the bucket is completed as it is, and ``backward()`` raises the error after DDP
+has written gradients and finished its own bookkeeping::
 
     hook, first bucket   [1] compare options and connect, if not done; decide: dense or compressed
     hook, each bucket    [2] exchange or average ─► a future that DDP waits for
@@ -47,7 +47,8 @@ class Engine:
         session: The exchange of the model's buckets.
         enabled: Whether to compress; read at the first bucket of a backward.
         check_replicas: Whether to compare weights between the ranks, on the CPU.
-        is_joining: Returns whether ranks may have ended their optimizer steps, as in DDP's ``join()``.
+        is_joining: Returns whether ranks may have ended their optimizer steps, as in DDP's
+            ``join()``.
         grad_scaler: Supplies the current loss scale; None if the loss is not scaled.
         clock: Times the exchanges.
         auto_compress: Decides between dense and compressed steps; None to compress in any case.
@@ -85,8 +86,8 @@ class Engine:
 
         Args:
             index: Index of the bucket in this backward; 0 is first.
-            buffer: ``[numel]``, the local gradients of ``parameters`` one after the other, overwritten with
-                the result.
+            buffer: ``[numel]``, the local gradients of ``parameters`` one after the other,
+                overwritten with the result.
             parameters: The parameters of the bucket.
             is_last: Whether it is the last bucket of this backward.
 
@@ -94,8 +95,8 @@ class Engine:
             A future of ``buffer``.
 
         Raises:
-            EffAdamError: If the exchange has stopped, the ranks disagree, or an error occurs here, and no
-                backward runs. Within a backward, ``backward()`` raises it.
+            EffAdamError: If the exchange has stopped, the ranks disagree, or an error occurs here,
+                and no backward runs. Within a backward, ``backward()`` raises it.
         """
         session = self.session
         if index == 0:
@@ -123,7 +124,7 @@ class Engine:
         session = self.session
         if index == 0:
             self._begin(buffer.device, parameters)  # [1]
-        # In dense steps too, so that their numbers do not depend on the step at which compression starts.
+        # In dense steps too: the numbers must not depend on the step at which compression starts.
         for tensor in parameters:
             session.parameters.find(tensor)
         session.connection.phase = "preparing the bucket"

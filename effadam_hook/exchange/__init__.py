@@ -1,1 +1,1 @@
-"""The exchange: who sends which bytes to whom, in which order. The only package that calls collectives."""
+"""The exchange: senders, receivers and order of all bytes. No other package calls collectives."""

@@ -1,8 +1,8 @@
 """The comparison of options, versions, models and steps between all ranks, before the first exchange.
 
-Ranks that differ in a quantizer, or in the order of parameters, would misread each other's payloads and train
-a wrong model. Each rank therefore describes itself in JSON. All descriptions are gathered, and every rank
-compares all of them and raises the same error if two differ.
+Ranks that differ in a quantizer, or in the order of parameters, would misread each other's payloads
+and train a wrong model. Each rank therefore describes itself in JSON. All descriptions are
+gathered, and every rank compares all of them and raises the same error if two differ.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def check_agreement(
     """Compare the descriptions of all ranks; a collective operation.
 
     Args:
-        description: Plain values by name, nested dictionaries and lists included; or the exception that
-            prevented it, so that the other ranks do not wait for this one.
+        description: Plain values by name, nested dictionaries and lists included; or the exception
+            that prevented it, so that the other ranks do not wait for this one.
         group: The process group.
         device: A device whose tensors the group's backend can send.
 
@@ -39,8 +39,8 @@ def check_agreement(
         A run id: the same on all ranks, and different for every call.
 
     Raises:
-        DisagreementError: On every rank, if a description differs from that of rank 0; the message names
-            the rank and the values.
+        DisagreementError: On every rank, if a description differs from that of rank 0; the message
+            names the rank and the values.
     """
     run_id = uuid.uuid4().hex
     if isinstance(description, Exception):
@@ -85,7 +85,8 @@ def check_steps(
     """Compare the steps of all ranks; a collective operation.
 
     Args:
-        run_id: Run id of the model; ranks that open two models in different orders over one group meet here.
+        run_id: Run id of the model; ranks that open two models in different orders over one group
+            meet here.
         steps: Number of steps of the exchange.
         optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on them.
         group: The process group.

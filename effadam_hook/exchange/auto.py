@@ -24,7 +24,8 @@ def agree_on_topology(
     An uplink and a downlink are timed at the same time, as in the middle of a step.
 
     Args:
-        loaded: Topology of the saved state that this rank has loaded, which decides; empty without one.
+        loaded: Topology of the saved state that this rank has loaded, which decides; empty without
+            one.
         payload_bytes: Bytes of a payload.
         group: The process group.
         device: A device whose tensors the group's backend can send.

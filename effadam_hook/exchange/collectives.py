@@ -202,8 +202,8 @@ def new_group_alone() -> dist.ProcessGroup:
 def wait_while(work: dist.Work, is_useful: Callable[[], bool]) -> bool:
     """Wait for a collective on Gloo, in slices, as long as waiting is useful.
 
-    A thread that is blocked in torch when the interpreter shuts down aborts the process. A thread that
-    waits in slices can end before.
+    A thread that is blocked in torch when the interpreter shuts down aborts the process. A thread
+    that waits in slices can end before.
 
     Args:
         work: The collective, as :func:`torch.distributed.all_reduce` and others return it.
@@ -235,8 +235,8 @@ def _done_within(work: dist.Work, slice_: timedelta) -> bool:
 def abandon(*groups: object) -> None:
     """Never destroy groups, because a collective in progress in them may never end.
 
-    The destructor of a Gloo group waits for its collectives, up to the time-out of the group, also at the
-    end of the process. A group that is never destroyed does not wait.
+    The destructor of a Gloo group waits for its collectives, up to the time-out of the group, also
+    at the end of the process. A group that is never destroyed does not wait.
 
     Args:
         *groups: The groups, or objects that keep them alive.

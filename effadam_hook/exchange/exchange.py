@@ -25,8 +25,8 @@ class Exchange(Protocol):
     """Run jobs in the order of their submission, which is the same on every rank.
 
     Attributes:
-        part_numel: Number of elements from which a job is worth its overhead: larger buckets are cut into
-            parts. None where jobs do not overlap.
+        part_numel: Number of elements from which a job is worth its overhead: larger buckets are
+            cut into parts. None where jobs do not overlap.
     """
 
     part_numel: int | None

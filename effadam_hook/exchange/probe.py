@@ -101,8 +101,9 @@ class Probe:
             name: One of :data:`LEGS`.
             size: Bytes of the gradients for ``"all_reduce"``, else of a whole payload.
             repeats: Number of measurements.
-            depth: Number of collectives in progress at once, as in a step with several buckets. On a busy
-                machine a single collective measures the wait for a core rather than the link.
+            depth: Number of collectives in progress at once, as in a step with several buckets. On
+                a busy machine a single collective measures the wait for a core rather than the
+                link.
 
         Returns:
             The time of one collective: that of all at once, divided by their number.
@@ -155,8 +156,8 @@ class Probe:
             windows: Number of windows.
 
         Returns:
-            Seconds of one call, mean over repeats and ranks, in the fastest window. The time that a rank
-            waits for a core because the other ranks compute counts.
+            Seconds of one call, mean over repeats and ranks, in the fastest window. The time that a
+            rank waits for a core because the other ranks compute counts.
         """
         call()
         return min(self._window(call, seconds) for _ in range(windows))

@@ -1,18 +1,19 @@
 """The replica check: the last bytes of every chunk, compared before a server reduces.
 
-Options and models are compared when training starts, and the watchdog finds ranks that wait in vain. Replicas
-that have drifted apart show neither: one rank has skipped a backward but not the optimizer step, has another
-learning rate, or has loaded another checkpoint, and gradients of different models would be averaged. Every
-worker therefore appends to its codes a digest of the bucket's layout and one weight of the bucket, a different
-weight each time, and the server compares them::
+Options and models are compared when training starts, and the watchdog finds ranks that wait in
+vain. Replicas that have drifted apart show neither: one rank has skipped a backward but not the
+optimizer step, has another learning rate, or has loaded another checkpoint, and gradients of
+different models would be averaged. Every worker therefore appends to its codes a digest of the
+bucket's layout and one weight of the bucket, a different weight each time, and the server compares
+them::
 
     chunk     | raw elements | scales | codes | padding | digest 3, optimizer 2, step 3 | weight 8 |
 
-The digest covers the run id, so that a chunk of another model differs whatever its layout. The steps find
-ranks that continue from different states.
+The digest covers the run id, so that a chunk of another model differs whatever its layout. The
+steps find ranks that continue from different states.
 
-To read one weight takes microseconds on the CPU. On other devices the host would have to wait for the device,
-so there is no replica check there.
+To read one weight takes microseconds on the CPU. On other devices the host would have to wait for
+the device, so there is no replica check there.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class ReplicaCheck:
         Args:
             reads_weight: Whether to include a weight.
             steps: Number of steps of the exchange.
-            optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on them.
+            optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on
+                them.
         """
         self._stamped += 1
         weight = _UNKNOWN
@@ -96,7 +98,8 @@ class ReplicaCheck:
         """Compare the last bytes of all workers' chunks.
 
         Raises:
-            DisagreementError: If they differ; the message names the rank and its difference from rank 0.
+            DisagreementError: If they differ; the message names the rank and its difference from
+                rank 0.
         """
         rows = [bytes(row) for row in self._received]
         if all(row == rows[0] for row in rows):

@@ -1,8 +1,8 @@
 """Waits for other ranks outside a bucket, such as the comparison of options.
 
-A *phase* names such a wait. Within it every collective is waited for in slices, so that Ctrl-C is received
-and a stop of the exchange ends the wait. An error of a collective leaves the phase with the rank, the name
-and the remedy.
+A *phase* names such a wait. Within it every collective is waited for in slices, so that Ctrl-C is
+received and a stop of the exchange ends the wait. An error of a collective leaves the phase with
+the rank, the name and the remedy.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def phase(rank: int, name: str, is_useful: Callable[[], bool] | None = None) -> 
     Args:
         rank: This rank in the group.
         name: Name of the wait, for messages such as "Rank 0, comparing options: ...".
-        is_useful: Called twice a second; waiting ends when it returns False. It belongs to a watchdog, which
-            also warns of slow ranks. Without it waiting goes on, and a warning is logged here.
+        is_useful: Called twice a second; waiting ends when it returns False. It belongs to a
+            watchdog, which also warns of slow ranks. Without it waiting goes on, and a warning is
+            logged here.
 
     Raises:
         EffAdamError: If a collective has failed; an error of this package passes unchanged.
@@ -94,8 +95,8 @@ def finish(work: dist.Work | None, is_on_host: bool = True) -> None:
 
     Args:
         work: The collective; None on a rank that takes no part.
-        is_on_host: Whether ``work.wait`` blocks until the result is there. On other devices than the CPU it
-            only orders streams.
+        is_on_host: Whether ``work.wait`` blocks until the result is there. On other devices than
+            the CPU it only orders streams.
 
     Raises:
         EffAdamError: If the exchange has stopped meanwhile.

@@ -16,7 +16,8 @@ class Leg:
         out_bytes: Payload bytes that leave that rank.
         in_bytes: Payload bytes that arrive there.
         rounds: Number of messages that must follow one another.
-        messages: Number of further messages that the busiest rank sends or receives at the same time.
+        messages: Number of further messages that the busiest rank sends or receives at the same
+            time.
     """
 
     name: str

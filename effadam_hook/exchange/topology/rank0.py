@@ -1,7 +1,7 @@
 """Topology "rank0": rank 0 of the group serves the whole bucket.
 
-This is the parameter server of the paper. Payloads are gathered on rank 0, which reduces them, quantizes the
-mean and broadcasts it. The link of rank 0 carries N - 1 payloads in each direction.
+This is the parameter server of the paper. Payloads are gathered on rank 0, which reduces them,
+quantizes the mean and broadcasts it. The link of rank 0 carries N - 1 payloads in each direction.
 """
 
 from __future__ import annotations

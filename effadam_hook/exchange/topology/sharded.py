@@ -1,13 +1,14 @@
 """Topology "sharded": every rank serves its share of every parameter.
 
-An all-to-all sends the chunks to their servers. Each server reduces and quantizes its chunk, and sends the
-result to all ranks. Blocks and the order of summation are those of "rank0", so the results are the same to
-the bit. Only the traffic differs: every link carries equally much.
+An all-to-all sends the chunks to their servers. Each server reduces and quantizes its chunk, and
+sends the result to all ranks. Blocks and the order of summation are those of "rank0", so the
+results are the same to the bit. Only the traffic differs: every link carries equally much.
 
-On Gloo the downlink takes one of two routes, with the same bytes on every link. *Around a ring* is Gloo's
-all-gather: every link has one sender and one receiver at a time, which fills it best, but a result is
-delayed N - 1 times by the latency. *Straight* is an all-to-all of N copies, which is delayed once. The ring
-is some percent faster between near ranks, and takes twice as long between ranks that are 20 ms apart.
+On Gloo the downlink takes one of two routes, with the same bytes on every link. *Around a ring* is
+Gloo's all-gather: every link has one sender and one receiver at a time, which fills it best, but a
+result is delayed N - 1 times by the latency. *Straight* is an all-to-all of N copies, which is
+delayed once. The ring is some percent faster between near ranks, and takes twice as long between
+ranks that are 20 ms apart.
 """
 
 from __future__ import annotations
@@ -71,8 +72,7 @@ class Sharded(Topology):
         for _ in range(_MOST_ATTEMPTS):
             best = [min(s, _fastest(route)) for s, route in zip(best, routes, strict=True)]
             ring_s, straight_s = slowest(best, group, sent.device)
-            # The difference is larger or smaller than a busy machine explains: further measurements would
-            # decide the same.
+            # A busy machine does not explain such a difference: further measurements decide the same.
             if not near_s * _SURELY_NEAR < ring_s - straight_s < near_s * _SURELY_FAR:
                 break
         self._goes_straight = ring_s - straight_s > near_s

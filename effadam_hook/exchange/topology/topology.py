@@ -1,9 +1,10 @@
 """The interface of a topology: its servers, and the stages of a bucket.
 
-The class describes the topology before any rank exists: its name, the number of servers among N ranks, and
-the traffic of its collectives. An instance is the view of one rank: the chunk that it serves, and the
-stages. A *stage* is arithmetic on this rank followed by a collective, for which the next stage waits. The
-exchanges on Gloo and NCCL run the stages in their order, whatever their number::
+The class describes the topology before any rank exists: its name, the number of servers among N
+ranks, and the traffic of its collectives. An instance is the view of one rank: the chunk that it
+serves, and the stages. A *stage* is arithmetic on this rank followed by a collective, for which the
+next stage waits. The exchanges on Gloo and NCCL run the stages in their order, whatever their
+number::
 
     rank0, sharded    encode ─ uplink ─► reduce ─ downlink ─► decode
 """
@@ -34,8 +35,8 @@ class Stage:
         compute: The arithmetic; None where this rank has none to do.
         transfer: Name of the collective in messages; empty for the last stage, which has none.
         start: Starts the collective on a group that only this stage uses, and returns the work.
-        averages_first: Whether a bucket with :attr:`BucketJob.averages_first` is averaged densely, on the
-            group of this stage, before the arithmetic.
+        averages_first: Whether a bucket with :attr:`BucketJob.averages_first` is averaged densely,
+            on the group of this stage, before the arithmetic.
     """
 
     phase: str

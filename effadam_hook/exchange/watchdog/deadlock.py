@@ -1,11 +1,12 @@
 """Deadlocks: threads that wait for one another for ever, found from the waits of all processes.
 
-A thread that runs backward passes waits in a *bucket*, or in a *hold* such as opening the exchange, for all
-ranks that have not reached the same one; or it waits in a *collective* of the training program, such as
-``barrier``, for the ranks of that group. A rank can start what it has not started only in a thread that does
-not wait itself. The search begins with all waiting threads and removes those that some other thread can still
-release, until none is removed. The rest wait for ever, whatever the number of ranks and models. A thread
-that computes, sleeps or loads data is never among them.
+A thread that runs backward passes waits in a *bucket*, or in a *hold* such as opening the exchange,
+for all ranks that have not reached the same one; or it waits in a *collective* of the training
+program, such as ``barrier``, for the ranks of that group. A rank can start what it has not started
+only in a thread that does not wait itself. The search begins with all waiting threads and removes
+those that some other thread can still release, until none is removed. The rest wait for ever,
+whatever the number of ranks and models. A thread that computes, sleeps or loads data is never among
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Wait:
 
     Attributes:
         doing: The predicate of a sentence whose subject is the rank.
-        run: Run id of the model's buckets, or of its holds; empty for a collective of the training program.
+        run: Run id of the model's buckets, or of its holds; empty for a collective of the training
+            program.
         sequence: Sequence number within that run.
         ranks: Global ranks for which a collective of the training program waits.
     """
@@ -111,8 +113,8 @@ def find_deadlock(processes: Mapping[int, Process], run: str) -> Deadlock | None
         run: A model's run id.
 
     Returns:
-        The threads; None if some thread can still release them. Processes are not described at one moment:
-        a deadlock is certain only if a later description of all of them is equal.
+        The threads; None if some thread can still release them. Processes are not described at one
+        moment: a deadlock is certain only if a later description of all of them is equal.
     """
     stuck: Stuck = {
         (rank, thread): wait

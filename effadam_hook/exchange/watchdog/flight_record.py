@@ -37,7 +37,8 @@ class FlightRecord:
         holds: Number of holds started.
         home: Identifier of the thread that attached the model.
         threads: Identifiers of the threads that have run backward passes of the model.
-        joined: Identifier of the thread that waits for the buckets at the end of a backward, if any.
+        joined: Identifier of the thread that waits for the buckets at the end of a backward, if
+            any.
     """
 
     def __init__(self, run_id: str, name: str) -> None:

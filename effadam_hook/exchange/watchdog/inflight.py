@@ -116,8 +116,8 @@ class InflightBucket:
         """Complete the future with an error, unless it is complete.
 
         An error in a future makes DDP raise a RuntimeError about its type in the middle of its own
-        bookkeeping, and leaves the model unusable. Within a backward the future therefore gets the bucket
-        as it is, and the training thread raises the error after DDP has finished.
+        bookkeeping, and leaves the model unusable. Within a backward the future therefore gets the
+        bucket as it is, and the training thread raises the error after DDP has finished.
 
         Args:
             error: The error.

@@ -60,7 +60,8 @@ class Monitor:
         stop_models: Stops the other models of this process that a deadlock concerns.
 
     Attributes:
-        wait_timeout_s: Seconds after which a wait is an error; None for the process group's time-out.
+        wait_timeout_s: Seconds after which a wait is an error; None for the process group's
+            time-out.
     """
 
     def __init__(

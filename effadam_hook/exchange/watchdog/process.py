@@ -1,7 +1,8 @@
 """The waits of all threads of this process, over all of its models.
 
-A rank that is late with one model may wait in another model, or in a collective of the training program. A
-watchdog therefore publishes not only the position of its own model, but the waits of the whole process.
+A rank that is late with one model may wait in another model, or in a collective of the training
+program. A watchdog therefore publishes not only the position of its own model, but the waits of the
+whole process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The collective of the training program in which a thread waits, read from its Python stack.
 
-A rank that has run out of batches may wait in ``barrier``, or in the ``all_reduce`` of an evaluation, for
-ranks that wait for its next bucket. torch does not record which thread is in which collective, but the
-functions of ``torch.distributed`` are Python, and their frames hold the group in a variable. Stacks are read
-only while a bucket is late.
+A rank that has run out of batches may wait in ``barrier``, or in the ``all_reduce`` of an
+evaluation, for ranks that wait for its next bucket. torch does not record which thread is in which
+collective, but the functions of ``torch.distributed`` are Python, and their frames hold the group
+in a variable. Stacks are read only while a bucket is late.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Stacks:
             thread: Identifier of the thread.
 
         Returns:
-            The function, the line of the program that called it, and the ranks for which it waits; None if
-            the thread is elsewhere, or has arrived a moment ago.
+            The function, the line of the program that called it, and the ranks for which it waits;
+            None if the thread is elsewhere, or has arrived a moment ago.
         """
         top = sys._current_frames().get(thread)
         found = None if top is None else _collective(top)

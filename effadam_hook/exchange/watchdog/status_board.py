@@ -1,7 +1,8 @@
 """The status board: the positions of all ranks, in the process group's store, after an alarm.
 
-A rank *raises the alarm* by writing a value that has not been written before. Every rank that sees a new
-value writes its own *position* and reads those of the others. No rank waits for another one here.
+A rank *raises the alarm* by writing a value that has not been written before. Every rank that sees
+a new value writes its own *position* and reads those of the others. No rank waits for another one
+here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Position:
         kind: Class name of that error.
         history: The buckets that it has started last.
         process: The waits of all threads of its process.
-        is_cause: Whether the error is more than the loss of a connection, which follows from another error.
+        is_cause: Whether the error is more than the loss of a connection, which follows from
+            another error.
     """
 
     started: int

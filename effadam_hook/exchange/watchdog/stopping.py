@@ -21,7 +21,8 @@ END_S = 5.0
 class Stopping:
     """The stop of one rank's exchange, after an error or at the end of training.
 
-    An exchange that an error has stopped never goes on: its groups may contain collectives that never end.
+    An exchange that an error has stopped never goes on: its groups may contain collectives that
+    never end.
 
     Args:
         record: The buckets in flight.
@@ -29,8 +30,8 @@ class Stopping:
     Attributes:
         failure: The error that has stopped the exchange; None while it runs.
         reported: The error that this rank reports to the others; None where another rank found it.
-        is_cause: Whether :attr:`reported` is more than the loss of a connection, which follows from an
-            error of another rank.
+        is_cause: Whether :attr:`reported` is more than the loss of a connection, which follows from
+            an error of another rank.
         is_closing: Whether training is over.
     """
 

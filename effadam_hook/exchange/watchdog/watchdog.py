@@ -1,14 +1,15 @@
 """The watchdog of an exchange: find ranks that wait in vain, and report the reason on every rank.
 
-A rank that waits in a collective cannot see whether the others are slow, gone, or in another collective.
-Each rank therefore records the buckets that it starts (``flight_record.py``), and a thread reads the record
-twice a second (``monitor.py``). A normal step sends nothing. When a bucket is late, or an error occurs, the
-rank raises the alarm; every rank then publishes its position on a status board in the process group's store
-(``status_board.py``), and every rank draws the same conclusion (``diagnosis.py``, ``deadlock.py``)::
+A rank that waits in a collective cannot see whether the others are slow, gone, or in another
+collective. Each rank therefore records the buckets that it starts (``flight_record.py``), and a
+thread reads the record twice a second (``monitor.py``). A normal step sends nothing. When a bucket
+is late, or an error occurs, the rank raises the alarm; every rank then publishes its position on a
+status board in the process group's store (``status_board.py``), and every rank draws the same
+conclusion (``diagnosis.py``, ``deadlock.py``)::
 
-    training thread   enter ──► in flight ──► succeed                     (all that a normal step does)
-    monitor thread    late, or failed? ──► alarm ──► positions ──► diagnosis ──► Stopping
-    Stopping          the first error stops the exchange; every bucket in flight fails with it
+    training thread    enter ──► in flight ──► succeed          (all that a normal step does)
+    monitor thread     late, or failed? ──► alarm ──► positions of all ranks ──► diagnosis
+    either of them     Stopping: the first error counts, every bucket in flight fails with it
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Watchdog:
 
         Args:
             label: Name in messages.
-            phase: The first operation; set the ``phase`` of the yielded object to those that follow.
+            phase: The first operation; set the ``phase`` of the yielded object to those that
+                follow.
 
         Raises:
             EffAdamError: If a collective or another rank has failed; every rank raises it.
