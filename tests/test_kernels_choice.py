@@ -65,7 +65,7 @@ def test_the_description_follows_what_runs(monkeypatch: pytest.MonkeyPatch) -> N
     assert describe(select(CPU), CPU) == "cpu"
     assert describe(reference, CPU) == "reference"
     monkeypatch.setenv(KERNELS_VARIABLE, "reference")
-    assert describe(select(CPU), CPU) == "reference (as EFFADAM_KERNELS demands)"
+    assert describe(select(CPU), CPU) == "reference (set by EFFADAM_KERNELS)"
     monkeypatch.setenv(KERNELS_VARIABLE, "fast")
     assert describe(reference, CPU) == "reference"
 
@@ -73,7 +73,7 @@ def test_the_description_follows_what_runs(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_library
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, "reference")
-    assert choose(CPU).reason == "reference: as EFFADAM_KERNELS demands"
+    assert choose(CPU).reason == "reference: set by EFFADAM_KERNELS"
     monkeypatch.setenv(KERNELS_VARIABLE, "cpu")
     assert select(CPU).name == "cpu"
     with pytest.raises(ImportError, match="EFFADAM_KERNELS=cpu was given, but the bucket is on"):
