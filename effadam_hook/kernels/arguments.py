@@ -144,8 +144,8 @@ def _check_moments(
     moments, numels = preconditioner.second_moments, wire.slot_numels
     if len(moments) < len(numels):
         raise ValueError(
-            f"Invalid second_moments: {len(moments)} entries. Must be {len(numels)}: one per slot of "
-            "the bucket, None for a slot without second moments."
+            f"Invalid length of second_moments: {len(moments)}. Must be {len(numels)}: one entry per "
+            "slot of the bucket, None for a slot without second moments."
         )
     for slot, (moment, numel) in enumerate(zip(moments, numels, strict=False)):
         if moment is not None:

@@ -20,7 +20,7 @@ from effadam_hook.feedback.residuals import Place, Residuals
 from effadam_hook.feedback.unused import UnusedInput, UnusedMean
 from effadam_hook.kernels import Kernels
 from effadam_hook.kernels.arguments import compute_dtype
-from effadam_hook.modes.all_modes import GradientContent
+from effadam_hook.modes import Content
 from effadam_hook.wire.layout import BucketLayout
 
 __all__ = ["BucketBuffers"]
@@ -56,7 +56,7 @@ class BucketBuffers:
         device: torch.device,
         worker: Residuals | None,
         server: Residuals | None,
-        content: GradientContent,
+        content: Content,
         parameters: Sequence[Tensor],
         check_every_step: bool,
         run_id: str = "",

@@ -195,7 +195,7 @@ def test_preconditioning_spends_the_levels_on_what_matters(kernels: Kernels) -> 
 def test_wrong_sources_are_refused(kernels: Kernels) -> None:
     layout = layout_of((10, 6), "lloyd4")
     x, residual = torch.zeros(16), torch.zeros(16)
-    with pytest.raises(ValueError, match=r"Invalid second_moments: 1 of them\. Must be 2"):
+    with pytest.raises(ValueError, match=r"Invalid length of second_moments: 1\. Must be 2"):
         encode(kernels, layout.uplink, x, preconditioner=Preconditioner((None,)))
     short = Preconditioner((torch.zeros(9), None))
     with pytest.raises(ValueError, match=r"Invalid shape of second_moments\[0\]: \(9,\)"):
