@@ -1,4 +1,4 @@
-"""Which kernels run, and that nothing is replaced silently."""
+"""The choice of the kernels, and its warnings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_forced_and_nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_kernels_forced_and_no_warning_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     monkeypatch.setattr(kernels, "_warned", set())
 
