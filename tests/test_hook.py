@@ -65,7 +65,7 @@ def run_the_reference(rank: int, world_size: int) -> str:
 
 def test_the_summary_says_why_the_reference_runs() -> None:
     (summary,) = run_ranks(run_the_reference, 1)
-    assert "  kernels      reference (as EFFADAM_KERNELS demands)\n" in summary
+    assert "  kernels      reference (set by EFFADAM_KERNELS)\n" in summary
 
 
 def register_by_hand(rank: int, world_size: int) -> list[list[Tensor]]:

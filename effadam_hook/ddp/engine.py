@@ -210,7 +210,7 @@ class Engine:
                 session.connection.watchdog.check()
             if self._compressing:
                 session.restore_unused()
-            session.mode.notice_end_of_backward()
+            session.mode.end_backward()
         except Exception as error:
             stopped = error is raised or session.connection.is_stopped
             if isinstance(error, EffAdamError) and stopped:
