@@ -33,7 +33,7 @@ from effadam_hook.feedback.checkpoint import (
 from effadam_hook.feedback.checksum import with_checksum
 from effadam_hook.feedback.parameters import is_exchanged
 from effadam_hook.kernels import describe
-from effadam_hook.modes.all_modes import Mode
+from effadam_hook.modes import Mode
 from effadam_hook.session.session import ExchangeSession
 from effadam_hook.session.stats import Counters
 from effadam_hook.wire.layout import share_of, turn_of
@@ -364,7 +364,7 @@ class EfficientAdamState:
             f"  feedback     {'both sides' if config.error_feedback else 'none'}",
             f"  topology     {topology}",
             *(
-                [f"  auto         {engine.auto_compress.verdict}"]
+                [f"  auto         {engine.auto_compress.outcome}"]
                 if engine.auto_compress is not None
                 else []
             ),
