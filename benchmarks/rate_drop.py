@@ -1,4 +1,4 @@
-"""What the residuals of an old learning rate do after a large drop of it, in update mode.
+"""The effect of the residuals of an old learning rate after a large drop of it, in update mode.
 
     python benchmarks/rate_drop.py --quantizer lloyd2
 

@@ -1,4 +1,4 @@
-"""What the command prints: tables and notes for people, or one JSON object for machines."""
+"""Output of the command: tables and notes, or one JSON object."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def require(package: str, purpose: str) -> None:
 
 
 class Screen:
-    """Where output goes; silent on all ranks but the first.
+    """Print the output of the command on the first rank.
 
     Args:
         as_json: Whether standard output gets nothing but the result as JSON.
