@@ -1,4 +1,4 @@
-"""Training for the multi-rank tests: small models of odd sizes, with gradients that a test can choose."""
+"""Training for the multi-rank tests: small models of odd sizes, with gradients that a test chooses."""
 
 from __future__ import annotations
 
