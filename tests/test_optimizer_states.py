@@ -1,4 +1,4 @@
-"""What EfficientAdam takes over from other optimizers, and what copies of it keep."""
+"""States of other optimizers in EfficientAdam, and copies of it."""
 
 from __future__ import annotations
 

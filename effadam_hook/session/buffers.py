@@ -112,7 +112,7 @@ class BucketBuffers:
 
     @property
     def averages_first(self) -> bool:
-        """Whether the bucket is averaged densely before the exchange of this step."""
+        """Return whether the bucket is averaged densely before the exchange of this step."""
         return self._content.averages_first
 
     def load(
