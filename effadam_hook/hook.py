@@ -17,14 +17,9 @@ from torch.optim import Optimizer
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.errors import EffAdamError
 from effadam_hook.feedback.parameters import identify
-from effadam_hook.modes.all_modes import (
-    GradientMode,
-    Mode,
-    PreconditionedMode,
-    UpdateMode,
-    WeightMode,
-)
-from effadam_hook.optim.efficient_adam import EfficientAdam, unwrapped
+from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
+from effadam_hook.optim.efficient_adam import EfficientAdam
+from effadam_hook.optim.wrappers import unwrapped
 from effadam_hook.state import EfficientAdamState
 
 __all__ = ["attach", "efficient_adam_hook"]
@@ -143,7 +138,8 @@ def attach(
                 "cannot be unscaled. Train in bfloat16, which needs no scaler, or in gradient mode."
             )
         _check_dense_gradients(ddp_model, exchanged)
-        mode.optimizer.attach_to((p.name, tensor) for p, tensor in identify(exchanged))
+        named = [(known.name, tensor) for known, tensor in identify(exchanged)]
+        mode.optimizer.recursion.attach_to(named)
     group = options.get("process_group") or ddp_model.process_group
     state.bind(exchanged, group, other_names=other_names)
     # Weakly: DDP holds the state from C++, where the garbage collector finds no circles.

@@ -35,8 +35,8 @@ class StateOptions(TypedDict, total=False):
             it must be equal on all ranks. Default: ``True``.
         scale_rule: Rule for the scale of a block, ``"least_squares"`` or ``"absmax"``.
             Default: ``"least_squares"``.
-        wait_timeout_s: Seconds after which a bucket that waits for other ranks is an error, which
-            reports what they do; None for the time-out of the process group. Default: ``None``.
+        wait_timeout_s: Seconds after which a bucket that waits for other ranks raises an error with
+            their state; None for the time-out of the process group. Default: ``None``.
     """
 
     quantizer: str

@@ -34,7 +34,7 @@ from effadam_hook.feedback.checkpoint import (
 from effadam_hook.feedback.checksum import with_checksum
 from effadam_hook.feedback.parameters import is_exchanged
 from effadam_hook.kernels import describe
-from effadam_hook.modes.all_modes import Mode
+from effadam_hook.modes import Mode
 from effadam_hook.session.session import ExchangeSession
 from effadam_hook.session.stats import Counters
 from effadam_hook.wire.names import canonical_name
@@ -81,7 +81,7 @@ class EfficientAdamState:
         >>> ddp_model.register_comm_hook(state, efficient_adam_hook)
 
     Source:
-        Efficient-Adam, arXiv 2205.14473, two-route quantization with two-route error feedback.
+        Efficient-Adam, arXiv 2205.14473, two-way quantization with two-way error feedback.
     """
 
     def __init__(
@@ -372,7 +372,7 @@ class EfficientAdamState:
             f"  feedback     {'both sides' if config.error_feedback else 'none'}",
             f"  topology     {topology}",
             *(
-                [f"  auto         {engine.auto_compress.verdict}"]
+                [f"  auto         {engine.auto_compress.outcome}"]
                 if engine.auto_compress is not None
                 else []
             ),

@@ -1,4 +1,4 @@
-"""What an exchange does to one bucket: the two collectives' buffers, and the arithmetic between."""
+"""The interface of a bucket job: the buffers of the collectives, and the arithmetic between them."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ class NodeTransfer(Protocol):
 
 
 class BucketJob(Protocol):
-    """One bucket in an exchange.
+    """One bucket, as an exchange processes it.
 
     :class:`effadam_hook.session.buffers.BucketBuffers` implements it.
     """
 
     label: str
-    """How messages name the bucket."""
+    """Name of the bucket in messages."""
     fingerprint: str
-    """What must be the same on every rank: a digest of the layout."""
+    """Digest of the layout, the same on every rank."""
     bucket: Tensor
     """``[numel]``: DDP's buffer."""
     uplink: Tensor
-    """``[servers of this rank's share, stride_bytes]`` uint8: what this rank sends for its worker."""
+    """``[servers of this rank's share, stride_bytes]`` uint8: the payload that this rank sends."""
     received: Tensor
-    """``[workers, stride_bytes]`` uint8 on a server, empty elsewhere: what the workers sent."""
+    """``[workers, stride_bytes]`` uint8 on a server, empty elsewhere: the workers' chunks."""
     outgoing: Tensor
-    """``[copies, stride_bytes]`` uint8: what this server sends."""
+    """``[copies, stride_bytes]`` uint8: the chunk that this server sends."""
     downlink: Tensor
-    """``[servers, stride_bytes]`` uint8: what the servers sent, to be decoded."""
+    """``[servers, stride_bytes]`` uint8: the payload that the servers send."""
     served: Tensor
     """``[servers of this rank's share, stride_bytes]`` uint8: a part of :attr:`downlink`, or all."""
 
     @property
     def node(self) -> NodeTransfer | None:
-        """The transfer within the node; None in topologies without one."""
+        """Return the transfer within the node; None in topologies without one."""
         ...
 
     @property
     def averages_first(self) -> bool:
-        """Whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
+        """Return whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
         ...
 
     def pack(self) -> None:
-        """:attr:`bucket` into the packed bytes of :attr:`node`."""
+        """Copy :attr:`bucket` into the packed bytes of :attr:`node`."""
         ...
 
     def encode(self) -> None:
-        """:attr:`bucket` and worker residual into :attr:`uplink`."""
+        """Encode :attr:`bucket` and the worker residual into :attr:`uplink`."""
         ...
 
     def reduce(self) -> None:
-        """:attr:`received` and server residual into the first row of :attr:`outgoing`; on a server."""
+        """Reduce :attr:`received` and the server residual into ``outgoing[0]``, on a server."""
         ...
 
     def decode(self) -> None:
-        """:attr:`downlink` into the bucket."""
+        """Decode :attr:`downlink` into the bucket."""
         ...

@@ -1,4 +1,4 @@
-"""The topologies: who serves which share of a bucket, in which stages. The only list of them."""
+"""The topologies: the servers of a bucket, their shares and the stages. The only registry of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HIERARCHICAL = Hierarchical.name
 """The public name of the topology that needs a table of the nodes."""
 
 TOPOLOGIES: dict[str, type[Topology]] = {**FLAT_TOPOLOGIES, HIERARCHICAL: Hierarchical}
-"""Every topology by its public name."""
+"""Every topology, by its public name."""
 
 AUTO = "auto"
 """The name that leaves the choice to the ranks, see :mod:`effadam_hook.exchange.auto`."""
