@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -326,34 +325,48 @@ def _check_launchers(
     """Compare the ranks of each host with what their launcher has told them."""
     host_of: dict[tuple[str, int], tuple[str, int]] = {}
     for ranks in groups:
-        known = [(rank, descriptions[rank]) for rank in ranks if descriptions[rank].launcher]
-        first = descriptions[ranks[0]]
-        for rank, own in known:
-            where = f"rank {rank} is on host {own.name!r}"
-            if own.node is not None:
-                host, other = host_of.setdefault((own.launcher, own.node), (own.host, rank))
-                if host != own.host:
-                    raise _contradiction(
-                        f"rank {other} and rank {rank} are both on node {own.node} of {own.launcher}, "
-                        f"and on the hosts {descriptions[other].name!r} and {own.name!r}"
-                    )
-                if first.launcher == own.launcher and first.node not in (None, own.node):
-                    raise _contradiction(
-                        f"{where} as rank {ranks[0]} is, and {own.launcher} has put them on the nodes "
-                        f"{own.node} and {first.node}"
-                    )
-            if own.local_world_size is not None and len(ranks) > own.local_world_size:
+        known = {rank: descriptions[rank] for rank in ranks if descriptions[rank].launcher}
+        _check_node_numbers(known, host_of)
+        _check_local_ranks(ranks, known)
+
+
+def _check_node_numbers(
+    known: Mapping[int, Description], host_of: dict[tuple[str, int], tuple[str, int]]
+) -> None:
+    """Check that a node of the launcher is one host, and a host one node of the launcher."""
+    first: tuple[int, Description] | None = None
+    for rank, own in known.items():
+        if own.node is None:
+            continue
+        host, other = host_of.setdefault((own.launcher, own.node), (own.host, rank))
+        if host != own.host:
+            raise _contradiction(
+                f"rank {other} and rank {rank} are both on node {own.node} of {own.launcher}, and "
+                "on different hosts"
+            )
+        first = first or (rank, own)
+        if first[1].launcher == own.launcher and first[1].node != own.node:
+            raise _contradiction(
+                f"rank {first[0]} and rank {rank} are both on host {own.name!r}, and on the nodes "
+                f"{first[1].node} and {own.node} of {own.launcher}"
+            )
+
+
+def _check_local_ranks(ranks: tuple[int, ...], known: Mapping[int, Description]) -> None:
+    """Check that a host has no more ranks than the launcher has started, each with its own number."""
+    owners: dict[int, int] = {}
+    for rank, own in known.items():
+        if own.local_world_size is not None and len(ranks) > own.local_world_size:
+            raise _contradiction(
+                f"host {own.name!r} has {len(ranks)} ranks ({_listed(ranks)}), and {own.launcher} "
+                f"has told rank {rank} of {own.local_world_size} on it"
+            )
+        if own.local_rank is not None:
+            other = owners.setdefault(own.local_rank, rank)
+            if other != rank:
                 raise _contradiction(
-                    f"{where} with {len(ranks)} ranks ({_listed(ranks)}), and {own.launcher} has told "
-                    f"it of {own.local_world_size} local ranks"
-                )
-        counts = Counter(own.local_rank for _, own in known if own.local_rank is not None)
-        for local_rank, count in counts.items():
-            if count > 1:
-                same = [rank for rank, own in known if own.local_rank == local_rank]
-                raise _contradiction(
-                    f"the ranks {_listed(same)} are on host {first.name!r} and all have the local rank "
-                    f"{local_rank}"
+                    f"rank {other} and rank {rank} are both on host {own.name!r}, and have the local "
+                    f"rank {own.local_rank}"
                 )
 
 

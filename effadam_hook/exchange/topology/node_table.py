@@ -49,5 +49,6 @@ class NodeTable:
 
     def describe(self) -> str:
         """Describe the table for people."""
-        text = f"{len(self.nodes)} nodes x {self.ranks_per_node} ranks"
+        ranks = self.ranks_per_node
+        text = f"{len(self.nodes)} nodes x {ranks} rank{'s' if ranks > 1 else ''}"
         return f"{text}, by {self.source}" if self.source else text
