@@ -159,8 +159,8 @@ def exchange(rank: int, world_size: int, nodes: Nodes, steps: int) -> tuple[list
     for step in range(steps):
         model.zero_grad()
         model(drawn_gradients(rank, step, dtype=torch.float64)).backward()
-        for sum_, p in zip(total, model.parameters(), strict=True):
-            sum_ += p.grad
+        for arrived, p in zip(total, model.parameters(), strict=True):
+            arrived.add_(p.grad)
     return [t.detach() for t in total], state.state_dict()
 
 
@@ -386,7 +386,7 @@ def test_ranks_of_one_node_that_drift_apart_are_found() -> None:
 def refuse_updates(rank: int, world_size: int) -> str:
     model = ddp(ChosenGradients())
     optimizer = EfficientAdam(model.parameters(), lr=1e-3)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="update mode") as caught:
         attach(model, optimizer=optimizer, **options_for(rank, TWO_BY_TWO))
     attach(model, optimizer=optimizer, topology="sharded")  # both are still free
     return str(caught.value)
