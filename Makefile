@@ -2,6 +2,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+DOWNLOAD := 540 MB of packages with a build of torch for the CPU, several GB with one for CUDA
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard effadam_hook/__init__.py lightning_plugin/__init__.py))
@@ -11,12 +12,14 @@ KERNEL_SOURCES := $(wildcard effadam_hook/kernels/csrc/*.[ch])
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check docs docs-serve fuzz soak bench bench-gpu sanitize fmt clean
+.PHONY: help venv demo test check dist schemas docs docs-serve fuzz soak bench bench-gpu sanitize fmt clean
 
 help:
 	@echo "make demo    train a small GPT on 2 local workers, dense and compressed, and compare"
 	@echo "make test    run the test suite"
-	@echo "make check   ruff, mypy, and the documentation with warnings as errors"
+	@echo "make check   ruff, mypy, the documentation with warnings as errors, dist and schemas"
+	@echo "make dist    build source archive and wheel into build/dist, and check what an index will see"
+	@echo "make schemas check the forge's files: workflows, issue forms, citation"
 	@echo "make docs    build the documentation into build/site; make docs-serve shows it while you write"
 	@echo "make fuzz    draw random runs and faults for MINUTES=30, renew the table in docs/reliability.md"
 	@echo "make soak    10,000 steps of a tiny model on three ranks"
@@ -34,16 +37,39 @@ $(STAMP): pyproject.toml setup.py constraints.txt effadam_hook/_version.py $(KER
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
-demo: $(STAMP)
+# The first run installs, which is nearly all that it downloads: it says so before it starts.
+demo:
+	@test -f $(STAMP) || echo "make demo: the first run sets up $(VENV) and downloads about $(DOWNLOAD)." \
+		"The demo itself downloads nothing."
+	@$(MAKE) --no-print-directory venv
 	$(PY) examples/train_text.py --compare --workers 2 --quantizers lloyd4,lloyd2 --steps 400 $(ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)
 
-check: docs
+check: docs dist schemas
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict $(PACKAGES)
+
+DIST := build/dist
+
+# The wheel is built from the source archive, so whatever the archive lacks is missed here.
+dist: $(STAMP)
+	rm -rf $(DIST)
+	$(PY) -m build --no-isolation --quiet --outdir $(DIST)
+	$(PY) -m twine check --strict $(DIST)/*
+	$(PY) -m pyroma --min 10 .
+
+SCHEMA := -m check_jsonschema --builtin-schema
+
+schemas: $(STAMP)
+	$(PY) $(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(PY) $(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(PY) $(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(PY) $(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(PY) $(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(PY) $(SCHEMA) vendor.citation-file-format CITATION.cff
 
 # The variable silences an advertisement of the theme's.
 docs: $(STAMP)
@@ -85,5 +111,5 @@ fmt: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f effadam_hook/kernels/*.so
+	rm -f effadam_hook/kernels/_cpu*.so effadam_hook/kernels/_cpu*.dylib effadam_hook/kernels/_cpu*.dll
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

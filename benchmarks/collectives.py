@@ -1,11 +1,10 @@
-"""What Gloo makes of a link: bare collectives against what the wire needs for their bytes.
+"""Measure bare Gloo collectives, and compare them with the time that the link needs for their bytes.
 
     sudo python benchmarks/collectives.py --rate 1gbit
     sudo python benchmarks/collectives.py --rate 200mbit --payload-kb 100 1600
 
-Nothing else runs in the ranks: no model, no kernels. A payload is what a worker sends to the servers,
-as a whole. The floor is what the busiest direction of the busiest link takes for the bytes that the
-links counted.
+The ranks run nothing else: no model, no kernels. The payload is the message of one worker to all
+servers. The floor is the time that the counted bytes take on the busiest link in its busier direction.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def _wait(work: dist.Work | None) -> None:
 
 
 def _all_reduce(payload: Tensor, out: Tensor, group: dist.ProcessGroup) -> None:
-    # As many bytes as the other patterns, as float32.
+    # The same number of bytes as in the other patterns, as float32.
     _wait(dist.all_reduce(payload.view(-1).view(torch.float32), group=group, async_op=True))
 
 
@@ -82,7 +81,7 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def measure(payload_bytes: int, repeats: int) -> list[dict[str, object]]:
-    """Time every pattern in this rank; rows on rank 0."""
+    """Time every pattern; return the rows on rank 0, and an empty list on other ranks."""
     group = dist.group.WORLD
     assert group is not None
     rank, size = group.rank(), group.size()
@@ -111,10 +110,10 @@ def measure(payload_bytes: int, repeats: int) -> list[dict[str, object]]:
 
 
 def main() -> int:
-    """Build the lab, measure, print."""
+    """Build the lab, measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=4, metavar="N")
-    parser.add_argument("--rate", default="1gbit", help="of each link, as in 200mbit")
+    parser.add_argument("--rate", default="1gbit", help="rate of each link, for example 200mbit")
     parser.add_argument("--payload-kb", type=int, nargs="+", default=[64, 512, 3200])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)

@@ -1,10 +1,10 @@
-"""Where does compression pay, and where not? The cost model from 64 to 1024 ranks, 1 to 400 Gbit/s.
+"""Predict where compression pays: 64 to 1024 ranks, 1 to 400 Gbit/s.
 
     python benchmarks/extrapolate.py                  # writes docs/figures/extrapolation.png
 
-Each field of the picture is the step time of a method over that of the dense all-reduce, both
-predicted. Above .9 the method is not worth having; above 1 it loses. Nothing here was measured at
-these sizes: read docs/cost-model.md on what the model leaves out.
+Each field of the figure is the predicted step time of a method divided by that of the dense
+all-reduce. Above 0.9 the method is not worth using; above 1 it is slower than dense. No measurement
+exists at these sizes. docs/cost-model.md lists what the model does not include.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from effadam_hook.planner.traffic import square_model
 RANKS = (64, 128, 256, 512, 1024)
 GBITS = (1, 2.5, 5, 10, 25, 50, 100, 200, 400)
 METHODS = ("fp16", "lloyd4/sharded", "lloyd2/sharded", "lloyd4/rank0")
-LEAST_GAIN = 0.9
+MAX_RATIO = 0.9
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Assumptions, named in the picture.
+    """Assumptions of one row of the figure.
 
     Attributes:
-        name: What they are.
-        numel: Parameters of the model.
-        compute: A step without communication.
-        copy_bytes_s: Memory bandwidth of one rank's device; kernels are multiples of it.
+        name: Description, as shown in the figure.
+        numel: Number of parameters of the model.
+        compute: Durations of a step without communication.
+        copy_bytes_s: Memory bandwidth of a rank's device, from which kernel times are computed.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Setting:
     copy_bytes_s: float
 
     def speed(self, bits: float) -> Speed:
-        """Kernels that move each byte once: gradient, residuals and payload."""
+        """Compute the times of kernels that move each byte of gradient, residuals and payload once."""
         payload = bits / 8
         return Speed(
             encode_s=(12 + payload) / self.copy_bytes_s,
@@ -63,7 +63,7 @@ BITS = {"fp16": 16.0, "lloyd4": 4.0, "lloyd2": 2.0}
 
 
 def ratios(setting: Setting, name: str, bucket_mb: float) -> list[list[float]]:
-    """Step time over dense, by ranks and bandwidth."""
+    """Predict the step time relative to dense, by number of ranks and bandwidth."""
     parameters = square_model(setting.numel, 4096)
     method = Method.parse(name).with_buckets(bucket_mb)
     dense = Method.parse("fp32").with_buckets(bucket_mb)
@@ -73,32 +73,30 @@ def ratios(setting: Setting, name: str, bucket_mb: float) -> list[list[float]]:
         row = []
         for gbit in GBITS:
             link = Link(gbit * 1e9 / 8, LATENCY_S, MESSAGE_S)
-            # The device does one thing at a time: kernels slow backward, transfers do not.
+            # With one core, kernels slow down backward; transfers do not.
             cluster = Cluster(ranks, link, cores=1.0, tree=True, in_order=True)
-            ours = predict(method, parameters, cluster, speed, setting.compute)
-            row.append(
-                ours.step_s / predict(dense, parameters, cluster, None, setting.compute).step_s
-            )
+            step_s = predict(method, parameters, cluster, speed, setting.compute).step_s
+            row.append(step_s / predict(dense, parameters, cluster, None, setting.compute).step_s)
         rows.append(row)
     return rows
 
 
-def draw(found: dict[tuple[str, str], list[list[float]]], path: Path) -> None:
-    """A field for each setting, method, number of ranks and bandwidth."""
+def draw(results: dict[tuple[str, str], list[list[float]]], path: Path) -> None:
+    """Draw a field for each setting, method, number of ranks and bandwidth."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.colors import TwoSlopeNorm
 
-    norm = TwoSlopeNorm(vmin=0.0, vcenter=LEAST_GAIN, vmax=1.5)
+    norm = TwoSlopeNorm(vmin=0.0, vcenter=MAX_RATIO, vmax=1.5)
     figure, axes = plt.subplots(
         len(SETTINGS),
         len(DRAWN),
         figsize=(4.0 * len(DRAWN), 2.3 * len(SETTINGS)),
         squeeze=False,
     )
-    for axis, ((setting, method), rows) in zip(axes.flat, found.items(), strict=True):
+    for axis, ((setting, method), rows) in zip(axes.flat, results.items(), strict=True):
         axis.imshow(rows, norm=norm, cmap="PiYG_r", aspect="auto")
         for i, row in enumerate(rows):
             for j, value in enumerate(row):
@@ -107,7 +105,7 @@ def draw(found: dict[tuple[str, str], list[list[float]]], path: Path) -> None:
         axis.set_yticks(range(len(RANKS)), [str(ranks) for ranks in RANKS], fontsize=7)
         axis.set_title(f"{method}: {setting}", fontsize=7)
     for axis in axes[-1]:
-        axis.set_xlabel("Gbit/s of each rank", fontsize=7)
+        axis.set_xlabel("Gbit/s per rank", fontsize=7)
     for row in axes:
         row[0].set_ylabel("ranks", fontsize=7)
     figure.suptitle(
@@ -121,13 +119,13 @@ def draw(found: dict[tuple[str, str], list[list[float]]], path: Path) -> None:
     plt.close(figure)
 
 
-def limits(found: dict[tuple[str, str], list[list[float]]]) -> str:
-    """For every setting and method, from which bandwidth on it does not pay."""
+def limits(results: dict[tuple[str, str], list[list[float]]]) -> str:
+    """Format the bandwidths from which each method does not pay, for every setting."""
     lines = [f"{'does not pay from, Gbit/s':<50}" + "".join(f"{n:>7}" for n in RANKS)]
-    for (setting, method), rows in found.items():
+    for (setting, method), rows in results.items():
         cells = []
         for row in rows:
-            paying = [gbit for gbit, value in zip(GBITS, row, strict=True) if value <= LEAST_GAIN]
+            paying = [gbit for gbit, value in zip(GBITS, row, strict=True) if value <= MAX_RATIO]
             over = [gbit for gbit in GBITS if not paying or gbit > max(paying)]
             cells.append(f"{over[0]:g}" if over else "never")
         lines.append(f"{setting + ', ' + method:<50}" + "".join(f"{cell:>7}" for cell in cells))
@@ -139,13 +137,13 @@ def main() -> int:
     parser.add_argument("--png", type=Path, default=Path("docs/figures/extrapolation.png"))
     parser.add_argument("--bucket-mb", type=float, default=25.0)
     args = parser.parse_args()
-    found = {
+    results = {
         (setting.name, method): ratios(setting, method, args.bucket_mb)
         for setting in SETTINGS
         for method in METHODS
     }
-    print(limits(found))
-    draw({key: rows for key, rows in found.items() if key[1] in DRAWN}, args.png)
+    print(limits(results))
+    draw({key: rows for key, rows in results.items() if key[1] in DRAWN}, args.png)
     print(f"wrote {args.png}")
     return 0
 

@@ -1,16 +1,16 @@
-"""How fast the three kernels are, against the reference, an addition and a copy, in one run.
+"""Time the three kernels against the reference, an addition and a copy.
 
     python benchmarks/kernels.py                       # CPU, 26 MB, one thread and all cores
     python benchmarks/kernels.py --device cuda         # GPU, 256 MB
     python benchmarks/kernels.py --csv kernels.csv --quantizers lloyd4 lloyd2
 
-``torch.add(g, e, out=e)`` is what error feedback costs without any compression: it reads two tensors
-and writes one. It takes turns with the kernels, a few repeats at a time, so that a ratio compares
-neighbours; "x add" is the ratio of the medians, and "fastest" that of the fastest repeats, which tells
-more on a machine that others use too. "floor" is the bytes that must move over those of the addition:
-the ratio of a kernel that does nothing but read and write, as fast as the addition does. "faster" is
-against the reference, fastest against fastest. The kernels are checked against the reference first; on
-a red check there are no figures.
+``torch.add(g, e, out=e)`` is the cost of error feedback without compression: it reads two tensors and
+writes one. It alternates with the kernels, a few repeats at a time, so that ratios compare adjacent
+measurements. "x add" is the ratio of the medians. "fastest" is the ratio of the fastest repeats, which
+is more reliable on a machine with other load. "floor" is the bytes that a kernel must move divided by
+those of the addition: the ratio of a kernel limited by memory alone. "faster" compares the fastest
+repeat with that of the reference. The kernels are first checked against the reference; if the check
+fails, no figures are printed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TURN = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, times in milliseconds."""
+    """One measurement, with times in milliseconds."""
 
     threads: int
     quantizer: str
@@ -58,7 +58,7 @@ class Row:
 
 
 class Bucket:
-    """A bucket of equal parameters, its payloads, and the kernels as calls without arguments."""
+    """Bucket of equal parameters with its payloads, and kernel calls without arguments."""
 
     def __init__(self, quantizer: str, numel: int, device: torch.device) -> None:
         self.layout = layout_of(quantizer, [numel // PARAMETERS] * PARAMETERS)
@@ -78,15 +78,15 @@ class Bucket:
             self.received[worker] = self.sent[0]
 
     def add(self) -> None:
-        """The floor of error feedback."""
+        """Run the addition of error feedback, the lower bound of encoding."""
         torch.add(self.g, self.sum, out=self.sum)
 
     def copy(self) -> None:
-        """The floor of memory."""
+        """Run a copy, the lower bound of moving memory."""
         self.out.copy_(self.g)
 
     def calls(self, kernels: Kernels) -> dict[str, Callable[[], None]]:
-        """The three kernels by name."""
+        """Return calls of the three kernels, by name."""
         up, down = self.layout.uplink, self.layout.downlink
 
         def encode() -> None:
@@ -103,7 +103,7 @@ class Bucket:
         return {"encode_": encode, f"reduce_encode_ of {WORKERS}": reduce_encode, "decode": decode}
 
     def bytes_moved(self, kernel: str) -> int:
-        """What must be read and written, each byte once; raw elements have no residual."""
+        """Return the bytes that a kernel must read and write; raw elements have no residual."""
         dense, payload = 4 * self.layout.numel, self.layout.uplink.payload_bytes
         residual = 0 if self.layout.uplink.quantizer.is_raw else 2 * dense
         fixed = {"add": 3 * dense, "copy": 2 * dense, "decode": dense + payload}
@@ -128,7 +128,7 @@ def layout_of(quantizer: str, sizes: list[int], exact: tuple[int, ...] = ()) -> 
 
 
 def check(kernels: Kernels, quantizers: list[str], device: torch.device) -> Iterator[str]:
-    """Complaints about kernels that do not do what the reference does."""
+    """Yield a description of each difference between the kernels and the reference."""
     for quantizer in quantizers:
         layout = layout_of(quantizer, [5000, 1, 777, 256], exact=(2,))
         x = torch.randn(layout.numel, device=device) * torch.rand(layout.numel, device=device) ** 4
@@ -143,14 +143,14 @@ def check(kernels: Kernels, quantizers: list[str], device: torch.device) -> Iter
             which.decode(layout.uplink, payloads[payload], out, torch.float32)
             decoded.append(out)
         if not torch.equal(decoded[0], decoded[1]):
-            yield f"{quantizer}: the reference's payload decodes to something else"
+            yield f"{quantizer}: decodes the payload of the reference to other values"
         far = (decoded[2] - decoded[0]).abs() > 2.0**-7 * decoded[0].abs()
         if far.double().mean() > 0.01:
             yield f"{quantizer}: encodes {int(far.sum())} of {len(x)} elements differently"
         quantized = torch.ones_like(x, dtype=torch.bool)
         quantized[5001:5778] = False
         if quantizer != "none" and (decoded[2] + residuals[1] - x)[quantized].abs().max() > 1e-5:
-            yield f"{quantizer}: what is sent and what is kept do not make the whole"
+            yield f"{quantizer}: decoded payload and residual do not add up to the input"
         reduced: list[Tensor] = []
         for which in (reference, kernels):
             up, down, e, payload = layout.uplink, layout.downlink, x * 0.1, payloads[1].clone()
@@ -163,7 +163,7 @@ def check(kernels: Kernels, quantizers: list[str], device: torch.device) -> Iter
 
 
 def timed(call: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Measure the seconds of one call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -171,17 +171,17 @@ def timed(call: Callable[[], None], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-    begin = time.perf_counter()
+    start_s = time.perf_counter()
     call()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start_s
 
 
 def measure(
     calls: dict[str, Callable[[], None]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each repeat of each call; the first of a turn only warms the caches."""
+    """Measure the seconds of each repeat of each call; the first call of a turn warms the caches."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    while any(len(found) < repeats for found in times.values()):
+    while any(len(one) < repeats for one in times.values()):
         for name, call in calls.items():
             timed(call, device)
             times[name] += [timed(call, device) for _ in range(min(TURN, repeats))]
@@ -196,18 +196,18 @@ def rows_of(
     bucket: Bucket, quantizer: str, kernels: Kernels, threads: int, options: argparse.Namespace
 ) -> Iterator[Row]:
     device = bucket.g.device
-    law: dict[str, list[float]] = {}
+    reference_times: dict[str, list[float]] = {}
     if not options.no_reference:
-        law = measure(bucket.calls(reference), 1, device)
+        reference_times = measure(bucket.calls(reference), 1, device)
     bucket.e.zero_()
     bucket.server_e.zero_()
     calls = {"add": bucket.add, "copy": bucket.copy, **bucket.calls(kernels)}
-    ours = measure(calls, options.repeats, device)
-    add = ours["add"]
+    kernel_times = measure(calls, options.repeats, device)
+    add = kernel_times["add"]
 
     def row(name: str, backend: str, times: list[float]) -> Row:
         median, moved = statistics.median(times), bucket.bytes_moved(name)
-        compared = name in law and backend != reference.name
+        compared = name in reference_times and backend != reference.name
         return Row(
             threads,
             quantizer,
@@ -221,12 +221,12 @@ def rows_of(
             median / statistics.median(add),
             min(times) / min(add),
             moved / bucket.bytes_moved("add"),
-            min(law[name]) / min(times) if compared else None,
+            min(reference_times[name]) / min(times) if compared else None,
         )
 
-    for name, times in law.items():
+    for name, times in reference_times.items():
         yield row(name, reference.name, times)
-    for name, times in ours.items():
+    for name, times in kernel_times.items():
         yield row(name, "torch" if name in ("add", "copy") else kernels.name, times)
 
 
@@ -237,7 +237,7 @@ HEADER = (
 )
 
 
-def shown(row: Row) -> str:
+def format_row(row: Row) -> str:
     faster = "" if row.times_faster is None else f"{row.times_faster:.1f}x"
     return (
         f"{row.threads:7} {row.quantizer:9} {row.kernel:19} {row.backend:9} {row.median_ms:9.3f} "
@@ -250,11 +250,13 @@ def shown(row: Row) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--megabytes", type=int, help="of the bucket (CPU 26, GPU 256)")
-    parser.add_argument("--threads", type=int, nargs="+", help="CPU only (1 and all cores)")
+    parser.add_argument("--megabytes", type=int, help="size of the bucket (CPU 26, GPU 256)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="threads, CPU only (1 and all cores)"
+    )
     parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
     parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--no-reference", action="store_true", help="leave the slow rows out")
+    parser.add_argument("--no-reference", action="store_true", help="omit the slow rows")
     parser.add_argument("--csv", type=Path, help="write the rows to this file as well")
     return parser.parse_args()
 
@@ -262,20 +264,20 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("There is no CUDA device here, so there is nothing to measure.", file=sys.stderr)
+        print("There is no CUDA device, so there is nothing to measure.", file=sys.stderr)
         return 2
     device = torch.device(options.device)
-    choice = choose(device)
+    selected = choose(device)
     for key, value in environment().items():
         print(f"# {key}: {value}")
     if device.type == "cuda":
         print(f"# device: {torch.cuda.get_device_name()}")
-    print(f"# kernels here: {choice.reason}")
+    print(f"# kernels: {selected.reason}")
 
-    complaints = list(check(choice.kernels, options.quantizers, device))
-    if complaints:
-        print("\n".join(f"FAILED {complaint}" for complaint in complaints), file=sys.stderr)
-        print("No figures on a red check.", file=sys.stderr)
+    differences = list(check(selected.kernels, options.quantizers, device))
+    if differences:
+        print("\n".join(f"FAILED {one}" for one in differences), file=sys.stderr)
+        print("The check failed, so there are no figures.", file=sys.stderr)
         return 1
     print(f"# checked against the reference: {len(options.quantizers)} quantizers")
 
@@ -288,9 +290,9 @@ def main() -> int:
         torch.set_num_threads(threads)
         for quantizer in options.quantizers:
             bucket = Bucket(quantizer, numel, device)
-            for row in rows_of(bucket, quantizer, choice.kernels, threads, options):
+            for row in rows_of(bucket, quantizer, selected.kernels, threads, options):
                 rows.append(row)
-                print(shown(row), flush=True)
+                print(format_row(row), flush=True)
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__))

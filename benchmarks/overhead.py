@@ -1,10 +1,10 @@
-"""What the checks of the exchange cost: their CPU time over that of the whole step, in one run.
+"""Measure the CPU time of the exchange's checks as a share of the CPU time of the whole step.
 
     python benchmarks/overhead.py --workers 2 --steps 30
 
-Checks are: the seals and the comparison of weights, the search for parameters without a gradient, the
-list of buckets under way, the thread that watches it, and the check of gradient accumulation. CPU time
-rather than wall-clock time, so that the answer does not depend on what else the machine is doing.
+The checks are: checksums of payloads, the comparison of weights, the search for parameters without a
+gradient, the list of in-flight buckets, the watchdog thread, and the check of gradient accumulation.
+CPU time is used instead of wall-clock time, so that other load on the machine does not matter.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from effadam_hook import attach
 from effadam_hook.ddp.accumulation import AccumulationCheck
 from effadam_hook.exchange.replica_check import ReplicaCheck
+from effadam_hook.exchange.watchdog.flight_record import FlightRecord
+from effadam_hook.exchange.watchdog.monitor import Monitor
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
 from effadam_hook.feedback.unused import UnusedInput, UnusedMean
 
@@ -38,29 +40,29 @@ CHECKS: tuple[tuple[type, str], ...] = (
     (AccumulationCheck, "begin"),
     (AccumulationCheck, "end"),
     (Watchdog, "enter"),
-    (Watchdog, "settled"),
-    (Watchdog, "_round"),
+    (FlightRecord, "finished"),
+    (Monitor, "_round"),
 )
 
 
 class Meter:
-    """Adds up the CPU time of the checks, on whatever thread they run."""
+    """Sum of the CPU times of the checks, on all threads."""
 
     def __init__(self) -> None:
         self.spent_s: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def watch(self, owner: type, name: str) -> None:
-        """Measure a method from now on."""
+        """Replace a method by one that measures its CPU time."""
         original: Callable[..., Any] = getattr(owner, name)
         label = f"{owner.__name__}.{name}"
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time()
+            start = time.thread_time()
             try:
                 return original(*args, **kwargs)
             finally:
-                spent = time.thread_time() - began
+                spent = time.thread_time() - start
                 with self._lock:
                     self.spent_s[label] = self.spent_s.get(label, 0.0) + spent
 
@@ -95,10 +97,10 @@ def run(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     for _ in range(4):
         step()
     meter.spent_s.clear()
-    began = time.process_time()
+    start = time.process_time()
     for _ in range(arguments.steps):
         step()
-    total_s = time.process_time() - began
+    total_s = time.process_time() - start
     if rank == 0:
         numel = sum(p.numel() for p in model.parameters())
         kernels = state.summary().partition("kernels")[2].split("\n")[0].strip()

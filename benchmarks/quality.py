@@ -1,4 +1,4 @@
-"""What does quantization cost in quality? The final validation loss of the text job, mode by mode.
+"""Measure the cost of quantization in quality: the final validation loss of the text example, by mode.
 
     python benchmarks/quality.py                # dense, lloyd4, lloyd3, lloyd2, uniform4; 3 seeds
     python benchmarks/quality.py --modes dense lloyd2 --lrs 2e-3 4e-3 8e-3 --seeds 0
@@ -7,13 +7,13 @@
     python benchmarks/quality.py --workers 8 -- --steps 300 --topology sharded
 
 A mode is `dense`, a quantizer, a pair UP/DOWN, or LABEL=OPTIONS with any options of
-`examples/train_text.py`; options after `--` hold for all modes. Every combination of mode, learning
-rate and seed is one run. Runs are appended to a CSV file as they end, and those already in it are
-skipped: an interrupted benchmark continues where it was, and a larger one starts from a smaller
-one. Delete the file when the code has changed.
+`examples/train_text.py`. Options after `--` apply to all modes. Every combination of mode, learning
+rate and seed is one run. Each run is appended to a CSV file when it ends, and runs that are already in
+the file are skipped: an interrupted benchmark continues, and a larger one reuses a smaller one. Delete
+the file after a change of the code.
 
-The table shows each mode at its best learning rate (lowest mean loss) of those tried: modes differ
-in it, and comparing them at one value would measure the choice of that value.
+The table shows each mode at its best learning rate (lowest mean loss) among the given rates. Modes have
+different best rates, so a comparison at one common rate would measure the choice of that rate.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COLUMNS = (
 
 MODES = ("dense", "lloyd4", "lloyd3", "lloyd2", "uniform4")
 LEARNING_RATE = 6e-3
-# Exchange, quantizer, learning rate and first beta: the best found for the text job.
+# Exchange, quantizer, learning rate and first beta: the best values for the text example.
 TUNED = (
     ("preconditioned", "none", "9e-3", ".8"),
     ("preconditioned", "lloyd4", "6e-3", ".8"),
@@ -79,10 +79,10 @@ class Cell:
     """One run of the benchmark.
 
     Attributes:
-        mode: the label of its mode.
-        arguments: its command line.
-        options: the shared part of it, parsed.
-        text_options: the rest of it, parsed.
+        mode: Label of the mode.
+        arguments: Command line of the run.
+        options: Parsed options that all examples share.
+        text_options: Parsed options of the text example.
     """
 
     mode: str
@@ -92,13 +92,13 @@ class Cell:
 
     @property
     def run(self) -> str:
-        """Short name of everything that decides the result."""
+        """Return a digest of all settings that determine the result."""
         settings = checkpoint.fingerprint(self.options, **asdict(self.text_options))
         return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def mode_arguments(mode: str) -> tuple[str, list[str]]:
-    """The label of a mode and its options for `train_text.py`."""
+    """Return the label of a mode and its options of `train_text.py`."""
     label, equals, arguments = mode.partition("=")
     if equals:
         return label, shlex.split(arguments)
@@ -109,7 +109,7 @@ def mode_arguments(mode: str) -> tuple[str, list[str]]:
 
 
 def tuned_modes() -> list[str]:
-    """Dense and :data:`TUNED`, as modes."""
+    """Return the modes ``dense`` and :data:`TUNED`."""
     return [
         "dense=--no-effadam --lr 9e-3 --betas .8 .999",
         *(
@@ -120,8 +120,8 @@ def tuned_modes() -> list[str]:
     ]
 
 
-def plan(namespace: argparse.Namespace) -> list[Cell]:
-    """All cells of the benchmark, seed by seed, so that early results cover all modes."""
+def make_cells(namespace: argparse.Namespace) -> list[Cell]:
+    """Make all cells of the benchmark, seed by seed, so that early results cover all modes."""
     parser = build_parser()
     cells: dict[str, Cell] = {}
     for seed in namespace.seeds:
@@ -142,7 +142,7 @@ def plan(namespace: argparse.Namespace) -> list[Cell]:
 
 
 def measure(worker: Worker, cells: list[Cell], path: Path) -> None:
-    """Run the cells, one after the other, in every worker; the main one records the results."""
+    """Run the cells in order on every worker; the main worker records the results."""
     for cell in cells:
         mode = replace(cell.options.modes[0], name=f"{cell.mode}, seed {cell.options.seed}")
         task = Text(cell.text_options)
@@ -152,7 +152,7 @@ def measure(worker: Worker, cells: list[Cell], path: Path) -> None:
 
 
 def append(path: Path, cell: Cell, result: Run) -> None:
-    """Add one result to the CSV file."""
+    """Append one result to the CSV file."""
     final = result.final
     values = (
         cell.run,
@@ -176,20 +176,20 @@ def append(path: Path, cell: Cell, result: Run) -> None:
 
 
 def read_results(path: Path) -> dict[str, dict[str, str]]:
-    """The rows of the CSV file by run; none if there is no file."""
+    """Read the rows of the CSV file by run; an empty dictionary if there is no file."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         if tuple(rows.fieldnames or ()) != COLUMNS:
-            sys.exit(f"{path} was not written by this benchmark; choose another with --csv")
+            sys.exit(f"{path} was not written by this benchmark. Choose another file with --csv.")
         return {row["run"]: row for row in rows}
 
 
-def grouped(
+def group(
     cells: list[Cell], results: dict[str, dict[str, str]]
 ) -> tuple[dict[tuple[str, float], list[dict[str, str]]], dict[str, tuple[float, float]]]:
-    """Rows by mode and learning rate; each mode's lowest mean loss and the rate that it had."""
+    """Group rows by mode and learning rate; find the lowest mean loss and its rate for each mode."""
     groups: dict[tuple[str, float], list[dict[str, str]]] = defaultdict(list)
     for cell in cells:
         groups[cell.mode, cell.options.lr].append(results[cell.run])
@@ -200,8 +200,8 @@ def grouped(
 
 
 def tables(cells: list[Cell], results: dict[str, dict[str, str]]) -> str:
-    """Markdown: each mode at its best learning rate, then all learning rates if several."""
-    groups, best = grouped(cells, results)
+    """Format markdown tables: each mode at its best learning rate, then all rates if several."""
+    groups, best = group(cells, results)
     lines = table_lines(
         {(mode, lr): groups[mode, lr] for mode, (_, lr) in best.items()},
         dense=best.get("dense", (math.nan, 0.0))[0],
@@ -212,7 +212,7 @@ def tables(cells: list[Cell], results: dict[str, dict[str, str]]) -> str:
 
 
 def table_lines(groups: dict[tuple[str, float], list[dict[str, str]]], dense: float) -> list[str]:
-    """A markdown table with one row for each mode and learning rate."""
+    """Format a markdown table with one row for each mode and learning rate."""
     lines = [
         "| mode | learning rate | runs | mean loss | min | max | vs dense | bytes | s/run |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -231,14 +231,14 @@ def table_lines(groups: dict[tuple[str, float], list[dict[str, str]]], dense: fl
 
 
 def draw(cells: list[Cell], results: dict[str, dict[str, str]], path: Path) -> None:
-    """A figure: final loss, mean and range over the seeds, against bits per element and direction.
+    """Draw the final loss, mean and range over the seeds, against bits per element and direction.
 
-    Labels of two words and more, as in "update lloyd2", are points of the curve "update"; others are
-    points of "gradient". The mode "dense" is a band.
+    Labels of at least two words, such as "update lloyd2", are points of the curve "update". Other
+    labels are points of "gradient". The mode "dense" is drawn as a band.
     """
     from matplotlib.figure import Figure
 
-    groups, best = grouped(cells, results)
+    groups, best = group(cells, results)
     curves: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
@@ -263,20 +263,20 @@ def draw(cells: list[Cell], results: dict[str, dict[str, str]], path: Path) -> N
         axes.errorbar(x, y, spread, marker="o", capsize=3, label=curve)
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
-    axes.set_xlabel("bits per element, each way")
+    axes.set_xlabel("bits per element and direction")
     axes.set_ylabel("final validation loss")
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
 def mean_loss(rows: list[dict[str, str]]) -> float:
-    """The mean final loss; infinite if a run diverged."""
+    """Compute the mean final loss; infinite if a run diverged."""
     mean = statistics.mean(float(row["loss"]) for row in rows)
     return mean if math.isfinite(mean) else math.inf
 
 
 def main() -> None:
-    """Read the command line, run what is missing, print the table."""
+    """Run the missing cells and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -286,7 +286,9 @@ def main() -> None:
         help=f"default: {' '.join(MODES)}",
     )
     parser.add_argument(
-        "--tuned", action="store_true", help="all modes, each at its best rate and momentum"
+        "--tuned",
+        action="store_true",
+        help="all modes, each with its best learning rate and momentum",
     )
     parser.add_argument(
         "--lrs", nargs="+", type=float, help=f"learning rates (default {LEARNING_RATE})"
@@ -296,23 +298,23 @@ def main() -> None:
     parser.add_argument(
         "--csv", type=Path, default=Path("outputs/quality.csv"), help="default %(default)s"
     )
-    parser.add_argument("--table", type=Path, metavar="PATH", help="write the table here as well")
-    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw loss against bits here")
+    parser.add_argument(
+        "--table", type=Path, metavar="PATH", help="also write the table to this file"
+    )
+    parser.add_argument("--figure", type=Path, metavar="PATH", help="plot loss against bits")
     parser.add_argument("options", nargs="*", help="options of examples/train_text.py, after --")
     namespace = parser.parse_args()
     if namespace.tuned and (namespace.modes or namespace.lrs):
-        parser.error("--tuned has its own modes and learning rates: leave out --modes and --lrs")
+        parser.error("--tuned includes modes and learning rates: omit --modes and --lrs")
     namespace.modes = namespace.modes or (tuned_modes() if namespace.tuned else list(MODES))
     namespace.lrs = namespace.lrs or [LEARNING_RATE]
     if namespace.figure:
-        import matplotlib.figure  # noqa: F401, missing now rather than after half an hour
+        import matplotlib.figure  # noqa: F401, fail before the runs if it is missing
 
-    cells = plan(namespace)
+    cells = make_cells(namespace)
     done = read_results(namespace.csv)
     missing = [cell for cell in cells if cell.run not in done]
-    print(
-        f"{len(cells)} runs, {len(missing)} of them to do; results in {namespace.csv}", flush=True
-    )
+    print(f"{len(cells)} runs, {len(missing)} missing; results in {namespace.csv}", flush=True)
     if missing:
         namespace.csv.parent.mkdir(parents=True, exist_ok=True)
         launch(measure, namespace.workers, "auto", missing, namespace.csv)

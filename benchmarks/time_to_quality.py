@@ -1,13 +1,14 @@
-"""How long until the loss is as low as that? The text job on slow links, method by method.
+"""Measure time and bytes until a given validation loss: the text example on slow links.
 
     sudo python benchmarks/time_to_quality.py --rate 1gbit --rate 200mbit
     sudo python benchmarks/time_to_quality.py --rate 200mbit --methods fp32 "update lloyd2"
 
-A method's time a step and its loss a step say little alone: what counts is the time, and the bytes,
-until a given validation loss. Each method trains `examples/train_text.py`'s model on every host of a
-lab at its own learning rate (`METHODS`; the docs say how they were found), from the same start, on
-the same data. Time is that of training, without validation; bytes are the links' own counters. Between
-two validations both are interpolated.
+Neither the time per step nor the loss per step is sufficient to compare methods. This benchmark reports
+the time and the bytes until a given validation loss. Each method trains the model of
+`examples/train_text.py` on every host of a lab at its own learning rate (`METHODS`; docs/benchmarks.md
+describes how the rates were found), from the same initial weights and on the same data. The time is
+training time without validation. The bytes are read from the links' counters. Both are interpolated
+between two validations.
 """
 
 from __future__ import annotations
@@ -39,31 +40,31 @@ from train_text import Text, build_parser, read_text_options
 
 _ONE_BUCKET_MB = 1 << 16
 _DENSE = "--no-effadam --betas .8 .999"
-_OURS = "--topology sharded --exchange"
+_EFFADAM = "--topology sharded --exchange"
 METHODS = {
     "fp32": (9e-3, _DENSE, ""),
     "fp16": (9e-3, _DENSE, "fp16"),
     "powersgd4": (9e-3, _DENSE, "powersgd4"),
-    "lloyd4": (9e-3, f"{_OURS} gradient --quantizer lloyd4 --betas .8 .999", ""),
-    "update lloyd3": (9e-3, f"{_OURS} update --quantizer lloyd3 --betas .6 .999", ""),
-    "update lloyd2": (9e-3, f"{_OURS} update --quantizer lloyd2 --betas .6 .999", ""),
-    "update sign": (9e-3, f"{_OURS} update --quantizer sign --betas .2 .999", ""),
+    "lloyd4": (9e-3, f"{_EFFADAM} gradient --quantizer lloyd4 --betas .8 .999", ""),
+    "update lloyd3": (9e-3, f"{_EFFADAM} update --quantizer lloyd3 --betas .6 .999", ""),
+    "update lloyd2": (9e-3, f"{_EFFADAM} update --quantizer lloyd2 --betas .6 .999", ""),
+    "update sign": (9e-3, f"{_EFFADAM} update --quantizer sign --betas .2 .999", ""),
 }
-"""Learning rate, options of `examples/train_text.py`, and another library's hook, if any."""
+"""Learning rate, options of `examples/train_text.py`, and the hook of another library, if any."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One method on one link.
+    """Validation losses of one method on one link.
 
     Attributes:
-        method: Its name.
-        link: The link's.
+        method: Name of the method.
+        link: Name of the link.
         lr: Learning rate.
-        steps: Optimizer steps at every validation.
-        losses: Validation losses, nats.
-        seconds: Training time until then.
-        megabytes: What all hosts have sent until then.
+        steps: Optimizer steps at each validation.
+        losses: Validation losses, in nats.
+        seconds: Training time until each validation.
+        megabytes: Megabytes sent by all hosts until each validation.
     """
 
     method: str
@@ -75,7 +76,7 @@ class Curve:
     megabytes: list[float]
 
     def until(self, target: float) -> tuple[float, float, float]:
-        """Steps, seconds and megabytes until a loss; not a number if it was never reached."""
+        """Interpolate steps, seconds and megabytes until a loss; NaN if it was not reached."""
         for index, loss in enumerate(self.losses):
             if loss <= target:
                 if index == 0:
@@ -92,7 +93,7 @@ class Curve:
 
 
 class _Measured(Training):
-    """A run that reads the links' counters at every validation, and may have another hook."""
+    """Training that reads the links' counters at every validation, with any hook."""
 
     hook = ""
 
@@ -103,7 +104,7 @@ class _Measured(Training):
             model.register_comm_hook(None, default_hooks.fp16_compress_hook)
         elif self.hook:
             rank = int(self.hook.removeprefix("powersgd"))
-            # Unless it starts early, it averages densely for a thousand steps.
+            # The default is to average densely for 1000 steps.
             state = powerSGD_hook.PowerSGDState(
                 None, matrix_approximation_rank=rank, start_powerSGD_iter=10
             )
@@ -159,7 +160,7 @@ def _run_rank(
 
 
 def report(curves: list[Curve], target: float) -> str:
-    """The curves as a table for people."""
+    """Format the curves as a table."""
     lines = [
         f"until a validation loss of {target}",
         f"{'link':<10}{'method':<16}{'lr':>8}{'final':>9}{'steps':>8}{'s':>9}{'x fp32':>8}{'MB':>10}",
@@ -176,7 +177,7 @@ def report(curves: list[Curve], target: float) -> str:
 
 
 def plot(curves: list[Curve], target: float, path: Path) -> None:
-    """Loss against time and bytes, one row of two pictures a link."""
+    """Plot the loss against time and against bytes, one row per link."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -205,18 +206,24 @@ def plot(curves: list[Curve], target: float, path: Path) -> None:
 
 
 def main() -> int:
-    """Build a lab for each rate, train, print, plot."""
+    """Build a lab for each rate, train, and write the table and the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hosts", type=int, default=4, metavar="N")
-    parser.add_argument("--rate", action="append", help="of each link, as in 200mbit; repeatable")
+    parser.add_argument(
+        "--rate", action="append", help="rate of each link, such as 200mbit; repeatable"
+    )
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--lr", type=float, help="for all methods, in place of each one's own")
+    parser.add_argument(
+        "--lr", type=float, help="learning rate of all methods, instead of their own"
+    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--validate-every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", type=float, default=1.6, help="nats, default %(default)s")
+    parser.add_argument(
+        "--target", type=float, default=1.6, help="loss in nats, default %(default)s"
+    )
     parser.add_argument("--plot", type=Path, default=Path("outputs/time_to_quality.png"))
     parser.add_argument("--csv", type=Path, help="write every validation to this file")
     parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)

@@ -121,7 +121,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _is_broken_off(path: Path) -> bool:
-    """Whether the last line has no end, as that of a run that was killed while it wrote."""
+    """Return whether the last line is incomplete, as after a run that was killed while it wrote."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

@@ -76,7 +76,7 @@ class EfficientAdamState:
         >>> ddp_model.register_comm_hook(state, efficient_adam_hook)
 
     Source:
-        Efficient-Adam, arXiv 2205.14473, two-route quantization with two-route error feedback.
+        Efficient-Adam, arXiv 2205.14473, two-way quantization with two-way error feedback.
     """
 
     def __init__(
@@ -364,7 +364,7 @@ class EfficientAdamState:
             f"  feedback     {'both sides' if config.error_feedback else 'none'}",
             f"  topology     {topology}",
             *(
-                [f"  auto         {engine.auto_compress.verdict}"]
+                [f"  auto         {engine.auto_compress.outcome}"]
                 if engine.auto_compress is not None
                 else []
             ),

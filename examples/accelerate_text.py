@@ -1,13 +1,13 @@
 """The text example with Hugging Face Accelerate: the marked lines are the change.
 
-    python examples/accelerate_text.py                       # starts two workers on the CPU itself
+    python examples/accelerate_text.py                       # starts two workers on the CPU
     accelerate launch --num_processes 2 examples/accelerate_text.py
     python examples/accelerate_text.py --no-effadam          # Accelerate's own DDP
     python examples/accelerate_text.py --resume outputs/accelerate_text
 
-Accelerate wraps the model in DDP, gives it no communication hook unless asked, and calls
-`state_dict()` of registered objects on every rank but writes what rank 0 returns. So residuals are
-gathered there, by `AllRanks`.
+Accelerate wraps the model in DDP and registers no communication hook by default. For checkpoints it
+calls `state_dict()` of registered objects on every rank and writes the result of rank 0. `AllRanks`
+therefore gathers the residuals of all ranks on rank 0.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ SIZES = {"context": 64, "layers": 2, "width": 64, "heads": 4}
 
 
 class AllRanks:
-    """What Accelerate is to save: the states of all ranks, gathered on rank 0."""
+    """States of all ranks, gathered on rank 0, for Accelerate's checkpoints."""
 
     def __init__(self, state: EfficientAdamState) -> None:
         self.state = state
 
     def state_dict(self) -> dict[str, Any]:
-        """Called on every rank."""
+        """Gather the states; Accelerate calls this on every rank."""
         return self.state.full_state_dict()
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Called on every rank."""
+        """Restore the state of this rank; Accelerate calls this on every rank."""
         self.state.load_state_dict(saved)
 
 
@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     state = attach(model, enabled=options.effadam, quantizer=options.quantizer)  # <- the change
     state.grad_scaler = accelerator.scaler  # <- for fp16
-    accelerator.register_for_checkpointing(AllRanks(state))  # <- and its part of checkpoints
+    accelerator.register_for_checkpointing(AllRanks(state))  # <- for checkpoints
     first = 0
     if options.resume:
         accelerator.load_state(str(options.resume))
@@ -83,7 +83,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--quantizer", default="lloyd4")
     parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps in all")
+    parser.add_argument("--steps", type=int, default=100, help="total optimizer steps")
     parser.add_argument("--checkpoint", type=Path, default=Path("outputs/accelerate_text"))
     parser.add_argument("--resume", type=Path, help="a checkpoint of this program")
     return parser.parse_args()

@@ -2,9 +2,9 @@
 
     python examples/checkpoint_dcp.py
 
-Every rank writes its own state, in parallel, as one tensor of bytes beside model and optimizer; who
-loads looks up in the checkpoint's metadata how many there are. The workers' mean residual and the
-servers' residuals, which are what error feedback owes to the weights, come out as they went in.
+Every rank writes its own state, in parallel, as one tensor of bytes beside model and optimizer. Loading
+reads the number of saved states from the checkpoint's metadata. The workers' mean residual and the
+servers' residuals, which error feedback has yet to apply to the weights, are preserved.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ KEY = "exchange.rank"
 
 
 def save(path: Path, model: Any, optimizer: Any, state: EfficientAdamState, rank: int) -> None:
-    """Write a checkpoint; called by all ranks."""
+    """Write a checkpoint; every rank must call this."""
     weights, moments = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": moments, f"{KEY}{rank}": to_bytes(state.state_dict())}
     dcp.save(content, storage_writer=dcp.FileSystemWriter(path, overwrite=True))
 
 
 def load(path: Path, model: Any, optimizer: Any, state: EfficientAdamState) -> None:
-    """Read a checkpoint, whatever the number of ranks that wrote it; called by all ranks."""
+    """Read a checkpoint written by any number of ranks; every rank must call this."""
     weights, moments = get_state_dict(model, optimizer)
     content: dict[str, Any] = {"model": weights, "optimizer": moments}
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
@@ -55,20 +55,20 @@ def load(path: Path, model: Any, optimizer: Any, state: EfficientAdamState) -> N
 
 
 def to_bytes(saved: dict[str, Any]) -> Tensor:
-    """A saved state as a tensor."""
+    """Convert a saved state to a tensor."""
     file = io.BytesIO()
     torch.save(saved, file)
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
 def from_bytes(data: Tensor) -> dict[str, Any]:
-    """The saved state again."""
+    """Convert a tensor to a saved state."""
     saved: dict[str, Any] = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
     return saved
 
 
 def train(worker: Worker, path: Path, first: int, last: int) -> None:
-    """Train from a checkpoint, if there is one, to the next."""
+    """Train for some steps, from a checkpoint if ``first`` is not 0, and write a checkpoint."""
     torch.manual_seed(0)
     task = Digits(DigitsOptions(width=8))
     model = DistributedDataParallel(task.build_model())
@@ -87,14 +87,14 @@ def train(worker: Worker, path: Path, first: int, last: int) -> None:
     save(path, model, optimizer, state, worker.rank)
 
 
-def report(worker: Worker, state: EfficientAdamState, what: str) -> None:
-    """Print the norm of the workers' mean residual of one parameter; called by all ranks."""
+def report(worker: Worker, state: EfficientAdamState, event: str) -> None:
+    """Print the norm of the workers' mean residual of one parameter; every rank must call this."""
     whole = state.full_state_dict()
     if worker.is_main:
         residuals = [saved["worker"]["2.weight"] for saved in whole["ranks"]]
         norm = torch.stack(residuals).mean(0).norm().item()
         workers = f"{worker.world_size} workers"
-        print(f"{workers}, {what}, step {state.steps}: mean residual {norm:.6f}")
+        print(f"{workers}, {event}, step {state.steps}: mean residual {norm:.6f}")
 
 
 def main() -> None:

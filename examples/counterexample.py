@@ -1,14 +1,15 @@
-"""Adam with a constant second-moment weight can walk away from the optimum; a schedule brings it back.
+"""Counterexample: Adam diverges with a constant second-moment weight and converges with a schedule.
 
     python examples/counterexample.py
 
 Minimize E[g] x over x in [-1, 1], where the gradient g is 1010 with probability .01 and -10 with
-probability .99. Its mean is +0.2, so the optimum is -1. But the rare large gradient also enlarges
-the second moment that divides it, by the factor 1 - theta: with a constant theta the frequent small
-ones win, and x ends at +1. With theta_t = 1 - theta/t that share vanishes and x goes to -1.
+probability .99. Its mean is +0.2, so the optimum is -1. The rare large gradient also increases the
+second moment by which it is divided, in proportion to 1 - theta. With a constant theta the frequent
+small gradients therefore dominate, and x ends at +1. With theta_t = 1 - theta/t this effect vanishes,
+and x converges to -1.
 
 For each schedule the program prints which of the convergence conditions hold (see
-`effadam_hook.optim.schedules`) and where x ends, for several random seeds, and plots the paths in
+`effadam_hook.optim.schedules`) and the final x for several random seeds. It plots the paths in
 `outputs/counterexample.png`.
 
 Source: the counterexample of "Towards Practical Adam", arXiv 2101.05471.
@@ -26,20 +27,20 @@ from effadam_hook.optim.schedules import PowerSchedule, Schedule, check_converge
 
 LARGE, SMALL, PROBABILITY = 1010.0, -10.0, 0.01
 OPTIMUM = -1.0
-POINTS = 400  # of a path in the plot
+POINTS = 400  # per path in the plot
 
 
 def run(schedule: Schedule, steps: int, seed: int, eps: float = 1e-8) -> np.ndarray:
-    """Generic Adam without momentum on the counterexample.
+    """Run Generic Adam without momentum on the counterexample.
 
     Args:
-        schedule: alpha_t and theta_t.
-        steps: how many.
-        seed: of the gradients.
-        eps: the second moment's first value.
+        schedule: Schedule of alpha_t and theta_t.
+        steps: Number of steps.
+        seed: Random seed of the gradients.
+        eps: Initial second moment.
 
     Returns:
-        x after every step, beginning at 0.
+        x after every step, starting from 0.
     """
     gradients = np.where(np.random.default_rng(seed).random(steps) < PROBABILITY, LARGE, SMALL)
     path = np.empty(steps)
@@ -53,7 +54,7 @@ def run(schedule: Schedule, steps: int, seed: int, eps: float = 1e-8) -> np.ndar
 
 
 def plot(paths: dict[str, list[np.ndarray]], path: Path) -> None:
-    """Draw every schedule's paths."""
+    """Plot the paths of every schedule."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -75,7 +76,7 @@ def plot(paths: dict[str, list[np.ndarray]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run all schedules and report."""
+    """Run all schedules, print the results and plot the paths."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

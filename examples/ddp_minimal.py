@@ -1,9 +1,9 @@
-"""DistributedDataParallel with 4-bit gradients: the marked line, and its import, are the change.
+"""DistributedDataParallel with 4-bit gradients: the marked line and its import are the change.
 
-Two workers fit one small network, each on data of its own:
+Two workers train one small network, each on its own data:
 
     torchrun --nproc-per-node 2 examples/ddp_minimal.py
-    python examples/ddp_minimal.py                     # starts its two workers itself
+    python examples/ddp_minimal.py                     # starts two workers
 """
 
 import os
@@ -19,7 +19,7 @@ from effadam_hook import attach
 
 def main(rank: int = -1, folder: str = "") -> None:
     if folder:
-        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+        dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     else:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
@@ -44,5 +44,5 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         main()
     else:
-        with tempfile.TemporaryDirectory() as meeting_folder:
-            multiprocessing.spawn(main, (meeting_folder,), nprocs=2)
+        with tempfile.TemporaryDirectory() as folder:
+            multiprocessing.spawn(main, (folder,), nprocs=2)

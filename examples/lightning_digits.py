@@ -1,10 +1,10 @@
-"""The digits example in PyTorch Lightning: a small CNN, by LightningCLI and a YAML file.
+"""The digits example in PyTorch Lightning: a small CNN, with LightningCLI and a YAML file.
 
-    python examples/lightning_digits.py                          # as lightning_digits.yaml says
-    python examples/lightning_digits.py --compare                # plain ddp too, and a plot of both
+    python examples/lightning_digits.py                          # settings of lightning_digits.yaml
+    python examples/lightning_digits.py --compare                # also with plain ddp; plots both
     python examples/lightning_digits.py --trainer.strategy effadam --trainer.devices 4
 
-Model, data and learning rate are those of `train_digits.py`; the loop is the Trainer's.
+Model, data and learning rate are those of `train_digits.py`. The Trainer runs the training loop.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 from common.lightning import TaskData, TaskModule, start
 from train_digits import Digits, DigitsOptions
 
-import lightning_plugin  # noqa: F401  makes "effadam" known to the Trainer
+import lightning_plugin  # noqa: F401  registers the strategy "effadam"
 
 
 class DigitsModule(TaskModule):
     """A CNN.
 
     Args:
-        width: channels of the first layer.
-        lr: peak learning rate.
-        lr_warmup: steps of linear warm-up; cosine decay to 0 follows.
-        weight_decay: decoupled.
-        update_mode: exchange Adam updates in place of gradients.
+        width: Channels of the first layer.
+        lr: Peak learning rate.
+        lr_warmup: Steps of linear warm-up; cosine decay to 0 follows.
+        weight_decay: Decoupled weight decay.
+        update_mode: Whether to exchange Adam updates instead of gradients.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class DigitsData(TaskData):
     """1,797 images of 8 x 8 pixels.
 
     Args:
-        batch_size: images per worker.
-        seed: of the order.
+        batch_size: Images per worker.
+        seed: Random seed of the order.
     """
 
     def __init__(self, batch_size: int = 16, seed: int = 0) -> None:

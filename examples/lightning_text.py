@@ -1,12 +1,12 @@
-"""The text example in PyTorch Lightning: a small GPT on source code, by LightningCLI and a YAML file.
+"""The text example in PyTorch Lightning: a GPT on source code, with LightningCLI and a YAML file.
 
-    python examples/lightning_text.py                            # as lightning_text.yaml says
-    python examples/lightning_text.py --compare                  # plain ddp too, and a plot of both
-    python examples/lightning_text.py --trainer.strategy ddp     # plain ddp alone
+    python examples/lightning_text.py                            # settings of lightning_text.yaml
+    python examples/lightning_text.py --compare                  # also with plain ddp; plots both
+    python examples/lightning_text.py --trainer.strategy ddp     # plain ddp only
     python examples/lightning_text.py --trainer.strategy.quantizer lloyd2 --model.update_mode true
     torchrun --nproc-per-node 2 examples/lightning_text.py --trainer.devices 2
 
-Model, data and learning rate are those of `train_text.py`; the loop is the Trainer's.
+Model, data and learning rate are those of `train_text.py`. The Trainer runs the training loop.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from common.lightning import TaskData, TaskModule, start
 from pytorch_lightning.cli import LightningArgumentParser
 from train_text import GPT, Text, TextOptions
 
-import lightning_plugin  # noqa: F401  makes "effadam" known to the Trainer
+import lightning_plugin  # noqa: F401  registers the strategy "effadam"
 
 
 class TextModule(TaskModule):
     """A GPT over bytes.
 
     Args:
-        context: bytes that the model sees.
-        layers: transformer blocks.
-        width: of the activations.
-        heads: of the attention.
-        lr: peak learning rate.
-        lr_warmup: steps of linear warm-up; cosine decay to 0 follows.
-        weight_decay: decoupled.
-        update_mode: exchange Adam updates in place of gradients.
+        context: Context length in bytes.
+        layers: Number of transformer blocks.
+        width: Width of the activations.
+        heads: Number of attention heads.
+        lr: Peak learning rate.
+        lr_warmup: Steps of linear warm-up; cosine decay to 0 follows.
+        weight_decay: Decoupled weight decay.
+        update_mode: Whether to exchange Adam updates instead of gradients.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class TextModule(TaskModule):
 
 
 class TextData(TaskData):
-    """Python's standard library, or a folder of text files.
+    """Source code of Python's standard library, or a folder of text files.
 
     Args:
-        data: a folder; None for the standard library.
-        max_bytes: of training text.
-        context: bytes to a sample.
-        batch_size: samples per worker.
-        seed: of the order.
+        data: Folder of text files; None for the standard library.
+        max_bytes: Maximum size of the training text in bytes.
+        context: Bytes per sample.
+        batch_size: Samples per worker.
+        seed: Random seed of the order.
     """
 
     def __init__(

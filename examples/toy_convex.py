@@ -1,13 +1,13 @@
-"""Softmax regression: a stochastic convex problem, where any loss left over is the exchange's fault.
+"""Softmax regression: a stochastic convex problem whose best loss is known.
 
     python examples/toy_convex.py --compare --quantizers lloyd4,lloyd2,sign
     python examples/toy_convex.py --compare --quantizers lloyd2,sign --exchange update --lr 0.02
     torchrun --nproc-per-node 4 examples/toy_convex.py --topology sharded
 
 Inputs are Gaussian with very unequal variances, and classes are drawn from the softmax of a fixed
-linear map, so the best loss is known: it is the entropy of the classes given the inputs, printed at
-the start. The run ends with a table, and a plot of loss against steps and bytes in
-`outputs/toy_convex.png`. All options are those of `train_text.py`.
+linear map. The best loss is the entropy of the classes given the inputs, which is printed at the start;
+a loss above it is due to the optimizer and the exchange. The run ends with a table and a plot of loss
+against steps and bytes in `outputs/toy_convex.png`. The options are those of `train_text.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ HELD_OUT = 4096
 
 @dataclass(frozen=True)
 class ConvexOptions:
-    """The part of the command line that is about the problem."""
+    """Options of the problem."""
 
     features: int
     classes: int
 
 
 class Convex:
-    """Which class is it; a `common.training.Task`."""
+    """Classification with a known best loss; a `common.training.Task`."""
 
     name = "toy convex"
     headline = "loss"
@@ -46,14 +46,14 @@ class Convex:
         self.options = options
         rng = np.random.default_rng(0)
         shape = options.classes, options.features
-        # Features from a hundredth to ten times the size, and weights that make all of them matter.
+        # Features of sizes from 0.01 to 10, with weights that give all of them equal influence.
         self.sizes = np.geomspace(0.01, 10.0, options.features)
         self.weights = 4 * rng.standard_normal(shape) / self.sizes / options.features**0.5
         self.test = self.sample(rng, HELD_OUT)
 
     @property
     def description(self) -> str:
-        """One line about the data."""
+        """Return a one-line description of the data."""
         inputs, _ = self.test
         logits = inputs.double() @ torch.from_numpy(self.weights).T
         entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
@@ -63,25 +63,25 @@ class Convex:
         )
 
     def build_model(self) -> nn.Module:
-        """A linear map; zero, where all classes are equally likely."""
+        """Make a linear map of zeros, with which all classes are equally likely."""
         model = nn.Linear(self.options.features, self.options.classes, bias=False)
         nn.init.zeros_(model.weight)
         return model
 
     def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """New inputs, and classes drawn from the softmax of the true map."""
+        """Draw inputs, and classes from the softmax of the true map."""
         inputs = rng.standard_normal((count, self.options.features)) * self.sizes
-        # The largest of logits plus Gumbel noise is a draw from their softmax.
+        # The argmax of logits plus Gumbel noise is a sample of their softmax.
         noisy = inputs @ self.weights.T + rng.gumbel(size=(count, self.options.classes))
         return torch.from_numpy(inputs).float(), torch.from_numpy(noisy.argmax(axis=1))
 
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """The same inputs and classes at every call."""
+        """Return the held-out inputs and classes, equal at every call."""
         return self.test
 
 
 def main() -> None:
-    """Read the command line and start the workers."""
+    """Parse the command line and start the workers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,12 @@
-"""Train a small CNN on handwritten digits, with gradients quantized on the way between the workers.
+"""Train a small CNN on handwritten digits, with quantized gradients between the workers.
 
     python examples/train_digits.py                    # two local workers, 4-bit gradients
     python examples/train_digits.py --compare --quantizers lloyd4,lloyd2,sign
     torchrun --nproc-per-node 4 examples/train_digits.py --topology sharded
 
-The 1,797 images of 8 x 8 pixels come with scikit-learn, so nothing is downloaded; a fifth of them
-is held out as the test set. The run ends with a table of accuracy and bytes, and a plot of accuracy
-against steps and bytes in `outputs/train_digits.png`. All options are those of `train_text.py`.
+The 1,797 images of 8 x 8 pixels are part of scikit-learn, so nothing is downloaded. A fifth of them is
+the test set. The run ends with a table of accuracy and bytes, and a plot of accuracy against steps and
+bytes in `outputs/train_digits.png`. The options are those of `train_text.py`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class DigitsOptions:
-    """The part of the command line that is about the model."""
+    """Options of the model."""
 
     width: int
 
 
 class Digits:
-    """Which digit is it; a `common.training.Task`."""
+    """Classification of handwritten digits; a `common.training.Task`."""
 
     name = "digits"
     headline = "accuracy"
@@ -55,12 +55,12 @@ class Digits:
 
     @property
     def description(self) -> str:
-        """One line about the data."""
+        """Return a one-line description of the data."""
         train, test = (len(classes) for _, classes in (self.training, self.test))
         return f"Digits: {train:,} images of 8 x 8 pixels to train on, {test} to test"
 
     def build_model(self) -> nn.Module:
-        """A new, randomly initialized CNN."""
+        """Make a randomly initialized CNN."""
         width = self.options.width
         return nn.Sequential(
             nn.Conv2d(1, width, kernel_size=3, padding=1),
@@ -75,18 +75,18 @@ class Digits:
         )
 
     def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Random training images and their digits."""
+        """Draw random training images and their digits."""
         images, classes = self.training
         chosen = torch.from_numpy(rng.integers(len(classes), size=count))
         return images[chosen], classes[chosen]
 
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """The test images and their digits."""
+        """Return the test images and their digits."""
         return self.test
 
 
 def main() -> None:
-    """Read the command line and start the workers."""
+    """Parse the command line and start the workers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
-"""Train a small GPT on source code, with gradients quantized on the way between the workers.
+"""Train a small GPT on source code, with quantized gradients between the workers.
 
     python examples/train_text.py                      # two local workers, 4-bit gradients
     python examples/train_text.py --no-effadam         # the same with DDP's fp32 all-reduce
     python examples/train_text.py --compare --quantizers lloyd4,lloyd2
     torchrun --nproc-per-node 4 examples/train_text.py --topology sharded
 
-The text is Python's own standard library, which every machine has; `--data DIR` takes any folder of
-text files instead. The model predicts the next byte. Whole files are held out for validation, and
-which ones depends only on their names. The run ends with a table of loss and bytes, and a plot of
-loss against steps and bytes in `outputs/train_text.png`.
+The text is Python's standard library, which is available on every machine; `--data DIR` selects a
+folder of text files instead. The model predicts the next byte. Validation uses whole files, selected by
+a hash of their names. The run ends with a table of loss and bytes, and a plot of loss against steps and
+bytes in `outputs/train_text.png`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VOCABULARY = 256  # bytes
 EMBEDDING_STD = 0.3
 VALIDATION_SHARE = 0.1  # of the files, and of the bytes at most
 VALIDATION_WINDOWS = 256
-SKIPPED_FOLDERS = {  # not the library's own code, or tables rather than text
+SKIPPED_FOLDERS = {  # code of other projects, tests, and tables
     "__pycache__",
     "dist-packages",
     "encodings",
@@ -46,7 +46,7 @@ SKIPPED_FOLDERS = {  # not the library's own code, or tables rather than text
 
 @dataclass(frozen=True)
 class TextOptions:
-    """The part of the command line that is about text and model."""
+    """Options of text and model."""
 
     data: Path | None
     max_bytes: int
@@ -57,7 +57,7 @@ class TextOptions:
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a feed-forward network; both normalized first and residual."""
+    """Causal self-attention and a feed-forward network, both pre-normalized and residual."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer over bytes."""
+    """Decoder-only transformer over bytes."""
 
     def __init__(self, context: int, layers: int, width: int, heads: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class GPT(nn.Module):
             nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, context, 256] of the next byte at every position."""
+        """Compute logits [batch, context, 256] of the next byte at every position."""
         x = self.bytes(tokens) + self.positions.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x)))
 
@@ -114,7 +114,7 @@ class Text:
 
     @property
     def description(self) -> str:
-        """One line about the data."""
+        """Return a one-line description of the data."""
         source = self.options.data or "Python's standard library"
         return (
             f"Text: {source}, {len(self.training) / 1e6:.2f} MB to train on,"
@@ -122,17 +122,17 @@ class Text:
         )
 
     def build_model(self) -> nn.Module:
-        """A new, randomly initialized GPT."""
+        """Make a randomly initialized GPT."""
         options = self.options
         return GPT(options.context, options.layers, options.width, options.heads)
 
     def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Windows at random places in the training text, and the bytes that follow."""
+        """Draw random windows of the training text, and the bytes that follow."""
         starts = rng.integers(len(self.training) - self.options.context, size=count)
         return self._windows(self.training, starts)
 
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """Evenly spaced windows of the validation text, and the bytes that follow."""
+        """Return evenly spaced windows of the validation text, and the bytes that follow."""
         last = len(self.validation) - self.options.context - 1
         return self._windows(
             self.validation, np.linspace(0, last, VALIDATION_WINDOWS, dtype=np.int64)
@@ -146,7 +146,7 @@ class Text:
 
 @cache
 def load(folder: Path | None, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The text to train on, at most `max_bytes`, and the text of other files to validate on."""
+    """Load the training text, at most `max_bytes`, and the validation text from other files."""
     files = text_files(folder)
     held_out = max(1, sum(position < VALIDATION_SHARE for position, _ in files))
     validation = read_bytes(files[:held_out], int(max_bytes * VALIDATION_SHARE))
@@ -154,14 +154,14 @@ def load(folder: Path | None, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def text_files(folder: Path | None) -> list[tuple[float, Path]]:
-    """The text files of `folder`, or of the standard library, each with a position in [0, 1).
+    """List the text files of `folder`, or of the standard library, each with a position in [0, 1).
 
-    A file's position is a hash of its relative path, and the list is sorted by it: a shuffle that
-    is the same everywhere, in which a file keeps its position when others come or go.
+    The position is a hash of the relative path, and the list is sorted by it. The order is equal on
+    every machine, and the position of a file does not depend on other files.
     """
     root = folder or Path(sysconfig.get_paths()["stdlib"])
     skipped = set() if folder else SKIPPED_FOLDERS
-    found = []
+    files = []
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skipped and name[0] != "."]
         for name in names:
@@ -169,26 +169,26 @@ def text_files(folder: Path | None) -> list[tuple[float, Path]]:
             if name[0] == "." or not (folder or path.suffix == ".py"):
                 continue
             digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-            found.append((int.from_bytes(digest[:8], "big") / 2**64, path))
-    return sorted(found)
+            files.append((int.from_bytes(digest[:8], "big") / 2**64, path))
+    return sorted(files)
 
 
-def read_bytes(files: list[tuple[float, Path]], most: int) -> np.ndarray:
-    """The files' contents, one after the other, up to `most` bytes; binary files are left out."""
+def read_bytes(files: list[tuple[float, Path]], max_bytes: int) -> np.ndarray:
+    """Read and concatenate text files, up to `max_bytes`; binary files are skipped."""
     text = bytearray()
     for _, path in files:
         content = path.read_bytes()
         if b"\0" not in content:
             text += content
-        if len(text) >= most:
+        if len(text) >= max_bytes:
             break
-    return np.frombuffer(bytes(text[:most]), dtype=np.uint8)
+    return np.frombuffer(bytes(text[:max_bytes]), dtype=np.uint8)
 
 
 def read_text_options(
     parser: argparse.ArgumentParser, namespace: argparse.Namespace
 ) -> TextOptions:
-    """Check the options about text and model; ends the program with a message if one is wrong."""
+    """Check the options of text and model; exit with a message if one is invalid."""
     options = TextOptions(
         namespace.data,
         namespace.max_bytes,
@@ -209,20 +209,23 @@ def read_text_options(
     if shortest < options.context + 2:
         parser.error(
             f"{options.data or 'the standard library'} has too little text: at least two files of"
-            f" more than --context {options.context} bytes are needed; choose one with --data"
+            f" more than --context {options.context} bytes are needed; choose a folder with --data"
         )
     return options
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     text = parser.add_argument_group("text and model")
-    text.add_argument("--data", type=Path, metavar="DIR", help="a folder of text files")
+    text.add_argument("--data", type=Path, metavar="DIR", help="folder of text files")
     text.add_argument(
-        "--max-bytes", type=int, default=4_000_000, help="of training text (default %(default)s)"
+        "--max-bytes",
+        type=int,
+        default=4_000_000,
+        help="size of the training text (default %(default)s)",
     )
     text.add_argument("--context", type=int, default=64, help="bytes (default %(default)s)")
     text.add_argument("--layers", type=int, default=2, help="default %(default)s")
@@ -241,7 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Read the command line and start the workers."""
+    """Parse the command line and start the workers."""
     parser = build_parser()
     namespace = parser.parse_args()
     options = read(parser, namespace)

@@ -1,7 +1,7 @@
-"""Efficient-Adam's compressed DDP as a strategy for PyTorch Lightning and Lightning Fabric.
+"""Strategies for PyTorch Lightning and Lightning Fabric: DDP with a quantized two-way exchange.
 
 Importing this package registers ``Trainer(strategy="effadam")`` and ``Fabric(strategy="effadam")``,
-and their variants, with every installed Lightning: ``lightning`` and ``pytorch_lightning``.
+and their variants, for the installed packages ``lightning`` and ``pytorch_lightning``.
 """
 
 from importlib import import_module as _import_module

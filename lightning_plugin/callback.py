@@ -1,4 +1,4 @@
-"""What the exchange does, in the logger and on the progress bar."""
+"""Callback that logs the exchange to the logger and the progress bar."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 else:
     _modules = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
-    # Callbacks have no state of their own, so one class can be both families'.
+    # The base classes have no state, so one class can derive from those of both families.
     Base = type("Base", tuple(import_module(_modules[name]).Callback for name in installed()), {})
 
 __all__ = ["CompressionMonitor"]
 
 
 class CompressionMonitor(Base):
-    """Logs the exchange of rank 0, whenever the Trainer logs (``log_every_n_steps``).
+    """Callback that logs the exchange of rank 0 when the Trainer logs (``log_every_n_steps``).
 
-    With the prefix, these are:
+    The logged values are, with the prefix before their names:
 
-    - ``ratio``: how many times less than uncompressed gradients has travelled so far;
-    - ``uplink_bytes``, ``downlink_bytes``: of one worker, both since the start of training;
-    - ``worker_residual_norm``, ``server_residual_norm``: 2-norms of what was not sent yet;
-    - ``quantization_error``: the worker residual's norm over that of the result of the exchange. It
-      rises where a quantizer is too coarse, and levels off where error feedback keeps up;
-    - ``exchange_s``: seconds of the last exchange, from handing over the first bucket to having
-      decoded the last. Backward runs at the same time.
+    - ``ratio``: bytes of uncompressed gradients divided by the bytes sent since the start of training;
+    - ``uplink_bytes``, ``downlink_bytes``: bytes of one worker since the start of training;
+    - ``worker_residual_norm``, ``server_residual_norm``: 2-norms of the residuals;
+    - ``quantization_error``: norm of the worker residual divided by the norm of the result of the
+      exchange. It keeps increasing if the quantizer is too coarse, and remains stable if error
+      feedback compensates the quantization error;
+    - ``exchange_s``: seconds of the last exchange, from the start of the first bucket to the decoded
+      last bucket. Backward runs concurrently.
 
-    Steps in between cost nothing; a logging step waits for the device.
+    Steps without logging have no cost. A step with logging synchronizes the device.
 
     Args:
-        prefix: Before the names.
-        prog_bar: Whether ``ratio`` and ``quantization_error`` are shown on the progress bar.
+        prefix: Prefix of the names.
+        prog_bar: Whether the progress bar shows ``ratio`` and ``quantization_error``.
 
     Example:
         >>> trainer = Trainer(strategy="effadam", callbacks=[CompressionMonitor()])
@@ -52,7 +53,7 @@ class CompressionMonitor(Base):
         self._result_norm = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there is nothing to monitor."""
+        """Warn if there is nothing to monitor."""
         if _state(trainer) is None:
             rank_zero_warn(
                 f"CompressionMonitor has nothing to monitor: the strategy is a "
@@ -60,8 +61,8 @@ class CompressionMonitor(Base):
             )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the result of the exchange before anyone changes it."""
-        # Not after the step: gradients may be clipped, unscaled or gone by then.
+        """Measure the result of the exchange before it is modified."""
+        # Not after the step, as gradients may be clipped, unscaled or set to None before.
         if _state(trainer) is not None and self._logs(trainer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norms = [gradient.float().norm() for gradient in gradients]
@@ -70,7 +71,7 @@ class CompressionMonitor(Base):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Log."""
+        """Log the values."""
         state = _state(trainer)
         if state is None or not self._logs(trainer):
             return

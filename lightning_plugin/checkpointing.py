@@ -1,7 +1,7 @@
-"""What goes into a Lightning checkpoint, and what comes back out of it.
+"""States of the exchange in Lightning checkpoints.
 
-Lightning asks every rank for a checkpoint and writes that of rank 0. Residuals differ by rank, so
-they are gathered into the one that is written, under a key that plain DDP does not look at.
+Lightning collects a checkpoint on every rank and writes that of rank 0. Residuals differ between ranks,
+so they are gathered into the checkpoint of rank 0, under a key that plain DDP ignores.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from effadam_hook import EfficientAdamState, StateMismatchError
 __all__ = ["KEY", "load_states", "saved_states"]
 
 KEY = "effadam_hook"
-"""Where a checkpoint holds the states of all ranks, by the name of the model."""
+"""Key of the states of all ranks in a checkpoint; they are stored by the name of the model."""
 
 
 def saved_states(states: Mapping[str, EfficientAdamState]) -> dict[str, Any]:
-    """What a checkpoint must hold besides Lightning's own; a collective operation.
+    """Gather the states for a checkpoint; a collective operation.
 
     Args:
-        states: The states of the models that are saved.
+        states: States of the saved models, by the name of the model.
 
     Returns:
-        On rank 0, every rank's states under :data:`KEY`; elsewhere what nobody writes.
+        On rank 0, the states of all ranks under :data:`KEY`; on other ranks, a value to be ignored.
     """
     if not states:
         return {}
@@ -34,14 +34,14 @@ def saved_states(states: Mapping[str, EfficientAdamState]) -> dict[str, Any]:
 
 
 def load_states(checkpoint: Mapping[str, Any], states: Mapping[str, EfficientAdamState]) -> None:
-    """Continue from the states in a checkpoint, or say that there are none.
+    """Restore the states from a checkpoint; warn if it contains none.
 
     Args:
-        checkpoint: What Lightning has read.
-        states: The states of the models that are restored, by the names that they were saved under.
+        checkpoint: The checkpoint that Lightning has loaded.
+        states: States of the restored models, by the name under which each model was saved.
 
     Raises:
-        StateMismatchError: If they do not fit.
+        StateMismatchError: If a saved state is missing or does not fit.
     """
     if not states:
         return

@@ -1,11 +1,11 @@
-"""Lightning comes twice, and a strategy belongs to one of the two.
+"""Support for both packages of Lightning, ``lightning`` and ``pytorch_lightning``.
 
-``lightning`` and ``pytorch_lightning`` hold the same code under two names, with class objects and
-registries of their own. A program uses either, both may be installed, and a strategy is made before
-any Trainer has seen it. So ours is made for one family, and is a virtual subclass of the other's
-base class too. The first thing a Trainer does with it is to hand over its accelerator, which tells
-the Trainer's family: if it is the other one, the strategy starts over as its *sibling*, the class
-of the same name in that family.
+The two packages contain the same code under two names, with separate classes and registries. A program
+uses one of them, both may be installed, and a strategy is constructed before a Trainer uses it. A
+strategy is therefore created for one family, and registered as a virtual subclass of the base class of
+the other family. A Trainer first assigns its accelerator, which identifies the Trainer's family. If it
+is the other family, the strategy is initialized again as its *sibling*, the class of the same name in
+that family.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from typing import Any, ClassVar
 __all__ = ["FAMILIES", "Adaptable", "installed", "make_siblings"]
 
 FAMILIES = ("pytorch_lightning", "lightning")
-"""The packages, in the order in which they are taken where the choice does not matter."""
+"""Names of the packages, in order of preference."""
 
 
 def installed() -> tuple[str, ...]:
-    """The installed families.
+    """List the installed families.
 
     Raises:
-        ImportError: If there is none.
+        ImportError: If neither is installed.
     """
-    found = tuple(name for name in FAMILIES if find_spec(name) is not None)
-    if not found:
+    families = tuple(name for name in FAMILIES if find_spec(name) is not None)
+    if not families:
         raise ImportError(
             "lightning_plugin needs PyTorch Lightning, which is not installed. Install it with "
             "pip install 'effadam-hook[lightning]', or pip install lightning."
         )
-    return found
+    return families
 
 
 class Adaptable:
-    """A strategy that becomes its sibling when a Trainer or Fabric of the other family takes it.
+    """Strategy that becomes its sibling when a Trainer or Fabric of the other family uses it.
 
     Attributes:
         family: Name of the family's package.
-        lightning_base: Lightning's class that ours derives from.
-        accelerator_base: The family's class of accelerators, by which its Trainer is recognised.
-        sibling: The class of the same name in the other family; None while only one is installed.
+        lightning_base: Lightning's class from which the strategy derives.
+        accelerator_base: The family's class of accelerators, which identifies its Trainer.
+        sibling: The class of the same name in the other family; None if only one family is installed.
     """
 
     family: ClassVar[str]
@@ -53,7 +53,7 @@ class Adaptable:
 
     @property
     def accelerator(self) -> Any:
-        """The Trainer's accelerator."""
+        """Return the accelerator of the Trainer."""
         return super().accelerator  # type: ignore[misc]
 
     @accelerator.setter
@@ -85,13 +85,13 @@ class Adaptable:
 
 
 def make_siblings(first: type[Adaptable], second: type[Adaptable]) -> None:
-    """Make the classes of two families each other's siblings.
+    """Make classes of two families siblings of each other.
 
     Args:
-        first: One family's class.
-        second: The other's.
+        first: Class of one family.
+        second: Class of the other family.
     """
     first.sibling, second.sibling = second, first
-    # A Trainer takes nothing but instances of its own family's classes.
+    # A Trainer accepts only instances of its own family's classes.
     first.lightning_base.register(second)
     second.lightning_base.register(first)

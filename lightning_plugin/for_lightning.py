@@ -1,4 +1,4 @@
-"""The classes for programs that import ``lightning.pytorch`` or ``lightning.fabric``."""
+"""Strategies for programs that import ``lightning.pytorch`` or ``lightning.fabric``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["EfficientAdamFabricStrategy", "EfficientAdamStrategy"]
 
 
 class EfficientAdamStrategy(StrategyMixin, DDPStrategy):
-    """The strategy for a Trainer of ``lightning``; see :class:`StrategyMixin`."""
+    """Strategy for a Trainer of ``lightning``; see :class:`StrategyMixin`."""
 
     family = "lightning"
     lightning_base = DDPStrategy
@@ -23,7 +23,7 @@ class EfficientAdamStrategy(StrategyMixin, DDPStrategy):
 
 
 class EfficientAdamFabricStrategy(FabricStrategyMixin, FabricDDPStrategy):
-    """The strategy for a Fabric of the same; see :class:`FabricStrategyMixin`."""
+    """Strategy for a Fabric of the same package; see :class:`FabricStrategyMixin`."""
 
     family = "lightning"
     lightning_base = FabricDDPStrategy

@@ -1,7 +1,7 @@
-"""The options of our strategies: which are the hook's, which are DDP's, and what is wrong.
+"""Checks of the strategies' options, and of the optimizers that the options require.
 
-A strategy is built long before there is a process group, and its options would otherwise be looked
-at only when training starts. Everything that can be checked early is checked here.
+A strategy is constructed long before the process group exists, and most options take effect when
+training starts. Errors that do not depend on the process group are raised at construction.
 """
 
 from __future__ import annotations
@@ -17,58 +17,61 @@ from torch.optim import Optimizer
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.optim.wrappers import unwrapped
+from effadam_hook.options import HookOptions
 
-__all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer"]
+__all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer", "needs_optimizer"]
 
-_TAKEN = {
-    "ddp_comm_hook": "the strategy registers its own communication hook, and DDP takes only one",
-    "ddp_comm_state": "the strategy makes the state of its communication hook itself",
-    "ddp_comm_wrapper": "a wrapped hook would exchange other values than those it feeds back",
+_REFUSED = {
+    "ddp_comm_hook": "the strategy registers its own communication hook, and DDP accepts only one",
+    "ddp_comm_state": "the strategy creates the state of its communication hook",
+    "ddp_comm_wrapper": "a wrapped hook would exchange other values than those in the residuals",
     "model_averaging_period": "post-local SGD does not exchange gradients in every step",
 }
+_ATTACH_ONLY = ("auto", "precondition", "quantize_weights")
+_NEED_OPTIMIZER = ("precondition", "quantize_weights")
 
 
-def check_hook_options(options: Mapping[str, Any], mode_options: Mapping[str, Any]) -> None:
-    """Check the options of the exchange as far as that is possible without a process group.
+def check_hook_options(options: HookOptions) -> None:
+    """Check the options of the exchange as far as possible without a process group.
 
     Args:
-        options: Those of :class:`effadam_hook.EfficientAdamState`, and ``auto`` of
-            :func:`effadam_hook.attach`.
-        mode_options: ``precondition`` and ``quantize_weights`` of :func:`effadam_hook.attach`.
+        options: All options.
 
     Raises:
-        ValueError: If an option has no such value.
+        ValueError: If the value of an option is invalid.
         TypeError: If an option has the wrong type.
     """
-    EfficientAdamState(**{name: value for name, value in options.items() if name != "auto"})
+    given: dict[str, Any] = {**options}
+    EfficientAdamState(**{name: value for name, value in given.items() if name not in _ATTACH_ONLY})
     if options["auto"]:
-        check_auto(options["enabled"], mode_options["quantize_weights"])
-    for name, value in {"auto": options["auto"], **mode_options}.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"Invalid {name}: {value!r}. Must be True or False.")
-    if all(mode_options.values()):
-        raise ValueError(f"Invalid {' and '.join(mode_options)}: True. At most one may be set.")
+        check_auto(options["enabled"], options["quantize_weights"])
+    for name in _ATTACH_ONLY:
+        if not isinstance(given[name], bool):
+            raise TypeError(f"Invalid {name}: {given[name]!r}. Must be True or False.")
+    if options["precondition"] and options["quantize_weights"]:
+        raise ValueError(
+            f"Invalid {' and '.join(_NEED_OPTIMIZER)}: True. At most one of them may be set."
+        )
 
 
-def check_ddp_options(options: Mapping[str, Any], strategy: type, hook_options: set[str]) -> None:
-    """Check that every other option is one of Lightning's DDPStrategy or of DDP itself.
+def check_ddp_options(options: Mapping[str, Any], strategy: type) -> None:
+    """Check that Lightning's DDPStrategy or DDP accepts every other option.
 
     Args:
-        options: What is to be passed on.
+        options: The options that are passed to them.
         strategy: Lightning's class.
-        hook_options: The names of our own options, for the message.
 
     Raises:
         ValueError: If an option cannot be combined with compression.
-        TypeError: If nobody knows an option.
+        TypeError: If an option is unknown.
     """
-    for name, reason in _TAKEN.items():
+    for name, reason in _REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(f"Invalid {name}: {options[name]!r}. Must be left out: {reason}.")
     known = _names(strategy) | _names(DistributedDataParallel) - {"module", "device_ids"}
     for name in options:
         if name not in known:
-            close = get_close_matches(name, sorted(known | hook_options), n=1)
+            close = get_close_matches(name, sorted(known | HookOptions.__annotations__.keys()), n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise TypeError(
                 f"Unknown option {name!r}. Must be one of the strategy's own, of Lightning's "
@@ -76,24 +79,27 @@ def check_ddp_options(options: Mapping[str, Any], strategy: type, hook_options: 
             )
 
 
-def exchanged_optimizer(
-    optimizers: Sequence[Optimizer], mode_options: Mapping[str, bool]
-) -> Optimizer | None:
-    """The optimizer that the exchange must know; None in gradient mode, where any will do.
+def needs_optimizer(options: HookOptions) -> bool:
+    """Return whether the options require the model's optimizer."""
+    return options["precondition"] or options["quantize_weights"]
+
+
+def exchanged_optimizer(optimizers: Sequence[Optimizer], options: HookOptions) -> Optimizer | None:
+    """Select the optimizer that the exchange requires.
 
     Args:
-        optimizers: All that train the model.
-        mode_options: As for :func:`check_hook_options`.
+        optimizers: All optimizers of the model.
+        options: All options of the exchange.
 
     Returns:
-        One of them, or None.
+        The optimizer; None in gradient mode, which works with any optimizers.
 
     Raises:
-        EffAdamError: If the exchange must know one, and there is not exactly one.
+        EffAdamError: If the exchange requires an optimizer, and the model has none or several.
     """
     optimizers = [unwrapped(one, (EfficientAdam,)) for one in optimizers]
     special = any(isinstance(one, EfficientAdam) for one in optimizers)
-    if not special and not any(mode_options.values()):
+    if not special and not needs_optimizer(options):
         return None
     if len(optimizers) != 1:
         raise EffAdamError(

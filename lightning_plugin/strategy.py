@@ -1,22 +1,22 @@
-"""The Trainer's side: when the state is made, registered, saved, restored and handed on.
+"""Strategy for a Trainer: creation, registration, saving and restoring of the hook's state.
 
-A fit goes through these steps; those of Lightning are in brackets::
+A fit consists of the following steps; those of Lightning are in parentheses::
 
-    Trainer(strategy=...)        [1] options are checked; there is no process group yet
+    Trainer(strategy=...)        [1] options are checked; the process group does not exist yet
     (process group starts)
-    load_checkpoint              [2] weights will be those of a checkpoint: old residuals are void
-    setup  (wraps in DDP,        [3] the state is made and its hook registered, on any device
-            makes optimizers)    [4] the fit before, if of the same model, hands its residuals on
-    load_optimizer_state_dict    [5] a checkpoint's residuals replace them
+    load_checkpoint              [2] new weights follow: residuals of an earlier fit become invalid
+    setup  (wraps in DDP,        [3] the state is created and its hook registered, on any device
+            makes optimizers)    [4] residuals of an earlier fit of the same model are copied
+    load_optimizer_state_dict    [5] residuals of a checkpoint replace them
     (training)
-    save_checkpoint              [6] every rank's residuals go into the one file of rank 0
-    teardown (unwraps)           [7] the exchange ends; the state can still be asked and saved
+    save_checkpoint              [6] the residuals of all ranks are added to the file of rank 0
+    teardown (unwraps)           [7] the exchange ends; the state remains readable and can be saved
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -24,114 +24,43 @@ from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState, attach
 from effadam_hook.feedback.checksum import with_checksum
+from lightning_plugin.base import ExchangeStrategy
 from lightning_plugin.checkpointing import load_states, saved_states
-from lightning_plugin.families import Adaptable
-from lightning_plugin.options import check_ddp_options, check_hook_options, exchanged_optimizer
+from lightning_plugin.options import exchanged_optimizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy as Base
 else:
-    Base = object  # the mixed-in class is that of either family
+    Base = object  # the DDPStrategy of either family follows in the order of resolution
 
 __all__ = ["StrategyMixin", "register_strategies"]
 
 MODEL = "model"
-"""The name under which a checkpoint holds the state; a Trainer has one model."""
+"""Name of the state in a checkpoint; a Trainer has one model."""
 
 
-class StrategyMixin(Adaptable, Base):
-    """DDP for a Trainer, with the two-way quantized exchange in place of the all-reduce.
+class StrategyMixin(ExchangeStrategy, Base):
+    """DDP for a Trainer, with the two-way quantized exchange instead of the all-reduce.
 
-    Takes all options of :class:`effadam_hook.EfficientAdamState`, and every argument of Lightning's
-    ``DDPStrategy`` and of torch's ``DistributedDataParallel``. The communication hook is registered
-    on CPU as on CUDA. If ``configure_optimizers`` returns an :class:`effadam_hook.EfficientAdam`,
-    updates are exchanged in place of gradients.
-
-    Args:
-        quantizer: Name of the quantizer of both directions, see
-            :data:`effadam_hook.wire.quantizers.QUANTIZERS`.
-        worker_quantizer: The uplink's, if it is to differ.
-        server_quantizer: The downlink's, if it is to differ.
-        block_size: Elements that share a scale, a power of two from 16 to 4096.
-        topology: ``"rank0"`` (rank 0 is the server), ``"sharded"`` (every rank, for its share) or
-            ``"auto"`` (whichever is faster on this link).
-        error_feedback: Whether what quantization dropped is added to the next step, on both sides.
-        exact: Rules for parameters that travel uncompressed: ``"1d"``, ``"<N"`` (fewer than N
-            elements), or shell patterns for names, such as ``"*.norm*"``.
-        warmup_steps: Backward passes with a dense all-reduce before compression starts.
-        enabled: Whether to compress at all; see ``hook_state.enabled`` for switching later.
-        auto: Whether to time some dense and some compressed steps first and keep the faster kind, see
-            :func:`effadam_hook.attach`.
-        scale_rule: How a block finds its scale, ``"least_squares"`` or ``"absmax"``.
-        wait_timeout_s: Seconds after which a bucket that waits for other ranks is an error; None waits
-            for the process group's time-out.
-        precondition: Whether to quantize the gradient in units of the root of the second moment of
-            the model's ``torch.optim.Adam`` or ``AdamW``, which is worth about one bit.
-        quantize_weights: With an ``EfficientAdam``: whether the servers send the weights instead of
-            updates, quantized by ``server_quantizer``, as Quantized Adam does.
-        **ddp_options: Arguments of Lightning's ``DDPStrategy`` and ``DistributedDataParallel``:
-            ``find_unused_parameters``, ``process_group_backend`` or ``start_method``.
-
-    Raises:
-        ValueError: If an option has no such value, or cannot be combined with compression.
-        TypeError: If an option is unknown or has the wrong type.
+    Accepts all options of :class:`effadam_hook.options.HookOptions`, and every argument of Lightning's
+    ``DDPStrategy`` and of torch's ``DistributedDataParallel``. The communication hook is registered on
+    CPU as well as on CUDA. If ``configure_optimizers`` returns an :class:`effadam_hook.EfficientAdam`,
+    updates are exchanged instead of gradients.
 
     Example:
         >>> trainer = Trainer(strategy=EfficientAdamStrategy(quantizer="lloyd4"), devices=2)
     """
 
-    def __init__(
-        self,
-        *,
-        quantizer: str = "lloyd4",
-        worker_quantizer: str | None = None,
-        server_quantizer: str | None = None,
-        block_size: int = 256,
-        topology: str = "rank0",
-        error_feedback: bool = True,
-        exact: Sequence[str] = ("1d",),
-        warmup_steps: int = 0,
-        enabled: bool = True,
-        auto: bool = False,
-        scale_rule: str = "least_squares",
-        wait_timeout_s: float | None = None,
-        precondition: bool = False,
-        quantize_weights: bool = False,
-        **ddp_options: Any,
-    ) -> None:
-        hook_options: dict[str, Any] = {
-            "quantizer": quantizer,
-            "worker_quantizer": worker_quantizer,
-            "server_quantizer": server_quantizer,
-            "block_size": block_size,
-            "topology": topology,
-            "error_feedback": error_feedback,
-            "exact": exact,
-            "warmup_steps": warmup_steps,
-            "enabled": enabled,
-            "auto": auto,
-            "scale_rule": scale_rule,
-            "wait_timeout_s": wait_timeout_s,
-        }
-        mode_options: dict[str, Any] = {
-            "precondition": precondition,
-            "quantize_weights": quantize_weights,
-        }
-        check_hook_options(hook_options, mode_options)  # [1]
-        check_ddp_options(ddp_options, self.lightning_base, {*hook_options, *mode_options})
-        self._arguments = {**hook_options, **mode_options, **ddp_options}
-        self._mode_options = mode_options
-        self._hook_options = hook_options
+    def _prepare(self) -> None:
         self._hook_state: EfficientAdamState | None = None
         self._trained: weakref.ref[LightningModule] | None = None
         self._weights_replaced = False
         self._clipping_moved: tuple[Trainer, float] | None = None
-        super().__init__(**ddp_options)
 
     @property
     def hook_state(self) -> EfficientAdamState | None:
-        """The state of the running fit, or of the last one; None before the first."""
+        """Return the state of the current or last fit; None before the first fit."""
         return self._hook_state
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -141,10 +70,10 @@ class StrategyMixin(Adaptable, Base):
         return checkpoint
 
     def setup(self, trainer: Trainer) -> None:
-        """Wrap the model, make the optimizers, and register the hook if this is a fit."""
+        """Wrap the model, create the optimizers, and register the hook for a fit."""
         super().setup(trainer)
         if trainer.state.fn == "fit":
-            optimizer = exchanged_optimizer(self.optimizers, self._mode_options)
+            optimizer = exchanged_optimizer(self.optimizers, self._hook_options)
             if isinstance(optimizer, EfficientAdam):
                 self._prepare_update_mode(optimizer, trainer)
             self._start_exchange(optimizer)
@@ -153,8 +82,8 @@ class StrategyMixin(Adaptable, Base):
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise EffAdamError(
                 f"Update mode cannot run with precision {self.precision_plugin.precision!r}: its "
-                "gradient scaler would rescale finished updates. Use bf16-mixed, or another "
-                "optimizer than EfficientAdam."
+                "gradient scaler would rescale finished updates. Use bf16-mixed, or an optimizer "
+                "other than EfficientAdam."
             )
         bound = trainer.gradient_clip_val
         if not bound:
@@ -170,7 +99,7 @@ class StrategyMixin(Adaptable, Base):
                 f"{optimizer.max_grad_norm}) differ. Set only one of them."
             )
         optimizer.max_grad_norm = float(bound)
-        # Lightning would clip once more, after the exchange; teardown gives it back.
+        # Lightning would clip again after the exchange; teardown restores the value.
         self._clipping_moved = trainer, bound
         trainer.gradient_clip_val = None
 
@@ -180,7 +109,6 @@ class StrategyMixin(Adaptable, Base):
             self.model,
             optimizer=optimizer,
             grad_scaler=getattr(self.precision_plugin, "scaler", None),
-            **self._mode_options,
             **self._hook_options,
         )
         config = state.config
@@ -192,21 +120,21 @@ class StrategyMixin(Adaptable, Base):
             if not self._hook_options["auto"]:
                 state.enabled = before.enabled
             if not self._weights_replaced:
-                self._hand_on(before, state)  # [4]
+                self._continue_from(before, state)  # [4]
         self._trained = weakref.ref(self.lightning_module)
         self._weights_replaced = False
 
-    def _hand_on(self, before: EfficientAdamState, state: EfficientAdamState) -> None:
+    def _continue_from(self, before: EfficientAdamState, state: EfficientAdamState) -> None:
         saved = before.state_dict()
         if any(isinstance(one, EfficientAdam) for one in self.optimizers):
-            # Every fit has new optimizers, and moments that start anew need their warm-up again.
+            # Every fit has new optimizers, whose moments start from zero and need their warm-up again.
             own = state.state_dict()
             fresh = {"moments": own["moments"], "counters": own["counters"]}
             saved = with_checksum({**saved, **fresh})
         state.load_state_dict(saved)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the optimizers, and this rank's residuals."""
+        """Restore the optimizers and this rank's residuals."""
         super().load_optimizer_state_dict(checkpoint)
         if self._hook_state is not None:
             load_states(checkpoint, {MODEL: self._hook_state})  # [5]
@@ -214,7 +142,7 @@ class StrategyMixin(Adaptable, Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint with the residuals of all ranks; every rank must call this."""
-        # Without optimizers it is meant for inference only.
+        # A checkpoint without optimizers is for inference only.
         if self._hook_state is not None and "optimizer_states" in checkpoint:
             checkpoint.update(saved_states({MODEL: self._hook_state}))  # [6]
         super().save_checkpoint(checkpoint, *args, **kwargs)
@@ -230,17 +158,17 @@ class StrategyMixin(Adaptable, Base):
         super().teardown()
 
     def __getstate__(self) -> dict[str, Any]:
-        # For launchers that pickle the strategy: threads and process groups stay where they are.
+        # For launchers that pickle the strategy: threads and process groups cannot be pickled.
         state: dict[str, Any] = super().__getstate__()
         return {**state, "_hook_state": None, "_trained": None, "_clipping_moved": None}
 
 
 def register_strategies(registry: Any, strategy: type) -> None:
-    """Give a strategy the names under which ``Trainer(strategy="...")`` finds it.
+    """Register the names of a strategy for ``Trainer(strategy="...")``.
 
     Args:
-        registry: The registry of a family.
-        strategy: Its strategy.
+        registry: Registry of a family.
+        strategy: Strategy of the same family.
     """
     for name, start_method in (
         ("effadam", "popen"),

@@ -27,7 +27,7 @@ LADDER = (
         "effadam_hook.exchange.topology",
         "effadam_hook.exchange.waiting",
     ),
-    ("effadam_hook.config", "effadam_hook.run_log"),
+    ("effadam_hook.config", "effadam_hook.options", "effadam_hook.run_log"),
     ("effadam_hook.kernels", "effadam_hook.feedback"),
     ("effadam_hook.optim",),
     ("effadam_hook.modes",),

@@ -1,4 +1,4 @@
-"""What the exchange computes stays the same to the bit: see bits.py."""
+"""The results of the exchange stay the same to the bit; see bits.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 from bits import PATH, WORLD_SIZES, environment, run_of
 from effadam_hook.wire.quantizers import QUANTIZERS
 from harness import run_ranks
+from kernel_cases import needs_library
 
 RECORDED = json.loads(PATH.read_text())
 
 
+@needs_library  # the digests watch what the compiled kernels encode
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_payloads_residuals_and_weights_after_50_steps_are_the_recorded_ones(

@@ -38,7 +38,7 @@ from effadam_hook.planner.measure_link import measure_link
 from effadam_hook.planner.measure_speed import measure_speed
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Prediction, predict
-from effadam_hook.planner.traffic import Parameter, payload_bytes
+from effadam_hook.planner.traffic import ParameterSize, payload_bytes
 from effadam_hook.planner.workloads import UserModel, Workload, describe, parse_count, to_device
 from effadam_hook.run_log import RunLog
 from harness import run_ranks
@@ -235,7 +235,7 @@ def test_without_a_launcher_the_command_line_that_would_is_shown(
         ("plan --model test_cli:frozen_model", "test_cli:frozen_model has no trainable parameters"),
         (
             "plan --parameters 1M --methods ,",
-            "Invalid --methods: ','. Must name one method or more",
+            "Invalid --methods: ','. Must name at least one method",
         ),
         (
             "plan --parameters 1M --methods lloyd4,lloyd4/sharded",
@@ -256,7 +256,7 @@ def test_what_cannot_be_asked_ends_with_2_and_the_rule(
 @pytest.mark.parametrize(
     ("arguments", "world_size", "said"),
     [
-        ("--methods ,", 2, "Invalid --methods: ','. Must name one method or more"),
+        ("--methods ,", 2, "Invalid --methods: ','. Must name at least one method"),
         ("--methods fp32,fp16@5,fp16 --bucket-mb 5", 2, "fp16 is the same as fp16@5"),
         ("--bucket-mb 0", 2, "Invalid --bucket-mb: 0.0"),
         ("--model test_cli:frozen_model", 2, "has no trainable parameters"),
@@ -360,7 +360,7 @@ PLAN, BENCH = "plan --parameters 1k --methods", "bench --layers 1 --width 8 --me
         (f"{BENCH} fp32", f"{BENCH} fp32", 0, 'backend is "nccl" on rank 0 and "gloo" on rank 1'),
     ],
 )
-def test_ranks_that_were_not_asked_the_same_all_say_which_differs(
+def test_ranks_with_different_command_lines_all_report_the_difference(
     first: str, second: str, with_gpu: int, said: str
 ) -> None:
     argvs = [first.split(), second.split()]
@@ -369,7 +369,7 @@ def test_ranks_that_were_not_asked_the_same_all_say_which_differs(
     )
     for code, out, err in results:
         assert (code, out) == (2, "")
-        assert "The ranks were not asked the same" in err and said in err
+        assert "The command lines of the ranks differ" in err and said in err
 
 
 class MeetsInItsLoss(Workload):
@@ -771,7 +771,7 @@ def test_a_user_s_function_brings_the_model_and_what_makes_its_loss(function: st
     user = UserModel(f"test_cli:{function}")
     model = user.model()
     assert describe(model) == [
-        *(Parameter(64 * 64, 64), Parameter(64), Parameter(64, 1), Parameter(1))
+        *(ParameterSize(64 * 64, 64), ParameterSize(64), ParameterSize(64, 1), ParameterSize(1))
     ]
     assert user.can_step and user.loss(model, user.batch(0)).ndim == 0
 
@@ -793,11 +793,11 @@ def test_an_interface_that_no_one_knows_counts_nothing_and_says_so(
 ) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
-    assert "not counted" in InterfaceCounter().what
+    assert "not counted" in InterfaceCounter().description
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert "loopback" in InterfaceCounter().what
+    assert "loopback" in InterfaceCounter().description
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
-    assert "'eth9'" in InterfaceCounter().what
+    assert "'eth9'" in InterfaceCounter().description
 
 
 def test_methods_that_were_not_compared_with_dense_have_no_ratio() -> None:
@@ -864,7 +864,7 @@ def test_a_delay_is_not_taken_for_a_slow_link_nor_messages_for_bytes(
     bytes_s: float, delay_s: float
 ) -> None:
     probe: Any = FarProbe(bytes_s, delay_s)
-    model = [Parameter(1 << 18, 512)]
+    model = [ParameterSize(1 << 18, 512)]
     found = measure_link(probe, [Method.parse("lloyd4/sharded")], model, lambda part: None)
     assert found.payload_bytes_s == pytest.approx(bytes_s, rel=0.01)
     alone, shared = found.as_link(), found.as_link(cpu_weight=3.0)
@@ -883,7 +883,9 @@ def test_messages_take_processor_time_from_computing_on_the_processor_alone(
     device: str, cores: float, share: float
 ) -> None:
     probe: Any = FarProbe()
-    found = measure_link(probe, [Method.parse("fp32")], [Parameter(1 << 18, 512)], lambda _: None)
+    found = measure_link(
+        probe, [Method.parse("fp32")], [ParameterSize(1 << 18, 512)], lambda _: None
+    )
     link = _cluster(Ranks(probe, torch.device(device), "gloo", 4, cores), found).link
     (leg,) = found.legs
     assert link.cpu_s[leg.name] == share * leg.cpu_s
@@ -894,7 +896,7 @@ def test_messages_take_processor_time_from_computing_on_the_processor_alone(
 def test_the_backend_decides_alike_what_is_measured_and_what_is_predicted(
     backend: str, parts: int, sends: int
 ) -> None:
-    method, model = Method.parse("lloyd4/rank0@64"), [Parameter(1 << 20, 1024)] * 4
+    method, model = Method.parse("lloyd4/rank0@64"), [ParameterSize(1 << 20, 1024)] * 4
     probe: Any = FakeProbe()
     ranks = Ranks(probe, torch.device("cpu"), backend, 1, 2.0)
     found = measure_link(probe, [method], model, lambda part: None, ranks.on_nccl)

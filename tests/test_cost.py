@@ -13,7 +13,7 @@ from effadam_hook.planner.method import Method, expand_names
 from effadam_hook.planner.predict import Cluster, Compute, Link, Speed, predict
 from effadam_hook.planner.timeline import Transit, Work, run_timeline
 from effadam_hook.planner.traffic import (
-    Parameter,
+    ParameterSize,
     legs_of,
     make_buckets,
     parts_of,
@@ -23,7 +23,9 @@ from effadam_hook.planner.traffic import (
 from effadam_hook.wire.layout import Slot, lay_out_bucket
 from effadam_hook.wire.quantizers import get_quantizer
 
-MLP = [parameter for _ in range(6) for parameter in (Parameter(1 << 20, 1024), Parameter(1024))]
+MLP = [
+    parameter for _ in range(6) for parameter in (ParameterSize(1 << 20, 1024), ParameterSize(1024))
+]
 NUMEL = 6 * ((1 << 20) + 1024)
 OURS = ("lloyd4/sharded@1", "lloyd2/rank0@1", "lloyd4/sharded", "update:sign/rank0")
 ALL = ("fp32", "fp16", "powersgd4", *OURS)
@@ -40,7 +42,7 @@ def test_a_dense_ring_carries_twice_the_gradients_less_one_nth() -> None:
 
 
 def test_an_all_reduce_waits_for_every_round_of_its_ring_or_tree() -> None:
-    late, model = link(1e6, latency_s=0.001), [Parameter(1024)]
+    late, model = link(1e6, latency_s=0.001), [ParameterSize(1024)]
     for tree, rounds in ((False, 30), (True, 8)):
         cluster = Cluster(16, late, tree=tree)
         exchange_s = predict(Method.parse("fp32"), model, cluster).exchange_s
@@ -54,7 +56,7 @@ def test_half_the_bytes_take_half_the_time() -> None:
 
 
 def test_rank_0_takes_in_n_minus_1_payloads_and_is_the_root_of_a_tree() -> None:
-    bucket = [Parameter(1 << 20, 1024)]
+    bucket = [ParameterSize(1 << 20, 1024)]
     size = payload_bytes(bucket, "lloyd4", servers=1)
     assert size == (1 << 20) // 2 + (1 << 20) // 256 * 2 + 16  # codes, scales, seal
     up, down = legs_of(Method.parse("lloyd4/rank0"), bucket, 4)
@@ -66,7 +68,7 @@ def test_rank_0_takes_in_n_minus_1_payloads_and_is_the_root_of_a_tree() -> None:
 
 
 def test_large_buckets_of_ours_travel_in_parts_but_not_on_one_stream() -> None:
-    bucket = [Parameter(1 << 20, 1024)] * 4
+    bucket = [ParameterSize(1 << 20, 1024)] * 4
     ours = Method.parse("lloyd4/sharded")
     assert [len(part) for part in parts_of(ours, bucket, 4)] == [1, 1, 1, 1]
     assert [len(part) for part in parts_of(ours, bucket, 32)] == [2, 2]
@@ -80,7 +82,7 @@ def test_large_buckets_of_ours_travel_in_parts_but_not_on_one_stream() -> None:
 
 
 def test_sharded_sends_what_is_not_its_own_and_gets_as_much_in_both_legs() -> None:
-    bucket = [Parameter(1 << 20, 1024)]
+    bucket = [ParameterSize(1 << 20, 1024)]
     size = payload_bytes(bucket, "lloyd4", servers=4)
     for leg in legs_of(Method.parse("lloyd4/sharded"), bucket, 4):
         assert (leg.out_bytes, leg.in_bytes, leg.rounds) == (size * 3 / 4, size * 3 / 4, 1)
@@ -105,7 +107,7 @@ def test_both_legs_of_sharded_share_the_link_and_those_of_rank0_do_not() -> None
 
 def test_one_bucket_overlaps_nothing() -> None:
     speed = Speed(encode_s=1e-9, reduce_s=2e-9, reduce_payload_s=1e-9, decode_s=3e-9, call_s=1e-4)
-    model = [Parameter(1 << 20, 1024)]
+    model = [ParameterSize(1 << 20, 1024)]
     size = payload_bytes(model, "lloyd4", 4)
     predicted = predict(
         Method.parse("lloyd4/sharded"), model, Cluster(4, link(latency_s=0.01)), speed
@@ -212,7 +214,13 @@ def test_more_ranks_mean_more_bytes(name: str) -> None:
 @pytest.mark.parametrize("quantizer", ["lloyd4", "sign", "ternary", "none"])
 @pytest.mark.parametrize("servers", [1, 3, 50])
 def test_payloads_have_the_size_of_the_layout(quantizer: str, servers: int) -> None:
-    bucket = [Parameter(70_001, 7), Parameter(13), Parameter(4096, 64), Parameter(1), *MLP[:2]]
+    bucket = [
+        ParameterSize(70_001, 7),
+        ParameterSize(13),
+        ParameterSize(4096, 64),
+        ParameterSize(1),
+        *MLP[:2],
+    ]
     slots, start = [], 0
     for order, parameter in enumerate(bucket):
         slots.append(Slot(str(order), start, parameter.numel, parameter.rows == 0))

@@ -10,10 +10,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from end_to_end import table
+from lab_run import LabRun
 from netlab import Link
-from stepping import Cell, KernelsError, KernelsUsed, Plan, check_kernels
 
+from effadam_hook.cli.benchmark_run import Cell
 from effadam_hook.cli.environment import kernel_build
+from effadam_hook.cli.kernel_check import KernelsError, KernelsUsed, check_kernels
+from effadam_hook.kernels import cpu
 from effadam_hook.planner.method import Method, expand_names
 from effadam_hook.planner.workloads import Workload
 
@@ -47,7 +50,7 @@ def test_kernels_that_change_or_differ_between_ranks_are_not_reported(other: Ker
 def test_a_rebuilt_library_is_another_build(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("effadam_hook.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "kernels" / "cpu.py"))
     assert kernel_build() == "none"
     library = tmp_path / "kernels" / "_cpu.abi.so"
     library.parent.mkdir()
@@ -84,11 +87,11 @@ def test_a_ratio_compares_within_a_round_and_a_floor_is_the_busiest_link_s() -> 
 
 
 def test_every_round_measures_every_method_and_starts_with_another_one() -> None:
-    plan = Plan(("a", "b", "c"), rounds=3, warmup=1, steps=1, workload=Workload())
-    cells = plan.cells()
+    run = LabRun(("a", "b", "c"), rounds=3, warmup=1, steps=1, workload=Workload())
+    cells = run.cells()
     assert len(set(cells)) == 9
     assert [cells[i][1] for i in (0, 3, 6)] == ["a", "b", "c"]
-    assert Plan.from_json(plan.to_json()) == plan
+    assert LabRun.from_json(run.to_json()) == run
 
 
 def test_names_with_braces_stand_for_each_of_them() -> None:

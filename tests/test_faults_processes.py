@@ -39,7 +39,7 @@ def backward(model: nn.Module, rank: int, step: int) -> None:
 
 
 def attempt(action: Callable[[], Any]) -> tuple[str, float]:
-    """What an action raised, and after how many seconds; a survivor must find it soon."""
+    """Run an action; return its error and the seconds it took."""
     began = time.monotonic()
     try:
         action()
@@ -63,14 +63,15 @@ def at_phase(phase: str, action: Callable[[], None]) -> None:
             action()
 
     if phase in ("uplink", "downlink"):
-        name = {"uplink": "_step_across", "downlink": "_step_down"}[phase]
-        original = getattr(GlooExchange, name)
+        waiting_stage = {"uplink": 1, "downlink": 2}[phase]
+        original = GlooExchange._run
 
-        def step(exchange: GlooExchange, inflight: Any, job: Any) -> None:
-            counted(job.label)
-            original(exchange, inflight, job)
+        def run(exchange: GlooExchange, number: int, inflight: Any, job: Any) -> None:
+            if number == waiting_stage:
+                counted(job.label)
+            original(exchange, number, inflight, job)
 
-        setattr(GlooExchange, name, step)
+        GlooExchange._run = run  # type: ignore[method-assign]
         return
     name = {"hook": "load"}.get(phase, phase)
     method = getattr(BucketBuffers, name)

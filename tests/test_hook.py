@@ -364,7 +364,7 @@ def test_misuse_is_told_with_the_value_and_the_rule() -> None:
     assert "Invalid warmup_steps: -1. Must be 0 or more" in messages["warmup"]
     assert "'efficient_adam_hook' already" in messages["twice"]
     assert "torch.complex64" in messages["complex"]
-    assert "asks for parameter names" in messages.get("unnamed", "")
+    assert "needs parameter names" in messages.get("unnamed", "")
     assert "python_reducer" in messages["no bucket"]
 
 

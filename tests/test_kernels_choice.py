@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -50,6 +52,45 @@ def test_without_a_library_the_reference_runs_and_says_so_once(
     monkeypatch.setenv(KERNELS_VARIABLE, "cpu")
     with pytest.raises(ImportError, match=r"EFFADAM_KERNELS=cpu was given, but no compiled"):
         select(CPU)
+
+
+def test_on_windows_the_remedy_is_not_to_install_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    cpu.load.cache_clear()
+    try:
+        choice = choose(CPU)
+    finally:
+        cpu.load.cache_clear()
+    assert choice.kernels is reference
+    assert "_cpu.dll" in choice.reason
+    assert "Wheels for Windows carry no compiled kernels" in (choice.remedy or "")
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["_cpu.so", "_cpu.dylib", "_cpu.dll", "_cpu.cpython-311-x.so"])
+def test_a_library_is_found_under_the_names_of_every_system(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copy(cpu.libraries()[0], tmp_path / name)
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    cpu.load.cache_clear()
+    try:
+        assert cpu.CpuKernels(cpu.load()).variants[-1] == "plain"
+    finally:
+        cpu.load.cache_clear()
+
+
+def test_a_library_of_an_earlier_version_is_not_preferred(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("_cpu.cpython-311-x86_64-linux-gnu.so", "_cpu.so", "_cpu.abi3.so", "cpu.py"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    names = [path.name for path in cpu.libraries()]
+    assert names == ["_cpu.so", "_cpu.abi3.so", "_cpu.cpython-311-x86_64-linux-gnu.so"]
 
 
 def test_without_triton_the_reference_runs_on_cuda_and_says_so(

@@ -6,18 +6,18 @@ import inspect
 import pickle
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
 from effadam_hook import EfficientAdamState, attach
+from effadam_hook.options import HookOptions, describe_options
 from lightning_training import FAMILIES, load_family
 
 pytest.importorskip("lightning")
 pytest.importorskip("pytorch_lightning")
 
-import lightning_plugin
 from lightning_plugin import (
     CompressionMonitor,
     EfficientAdamFabricStrategy,
@@ -25,6 +25,7 @@ from lightning_plugin import (
     for_lightning,
     for_pytorch_lightning,
 )
+from lightning_plugin.base import ExchangeStrategy
 
 CLASSES = {"lightning.pytorch": for_lightning, "pytorch_lightning": for_pytorch_lightning}
 FABRICS = {"lightning.fabric": for_lightning, "lightning_fabric": for_pytorch_lightning}
@@ -107,14 +108,31 @@ def test_wrong_options_are_errors_at_once(kind: Any) -> None:
 
 
 def test_no_option_of_the_hook_is_missing() -> None:
-    ours = inspect.signature(EfficientAdamStrategy).parameters
-    assert list(inspect.signature(EfficientAdamFabricStrategy).parameters) == list(ours)
+    strategy = inspect.signature(EfficientAdamStrategy).parameters
+    assert inspect.signature(EfficientAdamFabricStrategy).parameters == strategy
+    keywords = {name for name, one in strategy.items() if one.kind is one.KEYWORD_ONLY}
+    assert keywords == get_type_hints(HookOptions).keys()
+    hints = get_type_hints(ExchangeStrategy.__init__)
+    assert get_type_hints(HookOptions).items() <= hints.items()
     automatic = {"ddp_model", "optimizer", "grad_scaler", "process_group", "options"}
     for source in (EfficientAdamState, attach):
-        for name, theirs in inspect.signature(source).parameters.items():
+        for name, parameter in inspect.signature(source).parameters.items():
             if name not in automatic:
-                assert ours[name].default == theirs.default
-                assert f"{name}: " in (lightning_plugin.strategy.StrategyMixin.__doc__ or "")
+                assert strategy[name].default == parameter.default
+                assert f"{name}: " in (ExchangeStrategy.__doc__ or "")
+
+
+def test_the_command_line_of_lightning_lists_the_options_with_their_descriptions() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(EfficientAdamStrategy)
+    text = " ".join(parser.format_help().split())
+    for name, description in describe_options().items():
+        assert f"--{name} " in text
+        assert " ".join(description.split()) in text
+    assert "--find_unused_parameters" in text and "--start_method" in text
+    read = parser.parse_args(["--quantizer=lloyd2", '--exact=["1d", "<64"]', "--auto=true"])
+    assert (read.quantizer, list(read.exact), read.auto) == ("lloyd2", ["1d", "<64"], True)
 
 
 @pytest.mark.parametrize("kind", [EfficientAdamStrategy, EfficientAdamFabricStrategy])

@@ -325,8 +325,8 @@ def test_tcp_keeps_its_windows_over_pauses_only_where_the_link_says_so(
 @pytest.mark.parametrize("_delays", ["process"], indirect=True)
 def test_a_delaying_process_that_ends_ends_the_run() -> None:
     with NetLab(2, Link(20 * MBIT, delay_ms=1.0)) as built:
-        assert built._line is not None
-        threading.Timer(1.0, built._line.kill).start()
+        assert built._delay_process is not None
+        threading.Timer(1.0, built._delay_process.kill).start()
         with pytest.raises(LabError, match="process that delays packets has ended"):
             run_in_lab(built, ["sleep", "60"], timeout_s=50, quiet=True)
     assert left_of(built.id) == []

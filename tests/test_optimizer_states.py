@@ -1,4 +1,4 @@
-"""What EfficientAdam takes over from other optimizers, and what copies of it keep."""
+"""States of other optimizers in EfficientAdam, and copies of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effadam_hook import EffAdamError, EfficientAdam, StateMismatchError, attach
+from effadam_hook.feedback.checksum import with_checksum
 from effadam_hook.optim.schedules import PowerSchedule
 from harness import run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
@@ -198,7 +199,7 @@ def load_moments(rank: int, world_size: int) -> list[str]:
         if value is not ...:
             entry[key] = value
         with pytest.raises(StateMismatchError) as caught:
-            state.load_state_dict(saved)
+            state.load_state_dict(with_checksum(saved))
         messages.append(str(caught.value))
         assert str(key) in messages[-1] or "NaN" in messages[-1], (key, messages[-1])
     train(model, optimizer, range(3, 5))

@@ -1,4 +1,4 @@
-"""Several "hosts" with slow links between them, on one Linux machine."""
+"""Simulated hosts with slow links between them, on one Linux machine."""
 
 from .counters import WireBytes, read_wire_bytes
 from .lab import LabError, NetLab, cleanup, leftovers

@@ -1,4 +1,4 @@
-"""The lab on the command line: ``run`` a program in it, ``check`` its links, ``cleanup`` old ones."""
+"""Command line of the lab: ``run`` a program, ``check`` the links, ``cleanup`` abandoned labs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from .lab import LabError, NetLab, cleanup
 from .link import Link
 from .ranks import RankError, run_in_lab
 
-_USAGE = "run: give the command after --, as in: run --hosts 4 --rate 1gbit -- python train.py"
+_USAGE = (
+    "run: give the command after --, for example: run --hosts 4 --rate 1gbit -- python train.py"
+)
 
 
 def main() -> int:
-    """Parse the arguments and do it."""
+    """Parse the arguments and run the action."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.netlab", description=__doc__)
     commands = parser.add_subparsers(dest="action", required=True)
     for name, text in (
         ("run", "run a program once on every host"),
-        ("check", "measure what TCP gets through the links"),
+        ("check", "measure TCP throughput and round trips of the links"),
     ):
         sub = commands.add_parser(name, help=text)
         sub.add_argument("--hosts", type=int, default=4, metavar="N")
-        sub.add_argument("--rate", default="1gbit", help="of each link, as in 200mbit")
-        sub.add_argument("--delay-ms", type=float, default=0.0, help="one way, host to host")
+        sub.add_argument("--rate", default="1gbit", help="rate of each link, for example 200mbit")
+        sub.add_argument("--delay-ms", type=float, default=0.0, help="one-way delay between hosts")
         if name == "run":
-            sub.add_argument("command", nargs=argparse.REMAINDER, help="after --")
-    commands.add_parser("cleanup", help="remove labs whose owner is gone")
+            sub.add_argument("command", nargs=argparse.REMAINDER, help="command, after --")
+    commands.add_parser("cleanup", help="remove labs whose owner has ended")
     args = parser.parse_args()
     try:
         if args.action == "cleanup":

@@ -1,4 +1,4 @@
-"""Is the lab a fair link? What TCP gets through it, alone and with every host sending at once."""
+"""Check of a lab's links: TCP throughput from one host and from all hosts at once."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def check_links(lab: NetLab, seconds: float = 2.0) -> str:
     """Measure throughput and round trips between hosts of a lab.
 
     Args:
-        lab: The lab, built.
-        seconds: How long to measure each.
+        lab: The lab, entered as a context manager.
+        seconds: Duration of each measurement.
 
     Returns:
-        A report for people.
+        The report as text.
     """
     one = _throughput(lab, [1], seconds)
     many = _throughput(lab, list(range(1, lab.hosts)), seconds)

@@ -1,4 +1,4 @@
-"""Bytes as the links see them, counted by the kernel and not by any program that sends them."""
+"""Bytes on the links of a lab, counted by the kernel."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["WireBytes", "read_wire_bytes"]
 
 @dataclass(frozen=True)
 class WireBytes:
-    """What has passed every host's link, Ethernet, IP and TCP headers of every packet included.
+    """Bytes on every host's link, including the Ethernet, IP and TCP headers of every packet.
 
     Attributes:
-        sent: Bytes up, by host.
-        received: Bytes down, by host.
+        sent: Bytes from each host to the switch.
+        received: Bytes from the switch to each host.
     """
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
 
     def __sub__(self, earlier: WireBytes) -> WireBytes:
-        """What has passed since an earlier reading."""
+        """Compute the bytes since an earlier reading."""
         return WireBytes(
             tuple(a - b for a, b in zip(self.sent, earlier.sent, strict=True)),
             tuple(a - b for a, b in zip(self.received, earlier.received, strict=True)),
@@ -31,34 +31,34 @@ class WireBytes:
 
     @property
     def busiest(self) -> int:
-        """The most bytes that any link carried in one direction."""
+        """Return the maximum over links and directions."""
         return max(*self.sent, *self.received)
 
     @property
     def total(self) -> int:
-        """All bytes that were sent."""
+        """Return the bytes that all hosts sent."""
         return sum(self.sent)
 
 
 def read_wire_bytes(lab_id: str, hosts: int) -> WireBytes:
-    """The counters of a lab's links, which any process of root's can read.
+    """Read the counters of a lab's links; any process of root can do so.
 
     Args:
-        lab_id: :attr:`NetLab.id <netlab.lab.NetLab.id>`.
+        lab_id: Identifier of the lab, :attr:`NetLab.id <netlab.lab.NetLab.id>`.
         hosts: Number of hosts.
 
     Returns:
-        The counters since the links were shaped.
+        The bytes since the lab was built.
     """
-    received = _passed(f"{lab_id}-sw", [f"p{host}" for host in range(hosts)])
-    sent = [_passed(f"{lab_id}-h{host}", ["eth0"])[0] for host in range(hosts)]
+    received = _counted(f"{lab_id}-sw", [f"p{host}" for host in range(hosts)])
+    sent = [_counted(f"{lab_id}-h{host}", ["eth0"])[0] for host in range(hosts)]
     return WireBytes(tuple(sent), tuple(received))
 
 
-def _passed(namespace: str, devices: Sequence[str]) -> list[int]:
-    # The bucket's own counter: unlike the interface's it knows the headers that cutting a large
-    # segment adds, and it is what the rate is held against.
+def _counted(namespace: str, devices: Sequence[str]) -> list[int]:
+    # The counter of the token bucket, not of the interface: it includes the headers that splitting a
+    # large segment adds, and it is the value to which the rate applies.
     command = ["tc", "-n", namespace, "-s", "-j", "qdisc", "show"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    passed = {q["dev"]: q["bytes"] for q in json.loads(text) if q["kind"] == "tbf"}
-    return [int(passed[device]) for device in devices]
+    counted = {q["dev"]: q["bytes"] for q in json.loads(text) if q["kind"] == "tbf"}
+    return [int(counted[device]) for device in devices]

@@ -1,4 +1,4 @@
-"""A lab: N hosts and a switch, each a network namespace, joined by shaped links.
+"""Lab of N hosts and a switch, each a network namespace, connected by shaped links.
 
 ::
 
@@ -8,13 +8,13 @@
     namespace effadam-<id>-h1                │
     eth0 10.77.0.2 ──────── veth ──────── p1 ┘
 
-Every direction of every link is shaped where it leaves: ``eth0`` is the host's way up, ``p0`` its way
-down. Where packets are to be late and the kernel has no netem, a process takes the cables' place, see
-``delay.py``. Nothing is added to the machine's own namespace, so no packet can leave the lab and labs
-cannot meet each other; all of them use the same addresses.
+Every direction of every link is shaped at its sender: ``eth0`` shapes the host's uplink, ``p0`` its
+downlink. If a delay is required and the kernel has no netem, a process replaces the virtual cables, see
+``delay.py``. The machine's own namespace remains unchanged, so no packet can leave the lab and several
+labs cannot interfere. All labs use the same addresses.
 
-``<id>`` names the owner, a process, by pid and start time. A lab that has lost its owner is found by
-that and taken down: by ``python -m benchmarks.netlab cleanup``, or by the next lab.
+``<id>`` identifies the owner, a process, by its pid and start time. ``python -m benchmarks.netlab
+cleanup`` and the next lab remove every lab whose owner has ended.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ __all__ = ["LabError", "NetLab", "cleanup", "leftovers"]
 
 _NAME = re.compile(r"effadam-(\d+)-(\d+)-(\d+)-(sw|h\d+)")
 _NETWORK = "10.77.0"
-_FEWEST, _MOST = 2, 64
+_MIN_HOSTS, _MAX_HOSTS = 2, 64
 _numbers = itertools.count()
 
 
 class LabError(RuntimeError):
-    """The lab cannot be built here."""
+    """The lab cannot be built, or has failed."""
 
 
 class NetLab:
-    """A lab, built on entering the context and taken down on leaving it, however that happens.
+    """Lab as a context manager: built on entry and removed on exit, also after errors and signals.
 
     Args:
         hosts: Number of hosts.
-        link: What every host's link is like.
+        link: Link of each host.
 
     Raises:
-        LabError: On entering, if this process is not root or the kernel cannot do it.
+        LabError: On entry, if this process is not root or the kernel lacks a feature.
         ValueError: If the number of hosts is out of range.
 
     Example:
@@ -63,31 +63,31 @@ class NetLab:
     """
 
     def __init__(self, hosts: int, link: Link) -> None:
-        if not _FEWEST <= hosts <= _MOST:
-            raise ValueError(f"Invalid hosts: {hosts}. Must be from {_FEWEST} to {_MOST}.")
+        if not _MIN_HOSTS <= hosts <= _MAX_HOSTS:
+            raise ValueError(f"Invalid hosts: {hosts}. Must be from {_MIN_HOSTS} to {_MAX_HOSTS}.")
         self.hosts = hosts
         self.link = link
         self.id = f"effadam-{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}"
         self._old_handlers: dict[signal.Signals, object] = {}
-        self._line: subprocess.Popen[str] | None = None
+        self._delay_process: subprocess.Popen[str] | None = None
 
     @property
     def switch(self) -> str:
-        """Name of the switch's namespace."""
+        """Return the name of the switch's namespace."""
         return f"{self.id}-sw"
 
     def namespace(self, host: int) -> str:
-        """Name of a host's namespace."""
+        """Return the name of a host's namespace."""
         return f"{self.id}-h{host}"
 
     def address(self, host: int) -> str:
-        """IPv4 address of a host."""
+        """Return the IPv4 address of a host."""
         return f"{_NETWORK}.{host + 1}"
 
     def __enter__(self) -> NetLab:
         check_possible()
         cleanup()
-        # A terminated process leaves its "with" blocks only if the signal becomes an exception.
+        # A signal must become an exception, or the "with" block is not exited.
         for number in (signal.SIGTERM, signal.SIGHUP):
             self._old_handlers[number] = signal.signal(number, _leave)
         try:
@@ -106,14 +106,14 @@ class NetLab:
         self.close()
 
     def close(self) -> None:
-        """Take the lab down, with every process in it."""
-        # A second Ctrl-C must not stop the cleaning.
+        """Remove the lab and end every process in it."""
+        # A second Ctrl-C must not interrupt the cleanup.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             _remove([name for name in _namespaces() if name.startswith(f"{self.id}-")])
-            if self._line is not None:
-                delay.end_line(self._line)
-                self._line = None
+            if self._delay_process is not None:
+                delay.end_delay(self._delay_process)
+                self._delay_process = None
         finally:
             signal.signal(signal.SIGINT, interrupt)
             for number, handler in self._old_handlers.items():
@@ -127,69 +127,69 @@ class NetLab:
             _run("ip", "-n", name, "link", "set", "lo", "up")
         _run("ip", "-n", self.switch, "link", "add", "br0", "type", "bridge", "stp_state", "0")
         _run("ip", "-n", self.switch, "link", "set", "br0", "up")
-        uses_line = self.link.delay_ms > 0 and not self._has_netem()
-        if uses_line:
-            self._start_line()
+        uses_process = self.link.delay_ms > 0 and not self._has_netem()
+        if uses_process:
+            self._start_delay()
         for host in range(self.hosts):
-            if not uses_line:
-                self._join(host)
-            self._plug_in(host)
+            if not uses_process:
+                self._add_cable(host)
+            self._configure_host(host)
             for namespace, device in ((self.namespace(host), "eth0"), (self.switch, f"p{host}")):
-                for command in self.link.shaping(device, not uses_line):
+                for command in self.link.shaping(device, not uses_process):
                     _run("tc", "-n", namespace, *command)
 
-    def check_line(self) -> None:
-        """Check that packets are still carried.
+    def check_delay(self) -> None:
+        """Check that packets are still forwarded.
 
         Raises:
-            LabError: If they are late because of a process, and that has ended.
+            LabError: If a process delays packets and has ended.
         """
-        if self._line is not None and self._line.poll() is not None:
+        if self._delay_process is not None and self._delay_process.poll() is not None:
             raise LabError(
-                f"The process that delays packets has ended: {delay.end_line(self._line)}. Nothing "
-                "reaches another host any more; build the lab anew."
+                "The process that delays packets has ended: "
+                f"{delay.end_delay(self._delay_process)}. Packets no longer reach other hosts; build "
+                "the lab again."
             )
 
     def _has_netem(self) -> bool:
-        """Whether the kernel can delay packets by itself."""
+        """Return whether the kernel can delay packets."""
         tc, netem = ("tc", "-n", self.switch, "qdisc"), ("dev", "lo", "root", "netem")
         if subprocess.run([*tc, "add", *netem], capture_output=True, check=False).returncode != 0:
             return False
         _run(*tc, "del", *netem)
         return True
 
-    def _start_line(self) -> None:
+    def _start_delay(self) -> None:
         hosts = [self.namespace(host) for host in range(self.hosts)]
         try:
-            self._line = delay.start_line(self.switch, hosts, self.link.delay_ms / 2e3)
+            self._delay_process = delay.start_delay(self.switch, hosts, self.link.delay_ms / 2e3)
         except OSError as error:
             raise LabError(
-                "There is nothing to delay packets with: tc cannot add a netem (most often the kernel "
-                f"has no sch_netem), and a process in its place failed: {error}. It needs the kernel's "
-                "tun driver and /dev/net/tun."
+                "Packets cannot be delayed: tc cannot add a netem (most often the kernel has no "
+                f"sch_netem), and the process that replaces it failed: {error}. The process needs the "
+                "kernel's tun driver and /dev/net/tun."
             ) from error
 
-    def _join(self, host: int) -> None:
-        """Lay the cable."""
+    def _add_cable(self, host: int) -> None:
         # fmt: off
         _run("ip", "link", "add", "eth0", "netns", self.namespace(host), "type", "veth",
              "peer", "name", f"p{host}", "netns", self.switch)
         # fmt: on
 
-    def _plug_in(self, host: int) -> None:
+    def _configure_host(self, host: int) -> None:
         namespace, port = self.namespace(host), f"p{host}"
         # fmt: off
         _run("ip", "-n", self.switch, "link", "set", port, "master", "br0", "up")
         _run("ip", "-n", namespace, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
         _run("ip", "-n", namespace, "link", "set", "eth0", "up")
-        # On the route, because the setting for a whole namespace is not open to every root. Cubic is
-        # what most machines run, whatever this one does.
+        # On the route, as not every root may change the setting of a namespace. Cubic is the default of
+        # most machines.
         _run("ip", "-n", namespace, "route", "replace", f"{_NETWORK}.0/24", "dev", "eth0",
              "src", self.address(host), "congctl", "cubic")
         # fmt: on
         window = self.link.window_bytes
         settings = {
-            "tcp_no_metrics_save": "1",  # no connection inherits what an earlier one met
+            "tcp_no_metrics_save": "1",  # connections start without metrics of earlier ones
             "tcp_slow_start_after_idle": str(int(not self.link.keeps_windows)),
             "tcp_rmem": f"4096 131072 {window}",
             "tcp_wmem": f"4096 65536 {window}",
@@ -202,7 +202,7 @@ def check_possible() -> None:
     """Check that this process can build a lab.
 
     Raises:
-        LabError: If not, saying what is missing.
+        LabError: If not, with the missing requirement.
     """
     for tool in ("ip", "tc", "sysctl", "setpriv"):
         if shutil.which(tool) is None:
@@ -212,25 +212,25 @@ def check_possible() -> None:
             )
     if os.geteuid() != 0:
         raise LabError(
-            f"The network lab needs root to make network namespaces; this process runs as user "
+            f"The network lab needs root to create network namespaces; this process runs as user "
             f"{os.geteuid()}. Start it with sudo, or in a container with --privileged."
         )
 
 
 def leftovers() -> list[str]:
-    """Namespaces of labs whose owner is gone.
+    """List the namespaces of labs whose owner has ended.
 
     Returns:
-        Their names.
+        The names of the namespaces.
     """
     return [name for name in _namespaces() if not _owner_lives(name)]
 
 
 def cleanup() -> list[str]:
-    """Take down the labs whose owner is gone.
+    """Remove the labs whose owner has ended.
 
     Returns:
-        The names of the namespaces that were removed.
+        The names of the removed namespaces.
     """
     names = leftovers()
     _remove(names)
@@ -252,7 +252,7 @@ def _owner_lives(name: str) -> bool:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None if there is no such process."""
+    """Return the start time of a process in clock ticks since boot; None if it does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -267,13 +267,13 @@ def _remove(names: Sequence[str]) -> None:
 
 
 def _kill_inside(name: str) -> None:
-    """End the processes in a namespace, by their ids, and wait until they are gone."""
+    """Kill the processes in a namespace by their ids, and wait until they have ended."""
     for _ in range(50):
-        found = subprocess.run(
+        listed = subprocess.run(
             ["ip", "netns", "pids", name], capture_output=True, text=True, check=False
         )
-        pids = [int(pid) for pid in found.stdout.split()]
-        # Those that have ended and only wait for their parent to notice.
+        pids = [int(pid) for pid in listed.stdout.split()]
+        # Zombies have ended already; their parent has not collected them yet.
         pids = [pid for pid in pids if not _is_zombie(pid)]
         if not pids:
             return

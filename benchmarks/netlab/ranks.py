@@ -1,4 +1,4 @@
-"""Runs one program on all hosts of a lab, as a launcher would on a cluster."""
+"""Run one program on all hosts of a lab, as a launcher does on a cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN_LINES = 25
 
 
 class RankError(RuntimeError):
-    """A rank ended with an error, or the ranks did not end in time."""
+    """A rank failed, or the ranks did not end before the timeout."""
 
 
 def run_in_lab(
@@ -31,25 +31,25 @@ def run_in_lab(
     timeout_s: float | None = None,
     quiet: bool = False,
 ) -> list[str]:
-    """Start a program once on every host and wait for the end of all.
+    """Run a program once on every host and wait until all have ended.
 
-    The programs find what torchrun would give them: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
-    ``MASTER_ADDR`` and ``MASTER_PORT``; besides, ``GLOO_SOCKET_IFNAME`` and, to read the counters,
-    ``NETLAB_ID``. They die with this process.
+    The environment contains the variables of torchrun: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
+    ``MASTER_ADDR`` and ``MASTER_PORT``. It also contains ``GLOO_SOCKET_IFNAME`` and, for reading the
+    counters, ``NETLAB_ID``. The programs are killed when this process ends.
 
     Args:
-        lab: The lab, built.
+        lab: The lab, entered as a context manager.
         command: Program and arguments.
         env: Further environment variables.
-        timeout_s: Seconds until the ranks are killed; None waits for ever.
-        quiet: Whether to hold back what the ranks print, unless one fails.
+        timeout_s: Seconds until the ranks are killed; None for no limit.
+        quiet: Whether to suppress the output of the ranks, except in the message of an error.
 
     Returns:
-        What each rank printed to its standard output.
+        The output of each rank.
 
     Raises:
-        RankError: If a rank fails or time is up.
-        LabError: If the lab itself breaks.
+        RankError: If a rank fails or the timeout expires.
+        LabError: If the lab fails.
     """
     probe = ["ip", "netns", "exec", lab.namespace(0), sys.executable, "-c", _FREE_PORT]
     port = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()
@@ -103,7 +103,7 @@ def _watchdog(
                 elif not quiet and key.data == 0:
                     sys.stdout.write(data.decode(errors="replace"))
                     sys.stdout.flush()
-            lab.check_line()
+            lab.check_delay()
             if any(rank.poll() not in (None, 0) for rank in ranks):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
             if time.monotonic() > deadline:
@@ -129,6 +129,6 @@ def _report(codes: Sequence[int | None], texts: Sequence[str], timeout_s: float 
         ending = f"ended with {code}" if code is not None else f"was killed after {timeout_s} s"
         lines.append(f"rank {index} {ending}")
         if code != 0 and not shown:
-            shown = True  # the others nearly always say the same, or that this one is gone
+            shown = True  # others usually print the same error, or that this rank has ended
             lines += [f"  | {line}" for line in text.splitlines()[-_SHOWN_LINES:]]
     return "The ranks did not all succeed.\n" + "\n".join(lines)

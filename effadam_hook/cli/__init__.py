@@ -1,4 +1,4 @@
-"""The ``effadam`` command: what runs here, whether compression pays, and what a run did."""
+"""The ``effadam`` command: environment, prediction and comparison of methods, logs of runs."""
 
 from effadam_hook.cli.command import main
 

@@ -1,4 +1,4 @@
-"""``effadam env``: what is installed, and which kernels will run."""
+"""``effadam env``: show installed versions and the kernels that will run."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ _PACKAGES = ("torch", "triton", "lightning", "pytorch-lightning", "rich", "matpl
 
 
 def add_env(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
+    """Add the arguments."""
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
 def run_env(args: argparse.Namespace) -> int:
-    """Print it.
+    """Print versions, machine and kernels.
 
     Returns:
-        0; 1 if kernels that are wanted cannot run.
+        0; 1 if the requested kernels cannot run.
     """
     screen = Screen(args.json)
-    found = _found()
-    screen.table("versions", ("", "version"), list(found["versions"].items()))
-    screen.table("machine", ("", ""), list(found["machine"].items()))
+    report = _report()
+    screen.table("versions", ("", "version"), list(report["versions"].items()))
+    screen.table("machine", ("", ""), list(report["machine"].items()))
     rows = [
         (device, "yes" if one["present"] else "no", one["kernels"], one["reason"])
-        for device, one in found["kernels"].items()
+        for device, one in report["kernels"].items()
     ]
     screen.table("kernels", ("device", "present", "kernels", "why"), rows)
-    for device, one in found["kernels"].items():
+    for device, one in report["kernels"].items():
         if one["remedy"]:
             screen.note(f"{device}: {one['remedy']}")
-    screen.result(found)
-    return 1 if any(one["kernels"] == "error" for one in found["kernels"].values()) else 0
+    screen.result(report)
+    return 1 if any(one["kernels"] == "error" for one in report["kernels"].values()) else 0
 
 
-def _found() -> dict[str, Any]:
+def _report() -> dict[str, Any]:
     return {
         "versions": {
             "effadam-hook": effadam_hook.__version__,
@@ -69,23 +69,23 @@ def _found() -> dict[str, Any]:
 
 
 def _kernels(device: str) -> dict[str, Any]:
-    """What would run on a device; CUDA's answer needs no GPU."""
+    """Return the kernels that would run on a device; for CUDA no GPU is needed."""
     present = device == "cpu" or torch.cuda.is_available()
     try:
-        choice = choose(torch.device(device))
+        selected = choose(torch.device(device))
     except (ImportError, ValueError) as error:
         return {"present": present, "kernels": "error", "reason": str(error), "remedy": ""}
     return {
         "present": present,
-        "kernels": choice.kernels.name,
-        "reason": choice.reason,
-        "remedy": choice.remedy or "",
+        "kernels": selected.kernels.name,
+        "reason": selected.reason,
+        "remedy": selected.remedy or "",
     }
 
 
 def _backends() -> list[str]:
     checks = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
-    return [name for name, is_there in checks.items() if dist.is_available() and is_there()]
+    return [name for name, check in checks.items() if dist.is_available() and check()]
 
 
 def _version(name: str) -> str:

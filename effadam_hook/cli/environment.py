@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure was measured with."""
+"""Machine and versions that belong to a measurement."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 
 import effadam_hook
 from effadam_hook.kernels import select
+from effadam_hook.kernels.cpu import libraries
 
 __all__ = ["environment", "kernel_build"]
 
 
 def environment() -> dict[str, object]:
-    """What belongs beside every figure.
+    """Describe the machine and the versions, for the record of a measurement.
 
     Returns:
         Plain values by name.
@@ -24,7 +25,7 @@ def environment() -> dict[str, object]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # not on Windows
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -35,13 +36,12 @@ def environment() -> dict[str, object]:
 
 
 def kernel_build() -> str:
-    """Which build of the compiled kernels lies beside the package at this moment.
+    """Return the digest of the compiled kernels that are installed at this moment.
 
     Returns:
-        The first 12 hexadecimal digits of the library's SHA-256; "none" if there is no library.
+        The first 12 hexadecimal digits of the library's SHA-256; ``"none"`` if there is no library.
     """
-    folder = Path(effadam_hook.__file__).parent / "kernels"
-    built = sorted(folder.glob("_cpu*.so")) + sorted(folder.glob("_cpu*.dylib"))
+    built = libraries()
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in built))
     return digest.hexdigest()[:12] if built else "none"
 

@@ -1,4 +1,4 @@
-"""Bytes as this host's own network interface counts them."""
+"""Bytes on a host's network interface, as counted by the operating system."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ _RECEIVED, _SENT = 0, 8
 
 
 class InterfaceCounter:
-    """Counts what the interface towards the other ranks carries, whoever sends it.
+    """Byte counter of the interface that leads to the other ranks, for traffic of all programs.
 
     Attributes:
-        name: The interface that routes to ``MASTER_ADDR``, or that ``GLOO_SOCKET_IFNAME`` or
-            ``NCCL_SOCKET_IFNAME`` names; None where the system does not say.
+        name: The interface that ``GLOO_SOCKET_IFNAME`` or ``NCCL_SOCKET_IFNAME`` names, or that routes
+            to ``MASTER_ADDR``; None if the system does not provide it.
     """
 
     def __init__(self) -> None:
         self.name = _named() or _routed(os.environ.get("MASTER_ADDR", "127.0.0.1"))
 
     def __call__(self, probe: Probe) -> tuple[list[int], list[int]]:
-        """All ranks' counters, read while nobody sends; zeros where there are none."""
+        """Return the counters of all ranks, read while no rank sends; zeros without counters."""
         probe.share(None)
         counters = probe.share(list(self._read()))
         return [sent for sent, _ in counters], [received for _, received in counters]
 
     @property
-    def what(self) -> str:
-        """What is counted, in words."""
+    def description(self) -> str:
+        """Return a description of the counted bytes."""
         if self.name is None:
-            return "bytes are not counted: this system does not say which interface is used"
+            return "bytes are not counted: this system does not report which interface is used"
         if self.name.startswith("lo"):
             return (
-                f"bytes are those of the loopback interface {self.name!r}: all ranks of this machine "
-                "together, and no network was involved"
+                f"bytes are counted on the loopback interface {self.name!r}: for all ranks of this "
+                "machine together, without a network"
             )
         return (
-            f"bytes are those of each host's interface {self.name!r}, headers included, whoever sent "
-            "them; ranks on one host all report their host's"
+            f"bytes are counted on each host's interface {self.name!r}, including headers and traffic "
+            "of other programs; all ranks of a host report the same counter"
         )
 
     def _read(self) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def _named() -> str | None:
 
 
 def _routed(address: str) -> str | None:
-    """The interface whose address the system would send from."""
+    """Return the interface whose address the system uses as the source."""
     try:
         family, _, _, _, there = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

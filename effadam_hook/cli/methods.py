@@ -1,4 +1,4 @@
-"""A method made real: the model wrapped in DDP, with the optimizer and hook that the method says."""
+"""Methods from the command line, and models wrapped in DDP with a method's optimizer and hook."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Prepared", "prepare", "read_methods"]
 
 _ONE_BUCKET_MB = 1 << 16
 
-# DDP refuses torch's own hook by its name unless NCCL runs it. It does no harm on Gloo.
+# DDP rejects torch's own hook by its name unless the backend is NCCL. The hook works on Gloo.
 _CASTS: dict[str, Any] = {
     "fp16": default_hooks.fp16_compress_hook,
     "bf16": lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket),  # noqa: PLW0108
@@ -30,14 +30,14 @@ _CASTS: dict[str, Any] = {
 
 @dataclass
 class Prepared:
-    """A model ready to be trained by a method.
+    """Model ready to be trained with a method.
 
     Attributes:
         model: The DDP model.
-        optimizer: Its optimizer.
-        scope: What every step runs in.
-        close: Ends what the method has started.
-        state: Ours: the hook's state; None for the others.
+        optimizer: The optimizer.
+        scope: Function that returns the context manager in which every step runs.
+        close: Function that releases what the method has started.
+        state: State of this project's hook; None for other methods.
     """
 
     model: DistributedDataParallel
@@ -48,26 +48,26 @@ class Prepared:
 
 
 def read_methods(text: str, bucket_mb: float | None) -> list[Method]:
-    """The methods of a ``--methods`` option.
+    """Parse the option ``--methods``.
 
     Args:
-        text: The option's value.
-        bucket_mb: The value of ``--bucket-mb``, for all whose name does not say.
+        text: Value of the option.
+        bucket_mb: Value of ``--bucket-mb``, for the names without a bucket size.
 
     Returns:
-        At least one, each of them once.
+        At least one method, without duplicates.
 
     Raises:
-        CommandError: If there is none, one is there twice, or the buckets have no size.
+        CommandError: If there is no method, a method occurs twice, or the bucket size is invalid.
         ValueError: If a name is unknown.
     """
     if bucket_mb is not None and not 0 < bucket_mb < math.inf:
-        raise CommandError(f"Invalid --bucket-mb: {bucket_mb}. Must be above 0, and finite.")
+        raise CommandError(f"Invalid --bucket-mb: {bucket_mb}. Must be above 0 and finite.")
     methods = [Method.parse(name).with_buckets(bucket_mb) for name in expand_names(text)]
     if not methods:
         raise CommandError(
-            f"Invalid --methods: {text!r}. Must name one method or more, such as "
-            '"fp32,lloyd4/sharded"; leave it out for the usual ones.'
+            f"Invalid --methods: {text!r}. Must name at least one method, for example "
+            '"fp32,lloyd4/sharded"; omit the option for the default methods.'
         )
     names: dict[Method, str] = {}
     for method in methods:
@@ -75,21 +75,21 @@ def read_methods(text: str, bucket_mb: float | None) -> list[Method]:
         if first is not method.name:
             raise CommandError(
                 f"Invalid --methods: {text!r}. {method.name} is the same as {first}, with the same "
-                "buckets. Must be each method once: leave one of them out."
+                "buckets. Each method must occur once: remove one of them."
             )
     return methods
 
 
 def prepare(method: Method, model: nn.Module, lr: float = 1e-4) -> Prepared:
-    """Wrap a model; a collective operation.
+    """Wrap a model in DDP for a method; a collective operation.
 
     Args:
-        method: How its gradients are averaged.
+        method: The method.
         model: The bare model, equal on all ranks, on its device.
-        lr: Learning rate of Adam, which every method uses.
+        lr: Learning rate of Adam, the optimizer of every method.
 
     Returns:
-        What to train.
+        The model, ready to be trained.
     """
     cap = _ONE_BUCKET_MB if method.kind == "powersgd" else method.bucket_mb
     ddp = DistributedDataParallel(model, bucket_cap_mb=cap, gradient_as_bucket_view=True)
@@ -98,20 +98,20 @@ def prepare(method: Method, model: nn.Module, lr: float = 1e-4) -> Prepared:
     else:
         optimizer = torch.optim.Adam(ddp.parameters(), lr=lr, fused=True)
     close: Callable[[], None] = _nothing
-    ours: EfficientAdamState | None = None
+    state: EfficientAdamState | None = None
     if method.kind == "cast":
         ddp.register_comm_hook(None, _CASTS[method.quantizer])
     elif method.kind == "powersgd":
-        state = powerSGD_hook.PowerSGDState(
+        powersgd = powerSGD_hook.PowerSGDState(
             None, matrix_approximation_rank=method.rank, start_powerSGD_iter=3
         )
-        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-    elif method.is_ours:
-        given: dict[str, Any] = {"optimizer": optimizer} if method.kind == "update" else {}
-        ours = attach(ddp, quantizer=method.quantizer, topology=method.topology, **given)
-        close = ours.close
+        ddp.register_comm_hook(powersgd, powerSGD_hook.powerSGD_hook)
+    elif method.is_effadam:
+        extra: dict[str, Any] = {"optimizer": optimizer} if method.kind == "update" else {}
+        state = attach(ddp, quantizer=method.quantizer, topology=method.topology, **extra)
+        close = state.close
     scope = ddp.no_sync if method.kind == "none" else contextlib.nullcontext
-    return Prepared(ddp, optimizer, scope, close, ours)
+    return Prepared(ddp, optimizer, scope, close, state)
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""``effadam plan``: measures link and kernels, predicts every method's step, recommends one."""
+"""``effadam plan``: measure link and kernels, predict every method's step, recommend one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from effadam_hook.planner.advice import (
     forecast,
 )
 from effadam_hook.planner.measure_compute import measure_compute
-from effadam_hook.planner.measure_link import MeasuredLink, measure_link, parts_of_link
+from effadam_hook.planner.measure_link import MeasuredLink, measure_link, measurement_count
 from effadam_hook.planner.measure_speed import measure_speed
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Cluster, Compute, Prediction, Speed
-from effadam_hook.planner.traffic import Parameter, square_model
+from effadam_hook.planner.traffic import ParameterSize, square_model
 from effadam_hook.planner.workloads import UserModel, Workload, describe, parse_count
 
 __all__ = ["add_plan", "run_plan"]
@@ -33,46 +33,49 @@ _FORWARD_SHARE = 1 / 3
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
+    """Add the arguments."""
     model = parser.add_argument_group("model: one of these")
-    model.add_argument("--parameters", metavar="N", help="how many, as in 6.3M or 1.5B")
-    model.add_argument("--model", metavar="MODULE:FUNCTION", help="returns the model, see the docs")
-    model.add_argument("--mlp", metavar="LAYERSxWIDTHxROWS", help="a perceptron, as in 6x1024x32")
+    model.add_argument("--parameters", metavar="N", help="number of parameters, for example 6.3M")
+    model.add_argument("--model", metavar="MODULE:FUNCTION", help="function that returns the model")
+    model.add_argument(
+        "--mlp", metavar="LAYERSxWIDTHxROWS", help="a perceptron, for example 6x1024x32"
+    )
     parser.add_argument(
         "--compute-ms",
         type=float,
-        help="of a step without communication; measured if the model can be run",
+        help="step time without communication (default: measured if the model can be run)",
     )
     parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb (default: 1, then 25)")
-    parser.add_argument("--methods", default=_METHODS, help="names (default %(default)s)")
+    parser.add_argument("--methods", default=_METHODS, help="method names (default %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Measure, predict, recommend."""
+    """Measure, predict, and print the recommendation."""
     screen = Screen(args.json, rank_here())
     methods = _methods(args)
     workload, parameters = _model(args)
     with join_ranks(args) as ranks:
-        off = dense_methods(methods, args.bucket_mb)
-        found, speeds, compute = _measure(
-            args, screen, ranks, [*methods, *off], parameters, workload
+        references = dense_methods(methods, args.bucket_mb)
+        link, speeds, compute = _measure(
+            args, screen, ranks, [*methods, *references], parameters, workload
         )
-        cluster = _cluster(ranks, found)
+        cluster = _cluster(ranks, link)
         predictions = forecast(methods, parameters, cluster, speeds, compute)
-        dense = [_same(predictions, one) for one in forecast(off, parameters, cluster, {}, compute)]
+        computed = forecast(references, parameters, cluster, {}, compute)
+        dense = [_requested(predictions, one) for one in computed]
         advice = advise(predictions, *dense)
-        _show(screen, ranks, found, predictions, dense, advice, compute)
-        result = _result(ranks, found, speeds, compute, predictions, advice, parameters)
+        _show(screen, ranks, link, predictions, dense, advice, compute)
+        result = _result(ranks, link, speeds, compute, predictions, advice, parameters)
         screen.result({**result, "dense": [_as_dict(one) for one in dense]})
     return 0
 
 
-def _cluster(ranks: Ranks, found: MeasuredLink) -> Cluster:
+def _cluster(ranks: Ranks, link: MeasuredLink) -> Cluster:
     return Cluster(
         ranks.probe.world_size,
-        found.as_link(ranks.cpu_weight),
+        link.as_link(ranks.cpu_weight),
         cores=max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0,
         tree=ranks.on_nccl,
         in_order=ranks.on_nccl,
@@ -85,18 +88,18 @@ def _methods(args: argparse.Namespace) -> list[Method]:
     return read_methods(args.methods, args.bucket_mb)
 
 
-def _same(predictions: list[Prediction], dense: Prediction) -> Prediction:
-    """The dense prediction among those that were asked for, if it is there."""
-    asked = (p for p in predictions if p.method.kind == "dense")
-    return next((p for p in asked if p.method.bucket_mb == dense.method.bucket_mb), dense)
+def _requested(predictions: list[Prediction], dense: Prediction) -> Prediction:
+    """Return the equal prediction of a requested dense method, or ``dense`` if there is none."""
+    requested = (p for p in predictions if p.method.kind == "dense")
+    return next((p for p in requested if p.method.bucket_mb == dense.method.bucket_mb), dense)
 
 
-def _model(args: argparse.Namespace) -> tuple[Workload | UserModel | None, list[Parameter]]:
+def _model(args: argparse.Namespace) -> tuple[Workload | UserModel | None, list[ParameterSize]]:
     given = [name for name in ("parameters", "model", "mlp") if getattr(args, name) is not None]
     if len(given) != 1:
         raise CommandError(
             f"Given: {', '.join('--' + name for name in given) or 'no model'}. Must be exactly one of "
-            "--parameters, --model and --mlp, as in --parameters 124M."
+            "--parameters, --model and --mlp, for example --parameters 124M."
         )
     if args.parameters is not None:
         return None, square_model(parse_count(args.parameters))
@@ -107,7 +110,7 @@ def _model(args: argparse.Namespace) -> tuple[Workload | UserModel | None, list[
         layers, width, rows = (int(part) for part in args.mlp.split("x"))
     except ValueError as error:
         raise CommandError(
-            f"Invalid --mlp: {args.mlp!r}. Must be LAYERSxWIDTHxROWS, as in 6x1024x32."
+            f"Invalid --mlp: {args.mlp!r}. Must be LAYERSxWIDTHxROWS, for example 6x1024x32."
         ) from error
     perceptron = Workload(layers, width, rows)
     return perceptron, describe(perceptron.model())
@@ -118,21 +121,21 @@ def _measure(
     screen: Screen,
     ranks: Ranks,
     methods: list[Method],
-    parameters: list[Parameter],
+    parameters: list[ParameterSize],
     workload: Workload | UserModel | None,
 ) -> tuple[MeasuredLink, dict[str, Speed], Compute]:
     kinds = {method.arithmetic: method for method in methods if method.arithmetic}
-    total = parts_of_link(methods) + len(kinds) + 1
+    total = measurement_count(methods) + len(kinds) + 1
     with screen.progress("measuring", total) as advance:
-        found = measure_link(ranks.probe, methods, parameters, advance, ranks.on_nccl)
+        link = measure_link(ranks.probe, methods, parameters, advance, ranks.on_nccl)
         speeds = {}
         for name, method in kinds.items():
             advance(name)
             speeds[name] = measure_speed(
-                ranks.probe, method, ranks.device, found.as_link().cpu_s, ranks.cpu_weight
+                ranks.probe, method, ranks.device, link.as_link().cpu_s, ranks.cpu_weight
             )
         advance("compute")
-        return found, speeds, _compute(args, ranks, workload)
+        return link, speeds, _compute(args, ranks, workload)
 
 
 def _compute(
@@ -149,7 +152,7 @@ def _compute(
 def _show(
     screen: Screen,
     ranks: Ranks,
-    found: MeasuredLink,
+    link: MeasuredLink,
     predictions: list[Prediction],
     dense: list[Prediction],
     advice: Advice,
@@ -161,8 +164,8 @@ def _show(
         f"kernels {choose(ranks.device).reason}"
     )
     screen.note(
-        f"link: {found.payload_bytes_s * 8e-9:.3f} Gbit/s of payload each way at once, "
-        f"{1e3 * found.latency_s:.3f} ms a message"
+        f"link: {link.payload_bytes_s * 8e-9:.3f} Gbit/s of payload in both directions at once, "
+        f"{1e3 * link.latency_s:.3f} ms per message"
     )
     screen.table(
         "collectives",
@@ -175,11 +178,11 @@ def _show(
                 f"{1e3 * leg.overhead_s:.2f}",
                 f"{leg.slowdown:.2f}",
             )
-            for leg in found.legs
+            for leg in link.legs
         ],
     )
     if compute == Compute():
-        screen.note("No compute time is known: a step is the exchange alone. Give --compute-ms.")
+        screen.note("The compute time is unknown: a step is the exchange alone. Use --compute-ms.")
     else:
         parts = [1e3 * part for part in (compute.forward_s, compute.backward_s, compute.rest_s)]
         screen.note(
@@ -208,12 +211,12 @@ def _show(
 
 def _result(
     ranks: Ranks,
-    found: MeasuredLink,
+    link: MeasuredLink,
     speeds: dict[str, Speed],
     compute: Compute,
     predictions: list[Prediction],
     advice: Advice,
-    parameters: list[Parameter],
+    parameters: list[ParameterSize],
 ) -> dict[str, Any]:
     return {
         "world_size": ranks.probe.world_size,
@@ -223,7 +226,7 @@ def _result(
         "device": ranks.device.type,
         "kernels": choose(ranks.device).reason,
         "parameters": sum(p.numel for p in parameters),
-        "link": found.to_dict(),
+        "link": link.to_dict(),
         "speeds": {name: vars(speed) for name, speed in speeds.items()},
         "compute": vars(compute),
         "predictions": [_as_dict(p) for p in predictions],

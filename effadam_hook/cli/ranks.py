@@ -1,4 +1,4 @@
-"""The ranks that torchrun has started: joining them, and what they share."""
+"""Ranks that a launcher such as torchrun has started: process group, device and cores."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _TIMEOUT = timedelta(minutes=5)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of this run.
+    """Ranks of this run.
 
     Attributes:
-        probe: What they measure together.
-        device: Where this rank computes.
-        backend: The process group's backend.
-        neighbours: How many of them share this machine, this one included.
-        cores: Cores that this rank's machine has for each of them.
+        probe: Probe that measures between the ranks.
+        device: Device of this rank.
+        backend: Backend of the process group.
+        neighbours: Number of ranks on this machine, including this rank.
+        cores: Number of cores per rank on this machine.
     """
 
     probe: Probe
@@ -43,101 +43,104 @@ class Ranks:
 
     @property
     def cpu_weight(self) -> float:
-        """Seconds that a second of processor time takes from computing; none on a GPU."""
+        """Return the seconds of computing that a second of processor time displaces; 0 on a GPU."""
         return max(1.0, 1.0 / self.cores) if self.device.type == "cpu" else 0.0
 
     @property
     def on_nccl(self) -> bool:
-        """Whether NCCL runs the collectives, and not Gloo."""
+        """Return whether the backend is NCCL instead of Gloo."""
         return self.backend == "nccl"
 
 
 def rank_here() -> int:
-    """This process's rank, 0 if no launcher has said."""
+    """Return the rank of this process; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def check_launched(command: str) -> None:
-    """Check that a launcher has started this process, and not it alone.
+    """Check that a launcher has started this process and at least one other.
 
     Args:
         command: Name of the subcommand, for the message.
 
     Raises:
-        CommandError: If not, with the command line that would; or if it is the only rank.
+        CommandError: If there is no launcher's environment, or only one rank.
     """
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
         raise CommandError(
             f"`effadam {command}` measures between ranks, and {', '.join(missing)} is not set. "
-            f"Start it on every host as you start training, for example: torchrun --nnodes 2 "
+            f"Start it on every host in the way you start training, for example: torchrun --nnodes 2 "
             f"--nproc-per-node 1 --rdzv-endpoint HOST:29500 -m effadam_hook.cli {command} ..."
         )
     if os.environ["WORLD_SIZE"] == "1":
         raise CommandError(
-            "There is only one rank, and nothing to exchange. Start at least two, for example "
+            "There is only one rank, so there is nothing to exchange. Start at least two, for example "
             "with torchrun --nproc-per-node 2."
         )
 
 
 @contextlib.contextmanager
 def join_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
-    """Join the process group that a launcher has prepared.
+    """Join the process group of the launcher's ranks.
 
     Args:
-        args: What this rank was asked; of it the subcommand's name, and the device: ``"cpu"``,
-            ``"cuda"``, or ``"auto"``: CUDA if every local rank has a GPU.
+        args: Arguments of the command. ``args.device`` is ``"cpu"``, ``"cuda"``, or ``"auto"`` for CUDA
+            if every local rank has a GPU.
 
     Yields:
         The ranks.
 
     Raises:
-        CommandError: If there is no launcher's environment, or other ranks were asked otherwise.
+        CommandError: If there is no launcher's environment, or the ranks' arguments differ.
     """
     check_launched(args.command)
-    where = pick_device(args.device)
-    backend = backend_for(where)
-    store, rank, world_size = check_command_lines(args, where, backend)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
+    device = pick_device(args.device)
+    backend = backend_for(device)
+    store, rank, world_size = check_command_lines(args, device, backend)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
     )
     try:
         group = dist.group.WORLD
         assert group is not None
-        probe = Probe(group, where)
+        probe = Probe(group, device)
         machines = probe.share(_machine())
         neighbours = machines.count(machines[probe.rank])
-        yield Ranks(probe, where, backend, neighbours, _cores() / neighbours)
+        yield Ranks(probe, device, backend, neighbours, _cores() / neighbours)
     finally:
         dist.destroy_process_group()
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of this rank.
+    """Select the device of this rank.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
 
+    Returns:
+        The device.
+
     Raises:
-        CommandError: If CUDA is asked for and not there.
+        CommandError: If ``device`` is ``"cuda"`` and there are fewer GPUs than local ranks.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found = torch.cuda.device_count()
-    if device == "cuda" and found < here:
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < here:
         raise CommandError(
-            f"--device cuda: {here} ranks run here and torch sees {found} GPUs. There must be one "
-            "for each rank: start fewer, or take --device cpu."
+            f"--device cuda: {here} ranks run on this machine and torch reports {gpus} GPUs. Every "
+            "rank needs its own GPU: start fewer ranks, or use --device cpu."
         )
-    if device == "cuda" or (device == "auto" and found >= here):
+    if device == "cuda" or (device == "auto" and gpus >= here):
         return torch.device("cuda", local)
     return torch.device("cpu")
 
 
 def backend_for(device: torch.device) -> str:
-    """The backend of process groups whose tensors are on a device."""
+    """Return the backend of process groups whose tensors are on a device."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 

@@ -1,4 +1,4 @@
-"""What came out of measured cells, one row a method."""
+"""Summary of measured cells, one row per method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from effadam_hook.cli.stepping import Cell
+from effadam_hook.cli.benchmark_run import Cell
 from effadam_hook.planner.method import Method
 
 __all__ = ["Row", "dense_method", "rows_of"]
@@ -14,20 +14,21 @@ __all__ = ["Row", "dense_method", "rows_of"]
 
 @dataclass(frozen=True)
 class Row:
-    """What came out for one method.
+    """Summary of one method.
 
     Attributes:
-        method: Its name.
-        median_ms: Median time of a step over all rounds.
-        p20_ms: A fifth of the steps took no longer than this.
-        p80_ms: A fifth of the steps took no less than this.
-        ratio: Against dense with the same buckets, or the first dense if there is none of them: the
-            median over the rounds of the ratio of the round's medians; NaN without a dense method.
-        busiest_mb: Megabytes a step on the busiest link in its busiest direction.
-        total_mb: Megabytes a step that all hosts sent.
-        cpu_ms: Processor time of a step, all ranks together; divided by the cores that they share, it
-            is another floor.
-        slowest_round_ms: The largest of the rounds' medians.
+        method: Name of the method.
+        median_ms: Median step time over all rounds.
+        p20_ms: 20th percentile of the step time.
+        p80_ms: 80th percentile of the step time.
+        ratio: Step time relative to the dense method with the same buckets, or to the first dense
+            method if there is none: the median over the rounds of the ratio of the medians. NaN
+            without a dense method.
+        busiest_mb: Megabytes per step on the busiest link in its busier direction.
+        total_mb: Megabytes per step that all hosts sent.
+        cpu_ms: Processor time per step, all ranks together. Divided by the cores that the ranks share,
+            it is a lower bound of the step time.
+        slowest_round_ms: Maximum of the medians of the rounds.
     """
 
     method: str
@@ -42,13 +43,13 @@ class Row:
 
 
 def rows_of(cells: Sequence[Cell]) -> list[Row]:
-    """Summarise cells.
+    """Summarize cells.
 
     Args:
-        cells: Of all rounds, in any order.
+        cells: Cells of all rounds, in any order.
 
     Returns:
-        One row a method, in the methods' order in the first round.
+        One row per method, in the order of the first round.
     """
     by_method: dict[str, dict[int, Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell["round"]):
@@ -77,14 +78,14 @@ def rows_of(cells: Sequence[Cell]) -> list[Row]:
 
 
 def dense_method(method: str, methods: Sequence[str]) -> str | None:
-    """The dense method that another is compared with.
+    """Select the dense method with which a method is compared.
 
     Args:
         method: Name of the method.
-        methods: Names of all that were measured.
+        methods: Names of all measured methods.
 
     Returns:
-        Its name; None if no dense method was measured.
+        Name of the dense method; None if no dense method was measured.
     """
     cap = Method.parse(method).bucket_mb
     dense = [name for name in methods if Method.parse(name).kind == "dense"]

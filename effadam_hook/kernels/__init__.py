@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Protocol
@@ -173,10 +174,22 @@ def _for_cpu() -> Choice:
         return Choice(
             reference,
             f"reference: {error}",
-            f"{error}. Install a C compiler (gcc or clang) and reinstall effadam-hook; the log of "
-            "`pip install -v` shows what a build lacks.",
+            f"{error}. {_how_to_compile()}",
         )
     return Choice(kernels, f"cpu: compiled C, {kernels.variant}")
+
+
+def _how_to_compile() -> str:
+    if sys.platform == "win32":
+        return (
+            "Wheels for Windows carry no compiled kernels: MSVC does not compile the C sources. "
+            "Run in WSL, or build the source archive's C files with Clang and name the library in "
+            "EFFADAM_CPU_LIBRARY."
+        )
+    return (
+        "Install a C compiler (gcc or clang) and reinstall effadam-hook with `pip install -v "
+        "--no-cache-dir --force-reinstall --no-deps`; its log shows what a build lacks."
+    )
 
 
 def _for_cuda() -> Choice:

@@ -24,10 +24,11 @@ from effadam_hook.kernels.levels import TABLE_CODES, TABLE_THRESHOLDS, is_linear
 from effadam_hook.wire.layout import Wire
 from effadam_hook.wire.quantizers import Quantizer
 
-__all__ = ["CpuKernels", "load"]
+__all__ = ["CpuKernels", "libraries", "load"]
 
 _ABI_VERSION = 1
 _LIBRARY_VARIABLE = "EFFADAM_CPU_LIBRARY"
+_SUFFIXES = (".so", ".dylib", ".dll")
 _MAX_BLOCK = 4096
 _STORES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _ENCODE, _REDUCE_ENCODE, _DECODE = range(3)
@@ -238,6 +239,17 @@ class CpuKernels:
         )
 
 
+def libraries() -> list[Path]:
+    """List the shared libraries beside this module, in the order in which they are tried.
+
+    Returns:
+        Paths; ``_cpu.so``, ``_cpu.dylib`` or ``_cpu.dll`` first, then libraries with a longer name,
+        such as those that earlier versions built for one version of Python.
+    """
+    found = [path for path in Path(__file__).parent.glob("_cpu*") if path.suffix in _SUFFIXES]
+    return sorted(found, key=lambda path: (path.stem != "_cpu", path.name))
+
+
 @cache
 def load() -> ctypes.CDLL:
     """Load the shared library that was built with the package.
@@ -250,12 +262,11 @@ def load() -> ctypes.CDLL:
     Raises:
         ImportError: If there is no library, or none fits this version and this system.
     """
-    folder, other = Path(__file__).parent, os.environ.get(_LIBRARY_VARIABLE)
-    built = (
-        [Path(other)] if other else sorted([*folder.glob("_cpu*.so"), *folder.glob("_cpu*.dylib")])
-    )
+    other = os.environ.get(_LIBRARY_VARIABLE)
+    built = [Path(other)] if other else libraries()
     if not built:
-        raise ImportError(f"no compiled library _cpu*.so in {folder}")
+        names = " or ".join(f"_cpu{suffix}" for suffix in _SUFFIXES)
+        raise ImportError(f"no compiled library {names} in {Path(__file__).parent}")
     reasons = []
     for path in built:
         try:

@@ -1,1 +1,1 @@
-"""Predict a step: methods by name, what travels, how buckets overlap, and what is measured for it."""
+"""Prediction of step times: methods by name, traffic, timeline of the buckets, and measurements."""

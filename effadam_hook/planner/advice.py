@@ -1,4 +1,4 @@
-"""From what was measured to predicted steps, and to a recommendation."""
+"""Predictions for several methods, and the recommendation that follows from them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass, replace
 
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Cluster, Compute, Prediction, Speed, predict
-from effadam_hook.planner.traffic import Parameter
+from effadam_hook.planner.traffic import ParameterSize
 from effadam_hook.wire.quantizers import get_quantizer
 
 __all__ = ["Advice", "advise", "code_for", "dense_for", "dense_methods", "forecast"]
 
-_LEAST_GAIN = 0.10
-"""A step must get this much shorter before another kind of exchange is worth its trouble."""
-_LEAST_GAIN_OF_FEWER_BITS = 0.15
+_MIN_GAIN = 0.10
+"""Minimum reduction of the step time, as a fraction, for which another method is recommended."""
+_MIN_GAIN_OF_FEWER_BITS = 0.15
 _NEAR_DENSE_BITS = 4.0
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do.
+    """Recommendation of a method.
 
     Attributes:
-        best: The recommended method's prediction.
-        dense: That of the dense all-reduce with the same buckets.
-        reason: Why, in words.
+        best: Prediction for the recommended method.
+        dense: Prediction for the dense all-reduce with the same buckets.
+        reason: Reason for the recommendation, as text.
     """
 
     best: Prediction
@@ -34,28 +34,29 @@ class Advice:
 
     @property
     def pays(self) -> bool:
-        """Whether anything but the dense all-reduce is recommended."""
+        """Return whether a method other than the dense all-reduce is recommended."""
         return self.best.method != self.dense.method
 
 
 def forecast(
     methods: Sequence[Method],
-    parameters: Sequence[Parameter],
+    parameters: Sequence[ParameterSize],
     cluster: Cluster,
     speeds: Mapping[str, Speed],
     compute: Compute,
 ) -> list[Prediction]:
-    """Predict every method.
+    """Predict the step time of every method.
 
     Args:
-        methods: Which.
-        parameters: The model's.
+        methods: The methods.
+        parameters: Sizes of the trained parameters, in the model's order.
         cluster: The ranks.
-        speeds: By :attr:`Method.arithmetic <effadam_hook.planner.method.Method.arithmetic>`.
-        compute: The step without communication.
+        speeds: Durations of the arithmetic, by
+            :attr:`Method.arithmetic <effadam_hook.planner.method.Method.arithmetic>`.
+        compute: Durations of the step without communication.
 
     Returns:
-        In the same order.
+        The predictions, in the order of the methods.
     """
     return [
         predict(method, parameters, cluster, speeds.get(method.arithmetic), compute)
@@ -64,58 +65,58 @@ def forecast(
 
 
 def dense_methods(methods: Sequence[Method], bucket_mb: float | None) -> list[Method]:
-    """The dense all-reduces that methods are compared with.
+    """List the dense all-reduces with which methods are compared.
 
     Args:
-        methods: What is predicted.
-        bucket_mb: DDP's ``bucket_cap_mb`` for what has no buckets to compare.
+        methods: The methods that are predicted.
+        bucket_mb: DDP's ``bucket_cap_mb`` if no method uses DDP's buckets.
 
     Returns:
-        One for every size of buckets among them.
+        One dense method for every bucket size among the methods.
     """
-    caps = [s.bucket_mb for s in methods if s.kind not in ("none", "powersgd")] or [bucket_mb]
+    caps = [m.bucket_mb for m in methods if m.kind not in ("none", "powersgd")] or [bucket_mb]
     dense = Method.parse("fp32")
     return [replace(dense, bucket_mb=cap) for cap in dict.fromkeys(caps)]
 
 
 def dense_for(method: Method, dense: Sequence[Prediction]) -> Prediction:
-    """The dense prediction to compare a method with.
+    """Select the dense prediction with which a method is compared.
 
     Args:
         method: The method.
-        dense: Dense predictions, one for every size of buckets.
+        dense: Dense predictions, one for every bucket size.
 
     Returns:
-        That with the method's buckets; the fastest if there is none.
+        The prediction with the method's bucket size, or the fastest if there is none.
     """
     same = [p for p in dense if p.method.bucket_mb == method.bucket_mb]
     return min(same or dense, key=lambda p: p.step_s)
 
 
 def advise(predictions: Sequence[Prediction], *dense: Prediction) -> Advice:
-    """Recommend the method that changes training least among those that are about the fastest.
+    """Recommend the method that affects training least among those that are nearly the fastest.
 
-    Dense is kept unless a step gets 10 % shorter; fewer than four bits are taken only where they
-    make it 15 % shorter than four bits and more do. Update mode and PowerSGD change what is trained,
-    not only how it is sent: they are predicted and never recommended.
+    The dense all-reduce is recommended unless a method makes a step 10 % shorter. Fewer than four bits
+    are recommended only if they make a step 15 % shorter than methods with four or more bits do. Update
+    mode and PowerSGD change the optimization itself, so they are predicted but never recommended.
 
     Args:
-        predictions: Of the methods to choose from.
-        *dense: Of the dense all-reduce, for every size of buckets. A method must beat the fastest of
-            them, and is compared with that of its own buckets.
+        predictions: Predictions for the candidate methods.
+        *dense: Predictions for the dense all-reduce, one for every bucket size. A method must be faster
+            than all of them. The reason compares it with the one of its own bucket size.
 
     Returns:
-        The advice.
+        The recommendation.
 
     Raises:
         ValueError: If there is no dense prediction.
     """
     if not dense:
-        raise ValueError("Invalid dense: none. Must be one prediction for every size of buckets.")
+        raise ValueError("Invalid dense: none. Must be one prediction for every bucket size.")
     fine = [p for p in predictions if _bits(p.method) >= _NEAR_DENSE_BITS]
     coarse = [p for p in predictions if 0 < _bits(p.method) < _NEAR_DENSE_BITS]
     fastest_dense = best = min(dense, key=lambda p: p.step_s)
-    for candidates, gain in ((fine, _LEAST_GAIN), (coarse, _LEAST_GAIN_OF_FEWER_BITS)):
+    for candidates, gain in ((fine, _MIN_GAIN), (coarse, _MIN_GAIN_OF_FEWER_BITS)):
         fastest = min(candidates, key=lambda p: p.step_s, default=best)
         if fastest.step_s < (1 - gain) * best.step_s:
             best = fastest
@@ -127,32 +128,32 @@ def advise(predictions: Sequence[Prediction], *dense: Prediction) -> Advice:
             best,
             f"Compression does not pay here: a step waits {1e3 * best.exposed_s:.1f} ms of "
             f"{1e3 * best.step_s:.1f} ms for the dense all-reduce ({share:.0%}), and no method makes "
-            f"it {_LEAST_GAIN:.0%} shorter. Leave DDP as it is.",
+            f"the step {_MIN_GAIN:.0%} shorter. Keep DDP's own all-reduce.",
         )
     return Advice(
         best,
         same,
-        f"{best.method.name} makes a step of {1e3 * best.step_s:.1f} ms out of one of "
-        f"{1e3 * same.step_s:.1f} ms, {best.step_s / same.step_s:.2f} times as long. The dense step "
-        f"waits {1e3 * same.exposed_s:.1f} ms for the network ({share:.0%}).",
+        f"{best.method.name} shortens a step from {1e3 * same.step_s:.1f} ms to "
+        f"{1e3 * best.step_s:.1f} ms, {best.step_s / same.step_s:.2f} times the dense time. The dense "
+        f"step waits {1e3 * same.exposed_s:.1f} ms for the network ({share:.0%}).",
     )
 
 
 def _bits(method: Method) -> float:
-    """Bits of an element, of the methods that can be recommended; 0 for the others."""
+    """Return the bits per element of a method that can be recommended; 0 for other methods."""
     if method.kind == "cast":
         return 16.0
     return get_quantizer(method.quantizer).bits if method.kind == "gradient" else 0.0
 
 
 def code_for(method: Method) -> str:
-    """The lines to paste.
+    """Return the code that applies a method.
 
     Args:
-        method: What was recommended.
+        method: The recommended method.
 
     Returns:
-        Python; a comment for what needs no line.
+        Lines of Python; a comment if the method needs no code.
     """
     cap = "" if method.bucket_mb is None else f", bucket_cap_mb={method.bucket_mb:g}"
     wrap = f"ddp_model = DistributedDataParallel(model{cap})\n" if cap else ""

@@ -1,4 +1,4 @@
-"""Measures what a training step takes without communication, with all ranks at it at once."""
+"""Measurement of a training step without communication, on all ranks concurrently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from effadam_hook.exchange.collectives import new_group_alone
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.planner.predict import Compute
-from effadam_hook.planner.workloads import Trained, UserModel, to_device
+from effadam_hook.planner.workloads import TrainingTask, UserModel, to_device
 
 __all__ = ["measure_compute"]
 
@@ -21,19 +21,19 @@ _WINDOWS, _WINDOW_S = 5, 0.3
 
 
 def measure_compute(
-    probe: Probe, workload: Trained, bucket_mb: float | None, device: torch.device
+    probe: Probe, workload: TrainingTask, bucket_mb: float | None, device: torch.device
 ) -> Compute:
-    """Time steps under DDP in which nothing is sent; a collective operation.
+    """Time steps under DDP that send nothing; a collective operation.
 
     Args:
-        probe: The ranks.
-        workload: What is trained.
-        bucket_mb: DDP's ``bucket_cap_mb``; None is its default.
-        device: Where this rank computes.
+        probe: The probe of the ranks.
+        workload: The training task.
+        bucket_mb: DDP's ``bucket_cap_mb``; None for its default.
+        device: Device of this rank.
 
     Returns:
-        Mean over steps and ranks, and of a few tries the one in the middle; nothing if the user's model
-        came without a loss.
+        Means over steps and ranks, from the median of several windows; zeros for a user's model without
+        a loss.
     """
     model = workload.model().to(device)
     if isinstance(workload, UserModel) and not workload.can_step:
@@ -43,8 +43,8 @@ def measure_compute(
     workload.backward(workload.loss(ddp, batch))
     if any(p.grad is None for p in model.parameters() if p.requires_grad):
         model.zero_grad()
-        del ddp  # with its hooks, before another one comes
-        ddp = _wrap(model, bucket_mb, finds_unused=True)
+        del ddp  # and its hooks, before the model is wrapped again
+        ddp = _wrap(model, bucket_mb, find_unused=True)
     optimizer = torch.optim.Adam(ddp.parameters(), lr=0.0, fused=True)
     parts: list[list[float]] = []
 
@@ -62,30 +62,32 @@ def measure_compute(
         times.append(time.perf_counter())
         parts.append([end - begin for begin, end in pairwise(times)])
 
-    for _ in range(2):  # DDP arranges its buckets anew after the first
+    for _ in range(2):  # DDP rebuilds its buckets after the first step
         one_step()
-    count = probe.count_for(one_step, _WINDOW_S)  # a loss may have collectives of its own
-    found = []
+    count = probe.count_for(
+        one_step, _WINDOW_S
+    )  # equal on all ranks, as a loss may run collectives
+    windows = []
     for _ in range(_WINDOWS):
         parts.clear()
         probe.share(None)
         for _ in range(count):
             one_step()
         shared = [part for rank in probe.share(parts) for part in rank]
-        found.append(Compute(*(statistics.fmean(part) for part in zip(*shared, strict=True))))
-    # Not the best: ranks that are done early leave their cores to the others.
-    found.sort(key=lambda one: one.forward_s + one.backward_s + one.rest_s)
-    return found[len(found) // 2]
+        windows.append(Compute(*(statistics.fmean(part) for part in zip(*shared, strict=True))))
+    # The median, not the minimum: ranks that finish early leave their cores to the others.
+    windows.sort(key=lambda one: one.forward_s + one.backward_s + one.rest_s)
+    return windows[len(windows) // 2]
 
 
 def _wrap(
-    model: nn.Module, bucket_mb: float | None, finds_unused: bool = False
+    model: nn.Module, bucket_mb: float | None, find_unused: bool = False
 ) -> DistributedDataParallel:
-    """All that DDP does in a step but communicate: its group is this rank alone."""
+    """Wrap a model in DDP over a group of this rank alone, which does all of DDP's work but sending."""
     return DistributedDataParallel(
         model,
         process_group=new_group_alone(),
         bucket_cap_mb=bucket_mb,
         gradient_as_bucket_view=True,
-        find_unused_parameters=finds_unused,
+        find_unused_parameters=find_unused,
     )

@@ -1,4 +1,4 @@
-"""Measures the link and the collectives, as the cost model wants to know them."""
+"""Measurement of the link and of the collectives, as input of the cost model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from effadam_hook.exchange.probe import Probe, Timing
 from effadam_hook.exchange.topology import TOPOLOGIES, Leg
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Link
-from effadam_hook.planner.traffic import Parameter, legs_of, make_buckets, parts_of
+from effadam_hook.planner.traffic import ParameterSize, legs_of, make_buckets, parts_of
 
-__all__ = ["MeasuredLeg", "MeasuredLink", "measure_link", "parts_of_link"]
+__all__ = ["MeasuredLeg", "MeasuredLink", "measure_link", "measurement_count"]
 
 _FIRST_BYTES = 1 << 18
-_MOST_BYTES = 1 << 26
-_LONG_ENOUGH_S = 0.1
-_LEG_S = 0.4
+_MAX_BYTES = 1 << 26
+_MIN_SENDING_S = 0.1
+_MAX_LEG_S = 0.4
 _DEPTH = 4
 _EMPTY_BYTES = 64
 _REPEATS = 4
@@ -26,18 +26,18 @@ _EMPTY_REPEATS = 20
 
 @dataclass(frozen=True)
 class MeasuredLeg:
-    """What one collective does.
+    """Measured performance of one collective.
 
     Attributes:
-        name: Its name, see :data:`effadam_hook.exchange.probe.LEGS`.
+        name: Name of the leg, see :data:`effadam_hook.exchange.probe.LEGS`.
         busiest_bytes: Bytes in the busier direction of the busiest link, in the measurement.
-        seconds: What one took, of several under way together; the best of a few tries, as others
-            on the machine only ever make it slower.
-        overhead_s: What one takes alone when it is as good as empty, likewise.
-        slowdown: ``seconds``, without a share of ``overhead_s``, over what the link alone takes for
-            the bytes.
-        cpu_s: Processor time of a rank for one that is as good as empty.
-        cpu_s_per_byte: Processor time of a rank besides.
+        seconds: Duration of one of several concurrent collectives. The minimum of several repeats, as
+            other processes on the machine can only add to it.
+        overhead_s: Duration of one nearly empty collective that runs alone, likewise a minimum.
+        slowdown: ``seconds`` without a share of ``overhead_s``, divided by the time that the bytes need
+            on the link.
+        cpu_s: Processor time of a rank for one nearly empty collective.
+        cpu_s_per_byte: Further processor time of a rank per byte.
     """
 
     name: str
@@ -51,12 +51,12 @@ class MeasuredLeg:
 
 @dataclass(frozen=True)
 class MeasuredLink:
-    """What the link does.
+    """Measured performance of the link.
 
     Attributes:
-        payload_bytes_s: Bytes a second that every rank sends to another while it receives as many.
-        latency_s: What a message of one byte takes, from one program to the other.
-        legs: What the collectives do.
+        payload_bytes_s: Bytes per second that every rank sends while it receives as many.
+        latency_s: Seconds from sending a message of one byte to its reception by the other program.
+        legs: Measured performance of the collectives.
     """
 
     payload_bytes_s: float
@@ -64,11 +64,14 @@ class MeasuredLink:
     legs: Sequence[MeasuredLeg]
 
     def as_link(self, cpu_weight: float = 1.0) -> Link:
-        """For the cost model. Bytes are payload bytes: what was measured has no headers in it.
+        """Convert to the link of the cost model, with an efficiency of 1, as headers were not measured.
 
         Args:
-            cpu_weight: What a second of processor time takes from computing: as many seconds as ranks
-                share a core; none where the model is computed elsewhere.
+            cpu_weight: Seconds of computing that a second of processor time displaces: the number of
+                ranks that share a core, or 0 if the model is computed on another device.
+
+        Returns:
+            The link.
         """
         return Link(
             self.payload_bytes_s,
@@ -81,7 +84,7 @@ class MeasuredLink:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the measurements as plain values."""
         return {
             "payload_bytes_s": self.payload_bytes_s,
             "latency_s": self.latency_s,
@@ -89,37 +92,37 @@ class MeasuredLink:
         }
 
 
-def parts_of_link(methods: Sequence[Method]) -> int:
-    """How often :func:`measure_link` calls its ``advance``."""
+def measurement_count(methods: Sequence[Method]) -> int:
+    """Return how many times :func:`measure_link` calls its argument ``advance``."""
     return 1 + len(_examples(methods))
 
 
 def measure_link(
     probe: Probe,
     methods: Sequence[Method],
-    parameters: Sequence[Parameter],
+    parameters: Sequence[ParameterSize],
     advance: Callable[[str], None],
     nccl: bool = False,
 ) -> MeasuredLink:
     """Measure the link, then every collective that the methods use; a collective operation.
 
     Args:
-        probe: The ranks.
-        methods: What will be predicted.
-        parameters: The model's. Collectives are measured with messages as large as its own are.
-        advance: Called with a description when a part begins.
-        nccl: Whether NCCL runs the collectives, and not Gloo.
+        probe: The probe of the ranks.
+        methods: The methods that will be predicted.
+        parameters: Sizes of the model's parameters. They determine the size of the messages.
+        advance: Called with a description at the start of each measurement.
+        nccl: Whether the backend is NCCL instead of Gloo.
 
     Returns:
-        What was found.
+        The measured link.
     """
     advance("link")
     empty = probe.time_link(1, _EMPTY_REPEATS)
     size = _FIRST_BYTES
-    while (took := _sending_s(probe.time_link(size, 1), empty)) < _LONG_ENOUGH_S:
-        if size == _MOST_BYTES:
+    while (sending_s := _sending_s(probe.time_link(size, 1), empty)) < _MIN_SENDING_S:
+        if size == _MAX_BYTES:
             break
-        size = min(_MOST_BYTES, max(2 * size, int(size * _LONG_ENOUGH_S / max(took, 1e-6))))
+        size = min(_MAX_BYTES, max(2 * size, int(size * _MIN_SENDING_S / max(sending_s, 1e-6))))
     rate = size / _sending_s(probe.time_link(size, _REPEATS, _DEPTH), empty, _DEPTH)
     legs = []
     for name, method in _examples(methods).items():
@@ -129,21 +132,21 @@ def measure_link(
 
 
 def _examples(methods: Sequence[Method]) -> Mapping[str, Method]:
-    """For every collective, the method that sends most by it."""
-    tiny = [Parameter(1 << 16, 1 << 8)]
-    found: dict[str, tuple[float, Method]] = {}
+    """Return, for every collective, the method that sends the most bytes with it."""
+    tiny = [ParameterSize(1 << 16, 1 << 8)]
+    largest: dict[str, tuple[float, Method]] = {}
     for method in methods:
         for leg in legs_of(method, tiny, 2):
-            if leg.name not in found or leg.busiest_bytes > found[leg.name][0]:
-                found[leg.name] = (leg.busiest_bytes, method)
-    return {name: method for name, (_, method) in found.items()}
+            if leg.name not in largest or leg.busiest_bytes > largest[leg.name][0]:
+                largest[leg.name] = (leg.busiest_bytes, method)
+    return {name: method for name, (_, method) in largest.items()}
 
 
 def _measure_leg(
     probe: Probe,
     name: str,
     method: Method,
-    parameters: Sequence[Parameter],
+    parameters: Sequence[ParameterSize],
     rate: float,
     nccl: bool,
 ) -> MeasuredLeg:
@@ -157,7 +160,7 @@ def _measure_leg(
     leg = next(leg for leg in legs_of(method, largest, n, tree=nccl) if leg.name == name)
     share = _share(leg, n, nccl)
     size = int(leg.busiest_bytes / share)
-    size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _LEG_S / share)))
+    size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _MAX_LEG_S / share)))
     busiest = size * share
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
     empties = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS, _DEPTH)
@@ -174,16 +177,16 @@ def _measure_leg(
 
 
 def _sending_s(full: Timing, empty: Timing, depth: int = 1) -> float:
-    """What one of ``depth`` transfers under way together takes of the link.
+    """Compute how long one of ``depth`` concurrent transfers occupies the link.
 
-    Of what the best took, as what disturbs a transfer never makes it faster. The last of them is still
-    under way when nothing is left to send.
+    The minimum duration is used, as disturbances only lengthen a transfer. One empty transfer is
+    subtracted for all of them: after the last byte is sent, only its latency remains.
     """
     return max(full.best_s - empty.best_s / depth, full.best_s / 100, 1e-9)
 
 
 def _share(leg: Leg, n: int, nccl: bool) -> float:
-    """Bytes in the busier direction, for a byte of payload or gradient."""
+    """Return the bytes in the busier direction per byte of payload or gradient."""
     if leg.name == "all_reduce":
         return 2 * (n - 1) / n
     kind = TOPOLOGIES[leg.name.partition("/")[2]]

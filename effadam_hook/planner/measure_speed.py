@@ -1,4 +1,4 @@
-"""Measures what the arithmetic takes here, with all ranks of this machine at it at once."""
+"""Measurement of a method's arithmetic, on all ranks of a machine concurrently."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def measure_speed(
     """Time a method's arithmetic; a collective operation.
 
     Args:
-        probe: The ranks.
-        method: How gradients are averaged.
-        device: Where they are.
-        cpu_s: By name of a leg, processor time of a rank for one that is as good as empty.
-        cpu_weight: What a second of processor time takes from computing, see
+        probe: The probe of the ranks.
+        method: The method.
+        device: Device of the gradients.
+        cpu_s: Processor time of a rank for one nearly empty collective, by name of the leg.
+        cpu_weight: Seconds of computing that a second of processor time displaces, see
             :meth:`MeasuredLink.as_link <effadam_hook.planner.measure_link.MeasuredLink.as_link>`.
 
     Returns:
-        Its speed, with the other ranks of this machine as busy as this one, and on memory that no
-        cache holds, as a model's is not held.
+        The durations, measured while the other ranks of this machine do the same, and on memory that is
+        not cached, as in training.
     """
     if method.kind in ("none", "dense"):
         return Speed()
@@ -57,7 +57,7 @@ def measure_speed(
     if method.kind == "powersgd":
         return _powersgd(probe, method.rank, device)
     if device.type == "cpu":
-        messages_s = sum(cpu_s[f"{way}/{method.topology}"] for way in ("up", "down"))
+        messages_s = sum(cpu_s[f"{direction}/{method.topology}"] for direction in ("up", "down"))
         part_s = max(0.0, _cpu_s_of_empty_part(probe, method) - messages_s)
         call_s = cpu_weight * part_s / _KERNELS
     else:
@@ -66,7 +66,7 @@ def measure_speed(
 
 
 def _in_turn(sets: Tensor) -> Callable[[], Tensor]:
-    """Another row at every call, so that caches do not hold it."""
+    """Return a function that cycles through the rows, so that caches do not hold the next one."""
     return itertools.cycle(sets).__next__
 
 
@@ -80,7 +80,7 @@ def _cast(probe: Probe, method: Method, device: torch.device) -> Speed:
 
 
 def _powersgd(probe: Probe, rank: int, device: torch.device) -> Speed:
-    """The three products and the passes over memory that torch's hook makes of a square matrix."""
+    """Time the products and the passes over memory of torch's hook, on a square matrix."""
     side = int(_NUMEL**0.5)
     matrices = torch.randn(_SETS, side, side, device=device)
     next_matrix, next_error = _in_turn(matrices), _in_turn(torch.zeros_like(matrices))
@@ -119,12 +119,12 @@ def _quantized(probe: Probe, method: Method, device: torch.device, call_s: float
 
 
 class _Calls:
-    """The three kernels, at every call on other memory.
+    """Calls of the three kernels, each on other memory than the call before.
 
     Args:
-        method: Which quantizer, and whether it encodes Adam updates.
-        device: Where.
-        numel: Elements of each call.
+        method: The method, which determines the quantizer and whether Adam updates are encoded.
+        device: Device of the tensors.
+        numel: Number of elements per call.
     """
 
     def __init__(self, method: Method, device: torch.device, numel: int) -> None:
@@ -151,7 +151,7 @@ class _Calls:
         self._outgoing = torch.zeros_like(self._sent)
 
     def encode(self) -> None:
-        """What a worker does before the uplink."""
+        """Encode on a worker, before the uplink."""
         i = next(self._turn)
         self._kernels.encode_(
             self._layout.uplink,
@@ -163,7 +163,7 @@ class _Calls:
         )
 
     def reduce(self, workers: int) -> None:
-        """What a server does with the payloads of some workers."""
+        """Reduce the payloads of some workers on a server, and encode the result."""
         i = next(self._turn)
         self._kernels.reduce_encode_(
             self._layout.uplink,
@@ -176,13 +176,13 @@ class _Calls:
         )
 
     def decode(self) -> None:
-        """What a worker does after the downlink."""
+        """Decode on a worker, after the downlink."""
         i = next(self._turn)
         self._kernels.decode(self._layout.downlink, self._sent[i], self._out[i], torch.float32)
 
 
 def _cpu_s_of_empty_part(probe: Probe, method: Method) -> float:
-    """Processor time of a part with next to nothing in it: messages, Python, threads that hand over."""
+    """Measure the processor time of a nearly empty part: messages, Python and thread switches."""
     config = Config(
         worker_quantizer=method.quantizer,
         server_quantizer=method.quantizer,

@@ -1,17 +1,17 @@
-"""Every way to average gradients that is predicted or compared, by name.
+"""Names of the methods that average gradients, as predicted and compared by this package.
 
 ==========================  ==================================================================
-``none``                    no communication at all: the ceiling
-``fp32``                    DDP's own all-reduce; what ``enabled=False`` does
+``none``                    no communication: the upper limit of speed
+``fp32``                    DDP's own all-reduce, the same as ``enabled=False``
 ``fp16`` ``bf16``           torch's hooks of that name
 ``powersgd1`` .. ``4``      torch's PowerSGD hook of that rank, all parameters in one bucket: with
                             two or more buckets it hangs or aborts on Gloo
-``lloyd4`` and the like     this project, gradient mode, at that quantizer
-``update:lloyd2``           this project, update mode (``EfficientAdam``)
+``lloyd4`` and the like     this project in gradient mode, with that quantizer
+``update:lloyd2``           this project in update mode (``EfficientAdam``)
 ==========================  ==================================================================
 
-Ours take ``/rank0`` or ``/sharded`` behind the quantizer; ``sharded`` is meant where nothing is said.
-Any takes ``@5`` at the end: DDP buckets of 5 MB in place of its default of 25.
+A method of this project accepts ``/rank0`` or ``/sharded`` after the quantizer; the default is
+``sharded``. Every method accepts ``@5`` at the end: DDP buckets of 5 MB instead of the default 25.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _NAME = re.compile(r"(?P<rest>[^@]+)(@(?P<cap>[0-9.]+))?")
 
 @dataclass(frozen=True)
 class Method:
-    """A way to average gradients, as its name says.
+    """A method of averaging gradients, parsed from its name.
 
     Attributes:
-        name: The name, see the module.
+        name: The name, as described in the module's docstring.
         kind: ``"none"``, ``"dense"``, ``"cast"``, ``"powersgd"``, ``"gradient"`` or ``"update"``.
-        quantizer: Ours: the quantizer. ``"cast"``: the dtype.
-        topology: Ours: who is the server.
-        rank: PowerSGD's.
-        bucket_mb: DDP's ``bucket_cap_mb``; None is its default.
+        quantizer: Quantizer, for ``"gradient"`` and ``"update"``; dtype, for ``"cast"``.
+        topology: Topology, for ``"gradient"`` and ``"update"``.
+        rank: Rank of the approximation, for ``"powersgd"``.
+        bucket_mb: DDP's ``bucket_cap_mb``; None for its default.
     """
 
     name: str
@@ -50,29 +50,32 @@ class Method:
     bucket_mb: float | None = None
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it is this project's."""
+    def is_effadam(self) -> bool:
+        """Return whether this project implements the method."""
         return self.kind in ("gradient", "update")
 
     @property
     def arithmetic(self) -> str:
-        """What its speed depends on: the name without topology and buckets; empty for none."""
+        """Return the name without topology and buckets; empty if the method has no arithmetic.
+
+        Methods with equal values take equal time for encoding, reducing and decoding.
+        """
         if self.kind in ("none", "dense"):
             return ""
         return self.name.partition("@")[0].partition("/")[0]
 
     @classmethod
     def parse(cls, name: str) -> Method:
-        """The method of a name.
+        """Parse the name of a method.
 
         Args:
-            name: See the module.
+            name: A name, as described in the module's docstring.
 
         Returns:
             The method.
 
         Raises:
-            ValueError: If there is none of that name.
+            ValueError: If the name is unknown.
         """
         match = _NAME.fullmatch(name)
         try:
@@ -99,7 +102,13 @@ class Method:
         return cls(name, kind, quantizer, topology or _DEFAULT_TOPOLOGY, bucket_mb=bucket_mb)
 
     def with_buckets(self, bucket_mb: float | None) -> Method:
-        """The same with other buckets, unless the name says which, or there is only ever one."""
+        """Return the method with another bucket size.
+
+        The size remains unchanged if the name contains one, and for PowerSGD, which has one bucket.
+
+        Args:
+            bucket_mb: DDP's ``bucket_cap_mb``; None for its default.
+        """
         fixed = self.bucket_mb is not None or self.kind == "powersgd"
         return self if fixed else replace(self, bucket_mb=bucket_mb)
 
@@ -107,19 +116,19 @@ class Method:
 def _unknown(name: str) -> ValueError:
     return ValueError(
         f"Invalid method: {name!r}. Must be none, fp32, fp16, bf16, powersgdR with a rank R, or a "
-        f"quantizer ({', '.join(QUANTIZERS)}), with 'update:' in front of it for update mode and "
-        "'/sharded' or '/rank0' behind it; '@5' at the end means buckets of 5 MB."
+        f"quantizer ({', '.join(QUANTIZERS)}), with 'update:' before it for update mode and "
+        "'/sharded' or '/rank0' after it; '@5' at the end means buckets of 5 MB."
     )
 
 
 def expand_names(text: str) -> Iterator[str]:
-    """Names from a comma-separated list in which ``{a,b}`` stands for either.
+    """Expand a comma-separated list of names in which ``{a,b}`` stands for ``a`` and ``b``.
 
     Args:
-        text: Such as ``"fp32,{lloyd4,lloyd2}/sharded"``.
+        text: The list, for example ``"fp32,{lloyd4,lloyd2}/sharded"``.
 
     Yields:
-        One name after the other.
+        The names, in their order.
     """
     depth, start = 0, 0
     for index, letter in enumerate(text + ","):
@@ -135,6 +144,6 @@ def _expand(name: str) -> Iterator[str]:
         if name:
             yield name
         return
-    choices, _, after = rest.partition("}")
-    for choice in choices.split(","):
-        yield from _expand(before + choice + after)
+    alternatives, _, after = rest.partition("}")
+    for alternative in alternatives.split(","):
+        yield from _expand(before + alternative + after)

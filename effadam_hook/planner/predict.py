@@ -1,14 +1,15 @@
-"""What a training step costs: exchange time and step time, from a few measured numbers.
+"""Prediction of exchange time and step time from measured durations and rates.
 
 A leg of an exchange, see :mod:`effadam_hook.planner.traffic`, takes
 
     ``rounds × latency + messages × message time + bytes / (bandwidth × efficiency) × slowdown``
 
-and ``cpu_s + bytes × cpu_s_per_byte`` of the rank's processor. Kernels take a time per element, and
-the reduction one per element and payload. :mod:`~effadam_hook.planner.timeline` overlaps the buckets
-with one another and with backward; they share link and processor.
+and ``cpu_s + bytes × cpu_s_per_byte`` of the rank's processor time. Kernels take a time per element;
+the reduction takes a time per element and a time per element and payload.
+:mod:`~effadam_hook.planner.timeline` overlaps the buckets with one another and with backward; they
+share the link and the processor.
 
-This module is integers and floats only.
+This module contains integers and floats only, no tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from effadam_hook.exchange.topology import TOPOLOGIES, Leg
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.timeline import Transit, Work, run_timeline
-from effadam_hook.planner.traffic import Parameter, legs_of, make_buckets, parts_of
+from effadam_hook.planner.traffic import ParameterSize, legs_of, make_buckets, parts_of
 
 __all__ = [
     "TCP_EFFICIENCY",
@@ -33,28 +34,31 @@ __all__ = [
 ]
 
 TCP_EFFICIENCY = 0.947
-"""Part of a link's bytes that are payload: TCP over Ethernet with frames of 1500 bytes, measured."""
+"""Payload fraction of a link's bytes, measured for TCP over Ethernet with frames of 1500 bytes."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A rank's full-duplex link, and what the collectives make of it.
+    """Full-duplex link of a rank, and the performance of the collectives on it.
 
-    What is told by name of a leg is what :mod:`effadam_hook.exchange.probe` measures.
+    :mod:`effadam_hook.exchange.probe` measures the values that are keyed by the name of a leg.
 
     Attributes:
-        bandwidth_bytes_s: Bytes a second in each direction, headers included.
-        latency_s: From a message's begin to its arrival on the other side, if it is empty.
-        message_s: What a rank is busy with a message, whatever its size.
-        efficiency: Part of the bytes that are payload.
-        slowdown: By name of a leg, what a collective takes over what the link alone would. 1 for
-            those that are not named.
-        overhead_s: By name of a leg, what it takes when it is empty; what latency and messages make
-            for those that are not named.
-        cpu_s: By name of a leg, processor time of a rank for one, whatever its size; none for those
-            that are not named.
-        cpu_s_per_byte: By name of a leg, processor time of a rank for a byte in the leg's busier
-            direction; none for those that are not named.
+        bandwidth_bytes_s: Bytes per second in each direction, including headers.
+        latency_s: Seconds from sending an empty message to its arrival.
+        message_s: Seconds that a rank is occupied by a message, independent of its size.
+        efficiency: Payload fraction of the bytes.
+        slowdown: Duration of a collective divided by the time that its bytes need on the link, by
+            name of the leg. 1 for missing names.
+        overhead_s: Seconds of an empty collective, by name of the leg. For missing names it is
+            computed from ``latency_s`` and ``message_s``.
+        cpu_s: Processor time of a rank for one collective, independent of its size, by name of the
+            leg. 0 for missing names.
+        cpu_s_per_byte: Processor time of a rank per byte in the busier direction, by name of the leg.
+            0 for missing names.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     bandwidth_bytes_s: float
@@ -79,21 +83,21 @@ class Link:
 
     @property
     def payload_bytes_s(self) -> float:
-        """Payload bytes a second in each direction."""
+        """Return the payload bytes per second in each direction."""
         return self.bandwidth_bytes_s * self.efficiency
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What the arithmetic of a method takes, in seconds.
+    """Durations of a method's arithmetic, in seconds.
 
     Attributes:
-        encode_s: Per element, before the uplink.
-        reduce_s: Per element that a server reduces.
-        reduce_payload_s: Per element that a server reduces and payload that it has of it.
-        decode_s: Per element, after the downlink.
-        call_s: Per part of a bucket and kernel, with what else the part needs of the processor
-            besides its messages.
+        encode_s: Encoding before the uplink, per element.
+        reduce_s: Reduction on a server, per element.
+        reduce_payload_s: Reduction on a server, per element and payload.
+        decode_s: Decoding after the downlink, per element.
+        call_s: Constant cost per part of a bucket and kernel. It includes the processor time of the
+            part outside kernels, without that of its messages.
     """
 
     encode_s: float = 0.0
@@ -105,12 +109,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Compute:
-    """What a step takes without communication, in seconds.
+    """Durations of a step without communication, in seconds.
 
     Attributes:
-        forward_s: Forward, and all that comes before backward.
-        backward_s: Backward, which communication overlaps.
-        rest_s: What comes after: the optimizer's step.
+        forward_s: The forward pass and everything else before backward.
+        backward_s: The backward pass, which overlaps with communication.
+        rest_s: Everything after backward, such as the optimizer's step.
     """
 
     forward_s: float = 0.0
@@ -120,15 +124,18 @@ class Compute:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks.
+    """Ranks, their links and their processors.
 
     Attributes:
-        world_size: How many.
-        link: Every rank's link.
-        cores: How many of a rank's threads go on at once at the speeds that are given.
+        world_size: Number of ranks.
+        link: The link of each rank.
+        cores: Number of threads of a rank that run concurrently at full speed.
         tree: Whether an all-reduce takes ``2 log2 N`` rounds, see :func:`legs_of`.
-        in_order: Whether a bucket's exchange waits for that of the bucket before, as on NCCL, where
-            all of it is issued on one stream.
+        in_order: Whether the exchange of a bucket starts after that of the bucket before, as on NCCL,
+            where one stream runs them all.
+
+    Raises:
+        ValueError: If ``world_size`` is less than 1 or ``cores`` is not positive.
     """
 
     world_size: int
@@ -146,15 +153,16 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a method.
+    """Predicted durations of one method.
 
     Attributes:
         method: The method.
-        step_s: A training step.
-        exchange_s: The exchange alone, with all gradients ready at its begin.
-        exposed_s: What a step takes longer than without communication.
-        floor_s: What the busiest direction of the busiest link takes for the bytes.
-        busiest_bytes: Those bytes, headers included.
+        step_s: Seconds of a training step.
+        exchange_s: Seconds of the exchange alone, with all gradients ready at its start.
+        exposed_s: Seconds by which communication lengthens a step.
+        floor_s: Seconds that the bytes take on the busiest link in its busier direction, a lower bound
+            of ``exchange_s``.
+        busiest_bytes: Bytes on the busiest link in its busier direction, including headers.
     """
 
     method: Method
@@ -167,31 +175,29 @@ class Prediction:
 
 def predict(
     method: Method,
-    parameters: Sequence[Parameter],
+    parameters: Sequence[ParameterSize],
     cluster: Cluster,
     speed: Speed | None = None,
     compute: Compute | None = None,
 ) -> Prediction:
-    """Predict a step.
+    """Predict the duration of a training step.
 
     Args:
-        method: How gradients are averaged.
-        parameters: The model's, in its order.
+        method: The method.
+        parameters: Sizes of the trained parameters, in the model's order.
         cluster: The ranks.
-        speed: Of the method's arithmetic; None takes no time.
-        compute: The step without communication; None takes no time.
+        speed: Durations of the method's arithmetic; None for zero.
+        compute: Durations of the step without communication; None for zero.
 
     Returns:
         The prediction.
 
     Raises:
-        ValueError: If a value is out of range, the quantizer is unknown, or there are no parameters.
+        ValueError: If a value is out of range, the quantizer is unknown, or ``parameters`` is empty.
     """
     speed, compute = speed or Speed(), compute or Compute()
     if not parameters:
-        raise ValueError(
-            "Invalid parameters: none. Must be at least one, of those that are trained."
-        )
+        raise ValueError("Invalid parameters: none. Must contain at least one trained parameter.")
     cap = math.inf if method.kind == "powersgd" else method.bucket_mb
     buckets = make_buckets(parameters, cap)
     total = sum(parameter.numel for parameter in parameters)
@@ -225,17 +231,17 @@ def predict(
 
 def _works(
     method: Method,
-    bucket: Sequence[Parameter],
+    bucket: Sequence[ParameterSize],
     legs: Sequence[Leg],
     cluster: Cluster,
     speed: Speed,
 ) -> list[Work]:
-    """What is done with one bucket, in order."""
+    """Return the work on one bucket, in order."""
     if method.kind == "none":
         return []
     numel = sum(parameter.numel for parameter in bucket)
     transfers = [work for leg in legs for work in _transfer(leg, cluster.link)]
-    if not method.is_ours:
+    if not method.is_effadam:
         before, after = speed.encode_s * numel, speed.decode_s * numel
         return [_arithmetic("encode", before), *transfers, _arithmetic("decode", after)]
     n = cluster.world_size
@@ -256,7 +262,7 @@ def _arithmetic(stage: str, seconds: float) -> Work:
 
 
 def _transfer(leg: Leg, link: Link) -> list[Work]:
-    """A leg as a stage's work, and the time that its messages are under way."""
+    """Return the work of a leg's stage, and the delay of its messages."""
     empty_s = leg.rounds * link.latency_s + leg.messages * link.message_s
     overhead_s = link.overhead_s.get(leg.name, empty_s)
     alone_s = leg.busiest_bytes / link.payload_bytes_s

@@ -1,17 +1,17 @@
-"""How long buckets take on their way while backward runs, given what each part of the way takes.
+"""Timeline of the buckets of one step, from the duration of each of their stages.
 
-A bucket passes *stages*. A stage works on one bucket at a time, first in, first out, and all stages
-work at once, on different buckets, as far as the *resources* allow::
+A bucket passes through *stages*. A stage processes one bucket at a time, first in, first out. All
+stages run concurrently, on different buckets, within the limits of the *resources*::
 
     backward ─► encode ─► uplink ─► reduce ─► downlink ─► decode
                  cpu     link out    cpu      link out     cpu
                          link in              link in
 
-A piece of work says how long it takes alone, and which share of each resource it needs to go on at
-that speed. While the shares of a resource add up to more than there is of it, everything that needs
-it slows down alike. Backward is one more piece of work, which makes bucket after bucket ready.
+A piece of work has a duration when it runs alone, and the share of each resource that it needs to run
+at that speed. If the shares of a resource add up to more than its capacity, all work that needs it
+slows down by the same factor. Backward is also a piece of work; its progress makes buckets ready.
 
-This module is floats only.
+This module contains floats only, no tensors.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Work:
-    """What one stage does with one bucket.
+    """Work of one stage on one bucket.
 
     Attributes:
-        stage: Name of the stage; the empty name is that of pure delay, which any number of buckets
-            can undergo at once.
-        seconds: How long it takes alone.
-        uses: By name of the resource, how much of it the work takes while it goes on at full speed.
+        stage: Name of the stage. An empty name means a delay, which applies to any number of buckets
+            concurrently.
+        seconds: Duration when the work runs alone.
+        uses: Amount of each resource that the work occupies at full speed, by name of the resource.
     """
 
     stage: str
@@ -44,11 +44,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Transit:
-    """One bucket's way.
+    """Sequence of work on one bucket.
 
     Attributes:
-        ready: The part of backward, from 0 to 1, after which its gradients are there.
-        works: What is done with it, in order.
+        ready: Fraction of backward, from 0 to 1, after which the bucket's gradients are ready.
+        works: The work, in order.
     """
 
     ready: float
@@ -56,7 +56,7 @@ class Transit:
 
 
 class _Task:
-    """Work under way."""
+    """Work in progress."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -66,15 +66,15 @@ class _Task:
 def run_timeline(
     backward: Work, transits: Sequence[Transit], capacity: Mapping[str, float]
 ) -> tuple[float, float]:
-    """Let backward and the buckets run until all is done.
+    """Simulate backward and the buckets until all work is finished.
 
     Args:
-        backward: The backward pass; its stage's name is not looked at.
+        backward: The backward pass. The name of its stage is ignored.
         transits: The buckets, in the order in which they become ready.
-        capacity: How much there is of each resource; of those that are not named there is enough.
+        capacity: Capacity of each resource by name; unlimited for names that are missing.
 
     Returns:
-        Seconds from backward's begin to the last bucket's end, and to backward's own end.
+        Seconds from the start of backward to the end of the last bucket, and to the end of backward.
 
     Raises:
         ValueError: If the buckets are not in the order in which they become ready.
@@ -82,7 +82,7 @@ def run_timeline(
     if any(a.ready > b.ready for a, b in pairwise(transits)):
         raise ValueError(
             f"Invalid transits: ready at {[p.ready for p in transits]} of backward. Must be in the "
-            "order in which they become ready."
+            "order in which the buckets become ready."
         )
     clock = backward_end_s = 0.0
     running = _Task(backward)
@@ -97,7 +97,7 @@ def run_timeline(
             if position[index] == len(transit.works) or transit.ready > progress + _ROUNDING:
                 continue
             work = transit.works[position[index]]
-            # Earlier buckets come first, so that the head of each stage's queue is its oldest.
+            # Buckets are visited oldest first, so a stage always takes its oldest bucket.
             if work.stage and work.stage in busy:
                 continue
             busy.add(work.stage)

@@ -1,21 +1,21 @@
-"""What travels: parameters, DDP's buckets of them, their payloads, and the legs that carry them.
+"""Traffic of a method: parameter sizes, DDP buckets, payload sizes, and collectives.
 
-With N ranks, a payload of U bytes up and D bytes down, and S bytes of gradients, the busiest rank's
-link carries, in its busier direction:
+With N ranks, a payload of U bytes up and D bytes down, and S bytes of gradients, the link of the
+busiest rank carries, in its busier direction:
 
 ====================  ==========================  ===========================
-way                   up                          down
+method                up                          down
 ====================  ==========================  ===========================
-dense ring            ``2 S (N-1)/N``, both ways together
+dense ring            ``2 S (N-1)/N`` in total
 ``sharded``           ``U (N-1)/N``               ``D (N-1)/N``
 ``rank0``             ``U (N-1)``, into rank 0    ``D ⌈log2 N⌉``, out of rank 0
 ====================  ==========================  ===========================
 
-In ``sharded`` every byte that goes out has one that comes in, so both legs share both directions of
-the link; in ``rank0`` the uplink fills one direction and the downlink the other. Gloo broadcasts by a
-tree that rank 0 is the root of; NCCL passes pieces on, and rank 0 sends D.
+In ``sharded`` a rank sends as many bytes as it receives, so both legs use both directions of the link.
+In ``rank0`` the uplink fills one direction and the downlink the other. Gloo broadcasts along a tree
+with rank 0 at its root. NCCL forwards chunks from rank to rank, and rank 0 sends D bytes.
 
-This module is integers and floats only.
+This module contains integers and floats only, no tensors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from effadam_hook.wire.layout import (
 from effadam_hook.wire.quantizers import SCALE_BYTES, get_quantizer
 
 __all__ = [
-    "Parameter",
+    "ParameterSize",
     "legs_of",
     "make_buckets",
     "parts_of",
@@ -48,55 +48,62 @@ __all__ = [
 _FIRST_BUCKET_MB, _BUCKET_MB = 1.0, 25.0
 _MB = 1 << 20
 _ITEM_BYTES = 4
-_MOST_SHARES = 200_000
+_MAX_SHARES = 200_000
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A parameter of the model.
+class ParameterSize:
+    """Size of one parameter of a model.
 
     Attributes:
         numel: Number of elements.
-        rows: Its first dimension; 0 for a parameter of at most one dimension, which travels exactly.
+        rows: First dimension; 0 for a parameter with at most one dimension, which is sent uncompressed.
     """
 
     numel: int
     rows: int = 0
 
 
-def square_model(numel: int, width: int = 1024) -> list[Parameter]:
-    """A stand-in for a model of which only the size is known: square matrices without biases.
+def square_model(numel: int, width: int = 1024) -> list[ParameterSize]:
+    """Make the parameter sizes of a model of which only the total size is known.
 
     Args:
-        numel: Number of elements.
-        width: Rows and columns of all but the last.
+        numel: Total number of elements.
+        width: Rows and columns of each matrix except the last.
 
     Returns:
-        Its parameters.
+        Square matrices without biases, and a smaller last matrix for the remainder.
+
+    Raises:
+        ValueError: If ``numel`` is less than 1.
     """
     if numel < 1:
         raise ValueError(f"Invalid numel: {numel}. Must be 1 or more.")
     full, rest = divmod(numel, width * width)
-    tail = [Parameter(rest, min(width, rest))] if rest else []
-    return [Parameter(width * width, width)] * full + tail
+    tail = [ParameterSize(rest, min(width, rest))] if rest else []
+    return [ParameterSize(width * width, width)] * full + tail
 
 
 def make_buckets(
-    parameters: Sequence[Parameter], bucket_mb: float | None = None
-) -> list[list[Parameter]]:
-    """The buckets that DDP makes, in the order in which they become ready.
+    parameters: Sequence[ParameterSize], bucket_mb: float | None = None
+) -> list[list[ParameterSize]]:
+    """Divide parameters into DDP's buckets.
 
     Args:
-        parameters: In the model's order.
-        bucket_mb: DDP's ``bucket_cap_mb``; None is its default: a first bucket of 1 MiB, then 25.
+        parameters: Parameter sizes, in the model's order.
+        bucket_mb: DDP's ``bucket_cap_mb``; None for its default, a first bucket of 1 MiB, then 25 MiB.
 
     Returns:
-        The parameters of each bucket. A bucket is closed by the parameter with which it is full.
+        The parameters of each bucket, in the order in which buckets become ready. A bucket ends with
+        the parameter that fills it.
+
+    Raises:
+        ValueError: If ``bucket_mb`` is not positive.
     """
     if bucket_mb is not None and not bucket_mb > 0:
         raise ValueError(f"Invalid bucket_mb: {bucket_mb}. Must be above 0.")
     limit = (_FIRST_BUCKET_MB if bucket_mb is None else bucket_mb) * _MB
-    buckets: list[list[Parameter]] = [[]]
+    buckets: list[list[ParameterSize]] = [[]]
     size = 0
     for parameter in reversed(parameters):
         if size >= limit:
@@ -108,56 +115,57 @@ def make_buckets(
 
 
 def parts_of(
-    method: Method, bucket: Sequence[Parameter], world_size: int, nccl: bool = False
-) -> list[Sequence[Parameter]]:
-    """What of a bucket travels together.
+    method: Method, bucket: Sequence[ParameterSize], world_size: int, nccl: bool = False
+) -> list[Sequence[ParameterSize]]:
+    """Divide a bucket into the parts that are exchanged separately.
 
     Args:
-        method: How it is averaged; only our exchange cuts buckets.
-        bucket: Its parameters.
+        method: The method. Only methods of this project divide buckets.
+        bucket: Parameter sizes of the bucket.
         world_size: Number of ranks.
-        nccl: Whether NCCL carries them: there buckets travel whole.
+        nccl: Whether the backend is NCCL, on which buckets are not divided.
 
     Returns:
         The parameters of each part.
     """
-    if nccl or not method.is_ours:
+    if nccl or not method.is_effadam:
         return [bucket]
     return [bucket[part] for part in cut([p.numel for p in bucket], part_numel(world_size))]
 
 
 def payload_bytes(
-    bucket: Sequence[Parameter], quantizer: str, servers: int, block_size: int = 256
+    bucket: Sequence[ParameterSize], quantizer: str, servers: int, block_size: int = 256
 ) -> int:
-    """Bytes of a bucket's payload for all servers together.
+    """Compute the size of a bucket's payload, the chunks of all servers together.
 
     Args:
-        bucket: Its parameters.
+        bucket: Parameter sizes of the bucket.
         quantizer: Name of the quantizer.
-        servers: How many chunks the payload has.
-        block_size: Elements that share a scale.
+        servers: Number of servers, and so of chunks.
+        block_size: Number of elements that share a scale.
 
     Returns:
-        What :func:`effadam_hook.wire.layout.lay_out_bucket` would say. Where parameters times servers are very
-        many, all servers count as equal: so many odd blocks spread evenly.
+        Bytes, equal to those of :func:`effadam_hook.wire.layout.lay_out_bucket`. If parameters times
+        servers exceed 200,000, the chunks are assumed to be of equal size, as incomplete blocks are
+        then distributed evenly.
     """
     return _payload_bytes(tuple(bucket), quantizer, servers, block_size)
 
 
 @lru_cache(maxsize=4096)
 def _payload_bytes(
-    bucket: tuple[Parameter, ...], quantizer: str, servers: int, block_size: int
+    bucket: tuple[ParameterSize, ...], quantizer: str, servers: int, block_size: int
 ) -> int:
-    chosen = get_quantizer(quantizer)
+    codec = get_quantizer(quantizer)
 
-    def size(parameter: Parameter, numel: int) -> int:
-        if parameter.rows == 0 or chosen.is_raw:
+    def size(parameter: ParameterSize, numel: int) -> int:
+        if parameter.rows == 0 or codec.is_raw:
             return numel * _ITEM_BYTES
         full, rest = divmod(numel, block_size)
         scales = (full + (rest > 0)) * SCALE_BYTES
-        return scales + full * chosen.code_bytes(block_size) + chosen.code_bytes(rest)
+        return scales + full * codec.code_bytes(block_size) + codec.code_bytes(rest)
 
-    if servers * len(bucket) > _MOST_SHARES:
+    if servers * len(bucket) > _MAX_SHARES:
         longest = -(-sum(size(each, each.numel) for each in bucket) // servers)
     else:
         longest = max(
@@ -171,19 +179,19 @@ def _payload_bytes(
 
 
 def legs_of(
-    method: Method, bucket: Sequence[Parameter], world_size: int, tree: bool = False
+    method: Method, bucket: Sequence[ParameterSize], world_size: int, tree: bool = False
 ) -> list[Leg]:
-    """The collectives of one bucket.
+    """List the collectives of one bucket.
 
     Args:
-        method: How it is averaged.
-        bucket: Its parameters.
+        method: The method.
+        bucket: Parameter sizes of the bucket.
         world_size: Number of ranks.
-        tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees, and not ``2 (N-1)``, and
-            a broadcast sends its bytes once.
+        tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees do, instead of
+            ``2 (N-1)``, and whether the root of a broadcast sends its bytes once.
 
     Returns:
-        In their order; none for one rank, or without communication.
+        The legs, in their order; an empty list for one rank or for ``none``.
     """
     n = world_size
     if n == 1 or method.kind == "none":

@@ -1,4 +1,4 @@
-"""What is trained: a perceptron that computes, one that only takes its time, or the user's model."""
+"""Training tasks: a perceptron that computes, one that sleeps instead, or a user's model."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effadam_hook.errors import CommandError, UserCodeError
-from effadam_hook.planner.traffic import Parameter
+from effadam_hook.planner.traffic import ParameterSize
 
-__all__ = ["Trained", "UserModel", "Workload", "describe", "parse_count", "to_device"]
+__all__ = ["TrainingTask", "UserModel", "Workload", "describe", "parse_count", "to_device"]
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
-class Trained(Protocol):
-    """A model and what it is trained on."""
+class TrainingTask(Protocol):
+    """A model, its batches and its loss."""
 
     def model(self) -> nn.Module:
-        """The bare model, the same on every rank."""
+        """Make the bare model, equal on every rank."""
         ...
 
     def batch(self, rank: int) -> Any:
-        """A rank's batch."""
+        """Make a rank's batch."""
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of a batch, from the model as it is wrapped."""
+        """Compute the loss of a batch with the wrapped model."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Backward from the loss."""
+        """Run backward from the loss."""
         ...
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A perceptron of equal square layers with ReLU, on random rows, with a squared loss.
+    """Perceptron of equal square layers with ReLU, on random rows, with a squared loss.
 
     Attributes:
         layers: Number of layers.
-        width: Rows and columns of each.
+        width: Rows and columns of each layer.
         rows: Rows of input on every rank.
-        sleep_ms: If not negative, nothing is computed: forward and backward together take this long,
-            asleep, and the gradients are the same random numbers every time. So the time of a step
+        sleep_ms: If not negative, forward and backward sleep for this time in total instead of
+            computing, and the gradients are the same random numbers in every step. The step time then
             does not depend on how many ranks share the machine's cores.
     """
 
@@ -63,15 +63,17 @@ class Workload:
 
     @property
     def numel(self) -> int:
-        """Number of parameters."""
+        """Return the number of parameters."""
         return self.layers * (self.width * self.width + self.width)
 
     def model(self) -> nn.Module:
-        """The bare model, the same on every rank."""
+        """Make the bare model, equal on every rank."""
         torch.manual_seed(0)
         if self.sleep_ms >= 0:
             seconds = self.sleep_ms / 1000 / self.layers
-            stack: list[nn.Module] = [_Asleep(self.width, seconds) for _ in range(self.layers)]
+            stack: list[nn.Module] = [
+                _SleepingLayer(self.width, seconds) for _ in range(self.layers)
+            ]
         else:
             stack = []
             for _ in range(self.layers):
@@ -79,22 +81,22 @@ class Workload:
         return nn.Sequential(*stack)
 
     def batch(self, rank: int) -> Tensor:
-        """A rank's rows."""
+        """Make a rank's rows of input."""
         generator = torch.Generator().manual_seed(1 + rank)
         return torch.randn(self.rows, self.width, generator=generator, requires_grad=True)
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        """The loss of a batch."""
+        """Compute the loss of a batch."""
         out: Tensor = model(batch)
         return out.square().mean()
 
     def backward(self, loss: Tensor) -> None:
-        """Backward from the loss."""
+        """Run backward from the loss."""
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-class _Asleep(nn.Module):
-    """A layer with a linear layer's parameters, which sleeps a third forward and the rest backward."""
+class _SleepingLayer(nn.Module):
+    """Linear layer's parameters without its arithmetic: sleeps 1/3 in forward, 2/3 in backward."""
 
     def __init__(self, width: int, seconds: float) -> None:
         super().__init__()
@@ -124,19 +126,18 @@ class _Sleep(torch.autograd.Function):
 
 
 class UserModel:
-    """A user's model, named as ``module:function``.
+    """Model of a user, named as ``module:function``.
 
-    The function takes no arguments and returns the model; or the model and a function that makes a
-    loss of the (wrapped) model; or the model and a batch, of which the mean of the output is the loss.
-
-    Args:
-        spec: The name.
-
-    What the user's code prints goes to standard error. What it raises becomes a
+    The function takes no arguments. It returns the model; or the model and a function that computes the
+    loss from the wrapped model; or the model and a batch, in which case the loss is the mean of the
+    output. Output of the user's code is written to standard error. Its exceptions are raised as
     :class:`~effadam_hook.errors.UserCodeError`.
 
+    Args:
+        spec: Name of the function.
+
     Raises:
-        CommandError: If there is no such function, it returns something else, or a model without
+        CommandError: If the function does not exist, returns something else, or returns a model without
             trainable parameters.
     """
 
@@ -146,7 +147,7 @@ class UserModel:
         self._rest: Any = None
 
     def model(self) -> nn.Module:
-        """The bare model, the same on every rank: the function runs with seed 0."""
+        """Make the bare model, equal on every rank: the function runs with seed 0."""
         torch.manual_seed(0)
         with _user_code(self._spec):
             made = self._make()
@@ -160,23 +161,24 @@ class UserModel:
         model: nn.Module = made[0]
         if not describe(model):
             raise CommandError(
-                f"The model of {self._spec} has no trainable parameters, and so nothing to average. "
-                "Some parameter must have requires_grad=True: return the model as it is trained."
+                f"The model of {self._spec} has no trainable parameters, so there is nothing to "
+                "average. At least one parameter must have requires_grad=True: return the model as it "
+                "is trained."
             )
         self._rest = made[1]
         return model
 
     @property
     def can_step(self) -> bool:
-        """Whether there is anything to compute a loss from; known once the model was made."""
+        """Return whether the function supplied a loss or a batch; valid after :meth:`model`."""
         return self._rest is not None
 
     def batch(self, rank: int) -> Any:
-        """What came with the model."""
+        """Return the loss function or batch that the function supplied."""
         return self._rest
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss, as the function's second value says."""
+        """Compute the loss with the loss function, or from the batch."""
         with _user_code(self._spec):
             if callable(batch):
                 loss: Tensor = batch(model)
@@ -188,23 +190,23 @@ class UserModel:
         first = _first_tensor(out)
         if first is None:
             raise CommandError(
-                f"The model of {self._spec} returned no floating tensor. Return a loss function "
-                "besides the model: a function that takes the model and returns the loss."
+                f"The model of {self._spec} returned no floating-point tensor. Return a loss function "
+                "with the model: a function that takes the model and returns the loss."
             )
         return first.float().mean()
 
     def backward(self, loss: Tensor) -> None:
-        """Backward from the loss."""
-        # The exchange runs in backward too, and what it raises is not the user's.
+        """Run backward from the loss."""
+        # The exchange also runs in backward; its errors are not errors of the user's code.
         with _user_code(self._spec, but=RuntimeError):
             loss.backward()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
 def _user_code(spec: str, *, but: type[Exception] = dist.DistError) -> Iterator[None]:
-    """Where the user's code runs; errors of the type ``but`` stay as they are."""
+    """Run user code: redirect its output and convert its exceptions, except those of type ``but``."""
     try:
-        # Standard output may be one JSON object, and is nobody else's.
+        # Standard output is reserved for the command's own output, which may be one JSON object.
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except but:
@@ -212,7 +214,7 @@ def _user_code(spec: str, *, but: type[Exception] = dist.DistError) -> Iterator[
     except Exception as error:
         raise UserCodeError(
             f"Your function {spec}, or what it returned, raised {type(error).__name__}: {error}. The "
-            "traceback above says where. It must run by itself: try it without this command."
+            "traceback above shows where. The function must run on its own: try it without effadam."
         ) from error
 
 
@@ -222,7 +224,7 @@ def _first_tensor(value: Any) -> Tensor | None:
     items = value.values() if isinstance(value, dict) else value
     if not isinstance(value, dict | tuple | list):
         items = vars(value).values() if hasattr(value, "__dict__") else ()
-    return next((found for item in items if (found := _first_tensor(item)) is not None), None)
+    return next((first for item in items if (first := _first_tensor(item)) is not None), None)
 
 
 def _look_up(spec: str) -> Callable[[], Any]:
@@ -236,27 +238,26 @@ def _look_up(spec: str) -> Callable[[], Any]:
     try:
         with _user_code(spec, but=ImportError):
             module = importlib.import_module(module_name)
-        found = getattr(module, function_name)
+        make: Callable[[], Any] = getattr(module, function_name)
     except (ImportError, AttributeError) as error:
         raise CommandError(
             f"Invalid --model: {spec!r}: {error}. The module must be importable from the working "
             "directory and have that function."
         ) from error
-    make: Callable[[], Any] = found
     return make
 
 
-def describe(model: nn.Module) -> list[Parameter]:
-    """A model's trainable parameters for the cost model, in their order."""
+def describe(model: nn.Module) -> list[ParameterSize]:
+    """Return the sizes of a model's trainable parameters, in their order."""
     return [
-        Parameter(p.numel(), p.shape[0] if p.ndim > 1 else 0)
+        ParameterSize(p.numel(), p.shape[0] if p.ndim > 1 else 0)
         for p in model.parameters()
         if p.requires_grad and p.numel()
     ]
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A batch, however nested, with its tensors on a device; what is none stays as it is."""
+    """Move the tensors of a nested batch to a device; other values remain unchanged."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
@@ -267,16 +268,16 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def parse_count(text: str) -> int:
-    """A number as people write it.
+    """Parse a number with an optional suffix.
 
     Args:
-        text: Such as ``6.3M``, ``124000000`` or ``1.5B``.
+        text: The number, for example ``6.3M``, ``124000000`` or ``1.5B``.
 
     Returns:
-        The number.
+        The number, rounded to an integer.
 
     Raises:
-        ValueError: If it is not understood.
+        ValueError: If the text is not such a number, or the number is less than 1.
     """
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([kmgb]?)", text.strip().lower())
     try:

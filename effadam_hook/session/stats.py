@@ -1,4 +1,4 @@
-"""What has travelled, counted in plain integers known from the layout, and how long it took."""
+"""Bytes exchanged, counted in integers that the layout gives, and the time that an exchange took."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Clock", "Counters"]
 
 @dataclass
 class Counters:
-    """What this rank has sent and received, as payload bytes.
+    """Count the payload bytes that this rank has sent and received.
 
     The unit is a payload: what one worker hands to its servers, all chunks and padding included, and
     what it gets back. It does not depend on the topology; how often a payload crosses which link does.
@@ -45,7 +45,7 @@ class Counters:
 
     @property
     def ratio(self) -> float:
-        """How many times less than uncompressed gradients has travelled; 1.0 before the first."""
+        """Return the bytes of uncompressed gradients over those sent; 1.0 before the first step."""
         sent = self.uplink_bytes + self.downlink_bytes
         return self.dense_bytes / sent if sent else 1.0
 
@@ -82,7 +82,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """What the last exchange took; 0 before the first. Waits for the device."""
+        """Return the seconds of the last exchange; 0 before the first. Waits for the device."""
         if isinstance(self._last, float):
             return self._last
         begin, end = self._last

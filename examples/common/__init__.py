@@ -1,1 +1,1 @@
-"""What the examples share: options, local workers, training loop, checkpoints, reports."""
+"""Shared code of the examples: options, local workers, training loop, checkpoints, reports."""

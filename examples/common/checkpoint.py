@@ -1,9 +1,9 @@
 """Checkpoints of a data-parallel run with error feedback, one file for all ranks.
 
-Weights and optimizer are the same on all workers, residuals are not: without every rank's residuals
-a resumed run would take other steps than an uninterrupted one. The file is replaced atomically, so
-it is complete whenever the run is killed, and it holds tensors and plain values only: `torch.load`
-reads it with `weights_only=True`.
+Weights and optimizer are equal on all workers, residuals are not: without the residuals of every rank,
+a resumed run would differ from an uninterrupted one. The file is replaced atomically, so it is complete
+even if the run is killed. It contains tensors and plain values only, so `torch.load` reads it with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .options import Options
 if TYPE_CHECKING:
     from effadam_hook import EfficientAdamState
 
-_IRRELEVANT = {  # options that do not change the steps a run takes
+_IRRELEVANT = {  # options that do not affect the training steps
     "device",
     "validate_every",
     "stop_after",
@@ -37,22 +37,22 @@ _IRRELEVANT = {  # options that do not change the steps a run takes
 
 
 def fingerprint(options: Options, **task_options: Any) -> str:
-    """What a resumed run must have in common with the one that wrote the checkpoint, as JSON."""
+    """Return the settings that a resumed run must share with the saved run, as JSON."""
     settings = {name: value for name, value in asdict(options).items() if name not in _IRRELEVANT}
     return json.dumps(settings | task_options, sort_keys=True, default=str)
 
 
-def complaint(path: Path, settings: str) -> str | None:
-    """Why the checkpoint at `path` cannot be resumed with these settings; None if it can."""
+def mismatch(path: Path, settings: str) -> str | None:
+    """Return the reason why a checkpoint cannot be resumed with these settings; None if it can."""
     try:
-        then = json.loads(torch.load(path, map_location="cpu", weights_only=True)["settings"])
+        saved = json.loads(torch.load(path, map_location="cpu", weights_only=True)["settings"])
     except (EOFError, KeyError, TypeError, RuntimeError, ValueError, UnpicklingError):
         return f"{path} is not a checkpoint of this program"
-    now = json.loads(settings)
+    given = json.loads(settings)
     differences = [
-        f"{name} (was {then.get(name)}, now {now.get(name)})"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
+        f"{name} (was {saved.get(name)}, now {given.get(name)})"
+        for name in sorted(saved.keys() | given.keys())
+        if saved.get(name) != given.get(name)
     ]
     if differences:
         return f"{path} was written by a run with other options: {', '.join(differences)}"
@@ -68,18 +68,18 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: EfficientAdamState | None,
 ) -> None:
-    """Write a checkpoint; called by all workers at the same step.
+    """Write a checkpoint; every worker must call this at the same step.
 
     Args:
-        path: the file.
-        worker: who we are.
-        settings: see `fingerprint`.
-        points: the curve so far; its last point names the step.
-        model: the module inside DDP.
-        optimizer: its optimizer.
-        state: this worker's exchange state; None in a dense run.
+        path: The file.
+        worker: This worker.
+        settings: Settings from `fingerprint`.
+        points: The curve up to this step, which its last point contains.
+        model: The module inside DDP.
+        optimizer: The optimizer.
+        state: Exchange state of this worker; None in a dense run.
     """
-    exchange = state.full_state_dict() if state else None  # collects all ranks' on rank 0
+    exchange = state.full_state_dict() if state else None  # gathered on rank 0
     if not worker.is_main:
         return
     content = {
@@ -102,7 +102,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     state: EfficientAdamState | None,
 ) -> list[dict[str, Any]]:
-    """Restore what `save` wrote, on every worker; returns the curve so far."""
+    """Restore a checkpoint on every worker, and return the curve up to its step."""
     content = torch.load(path, map_location=worker.device, weights_only=True)
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])

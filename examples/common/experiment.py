@@ -1,4 +1,4 @@
-"""An experiment: one or several modes of the same training, then a report."""
+"""Experiment: one or several modes of the same training, and a report."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def start(
     task_type: Callable[[Any], Task],
     task_options: DataclassInstance,
 ) -> None:
-    """Check what `--resume` asks for, then run the experiment in every worker.
+    """Check the checkpoint of `--resume`, then run the experiment on every worker.
 
     Args:
-        parser: says what is wrong with the command line.
-        options: its shared part.
-        task_type: makes the task from `task_options`, once in each worker.
-        task_options: the task's own part of the command line, a dataclass.
+        parser: Parser that reports errors of the command line.
+        options: Shared options.
+        task_type: Function that makes the task from `task_options`, once per worker.
+        task_options: Options of the task, a dataclass.
     """
     settings = checkpoint.fingerprint(options, **asdict(task_options))
     if options.resume:
-        complaint = checkpoint.complaint(options.resume, settings)
-        if complaint:
-            parser.error(complaint)
+        mismatch = checkpoint.mismatch(options.resume, settings)
+        if mismatch:
+            parser.error(mismatch)
     launch(_experiment, options.workers, options.device, task_type, task_options, options, settings)
 
 

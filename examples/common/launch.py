@@ -1,8 +1,8 @@
 """Start the workers of a data-parallel program on this machine, or join those of torchrun.
 
-A single command should be enough to see several workers train together. `launch` starts them as
-local processes that meet through a file in a temporary directory, so no port has to be chosen or
-free. Under torchrun the processes exist already, and the same program only joins them.
+`launch` starts the workers as local processes, so that a single command trains with several of them.
+They find one another through a file in a temporary directory, so no free port is needed. Under torchrun
+the processes exist already, and `launch` only joins them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Worker:
     """One process of the group.
 
     Attributes:
-        rank: this worker's number, from 0.
-        world_size: how many workers there are.
-        device: where this worker computes.
+        rank: Rank of this worker, from 0.
+        world_size: Number of workers.
+        device: Device of this worker.
     """
 
     rank: int
@@ -36,23 +36,23 @@ class Worker:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the worker that prints and writes files."""
+        """Return whether this worker prints and writes files."""
         return self.rank == 0
 
 
 def under_torchrun() -> bool:
-    """Whether a launcher such as torchrun has already started the workers."""
+    """Return whether a launcher such as torchrun has started the workers."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def launch(main: Callable[..., None], workers: int, device: str, *arguments: Any) -> None:
-    """Run `main(worker, *arguments)` in every worker and return when all are done.
+    """Run `main(worker, *arguments)` on every worker and return when all have ended.
 
     Args:
-        main: a function at the top level of its module (it is looked up again in each new process).
-        workers: how many local processes to start; under torchrun, its world size is used instead.
-        device: "cpu", "cuda", or "auto" (CUDA when there is a GPU for each local worker).
-        arguments: picklable values handed to `main`.
+        main: Function at the top level of its module, as each new process imports it.
+        workers: Number of local processes; ignored under torchrun, which sets the world size.
+        device: "cpu", "cuda", or "auto" for CUDA if there is a GPU for each local worker.
+        arguments: Picklable arguments of `main`.
     """
     if under_torchrun():
         world_size = int(os.environ["WORLD_SIZE"])
@@ -63,11 +63,11 @@ def launch(main: Callable[..., None], workers: int, device: str, *arguments: Any
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the machine's cores
     with tempfile.TemporaryDirectory(prefix="effadam-") as directory:
-        meeting_point = f"file://{directory}/rendezvous"
+        init_method = f"file://{directory}/rendezvous"
         use_cuda = _use_cuda(device, workers)
         processes = spawn(
             _start,
-            args=(workers, meeting_point, use_cuda, main, arguments),
+            args=(workers, init_method, use_cuda, main, arguments),
             nprocs=workers,
             join=False,
         )
@@ -90,20 +90,20 @@ def _use_cuda(device: str, local_workers: int) -> bool:
 def _start(
     rank: int,
     world_size: int,
-    meeting_point: str,
+    init_method: str,
     use_cuda: bool,
     main: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _join(rank, rank, world_size, meeting_point, use_cuda, main, arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    _join(rank, rank, world_size, init_method, use_cuda, main, arguments)
 
 
 def _join(
     rank: int,
     local_rank: int,
     world_size: int,
-    meeting_point: str,
+    init_method: str,
     use_cuda: bool,
     main: Callable[..., None],
     arguments: tuple[Any, ...],
@@ -114,7 +114,7 @@ def _join(
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        init_method=meeting_point,
+        init_method=init_method,
         rank=rank,
         world_size=world_size,
     )

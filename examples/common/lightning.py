@@ -1,7 +1,7 @@
-"""The examples' tasks as LightningModule and LightningDataModule, and a command line that compares.
+"""The examples' tasks as LightningModule and LightningDataModule, and a command line for comparisons.
 
-The plain-DDP examples have a training loop in `training.py`; here the loop is the Trainer's, and all
-that is left is what Lightning asks for. Both report with the same table and plot.
+The plain DDP examples use the training loop of `training.py`; here the Trainer runs the loop. Both
+report with the same table and plot.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Samples(IterableDataset[Batch]):
-    """Batches without end; which ones depends on seed, step and rank only."""
+    """Infinite sequence of batches that depend only on seed, step and rank."""
 
     def __init__(self, task: Task, batch_size: int, seed: int, rank: int, first: int) -> None:
         self.task = task
@@ -39,7 +39,7 @@ class Samples(IterableDataset[Batch]):
         self.first = first
 
     def __iter__(self) -> Iterator[Batch]:
-        """Start at step `first`."""
+        """Yield batches, starting at step `first`."""
         step = self.first
         while True:
             rng = np.random.default_rng([self.seed, step, self.rank])
@@ -48,7 +48,7 @@ class Samples(IterableDataset[Batch]):
 
 
 class TaskData(pl.LightningDataModule):
-    """A task's samples; the subclass says which task."""
+    """Samples of a task, which the subclass selects."""
 
     def __init__(self, task: Task, batch_size: int, seed: int) -> None:
         super().__init__()
@@ -57,19 +57,19 @@ class TaskData(pl.LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Random samples, others on each rank."""
+        """Return random samples, different on each rank."""
         assert self.trainer is not None
         rank, step = self.trainer.global_rank, self.trainer.global_step
         samples = Samples(self.task, self.batch_size, self.seed, rank, step)
         return DataLoader(samples, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out samples, of which Lightning gives each rank a share."""
+        """Return the held-out samples, which Lightning divides among the ranks."""
         return DataLoader(TensorDataset(*self.task.held_out()), batch_size=EVALUATION_CHUNK)
 
 
 class TaskModule(pl.LightningModule):
-    """A classifier; the subclass builds the network."""
+    """Classifier whose network the subclass builds."""
 
     def __init__(self, lr: float, lr_warmup: int, weight_decay: float, update_mode: bool) -> None:
         super().__init__()
@@ -80,14 +80,14 @@ class TaskModule(pl.LightningModule):
         self.network: torch.nn.Module
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """Compute the loss of one batch."""
         inputs, targets = batch
         loss = cross_entropy(self.network(inputs), targets)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracy of one batch, averaged over all."""
+        """Log loss and accuracy of one batch, averaged over all batches."""
         inputs, targets = batch
         logits = self.network(inputs)
         accuracy = (logits.argmax(-1) == targets).float().mean()
@@ -95,7 +95,7 @@ class TaskModule(pl.LightningModule):
             self.log(name, value, prog_bar=True, sync_dist=True, batch_size=len(inputs))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, or EfficientAdam for update mode; warm-up, then cosine decay to 0."""
+        """Make AdamW, or EfficientAdam for update mode, with warm-up and cosine decay to 0."""
         optimizer: torch.optim.Optimizer
         if self.update_mode:
             optimizer = EfficientAdam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
@@ -119,7 +119,7 @@ class TaskModule(pl.LightningModule):
 
 
 class Curve(pl.Callback):
-    """Records a run for the report, point by point after every validation."""
+    """Callback that records one point of the curve after every validation."""
 
     def __init__(self, mode: str, task: Task) -> None:
         self.mode = mode
@@ -140,7 +140,7 @@ class Curve(pl.Callback):
             self.seconds += time.perf_counter() - self.clock
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take a point."""
+        """Record a point."""
         if trainer.sanity_checking:
             return
         state = getattr(trainer.strategy, "hook_state", None)
@@ -162,10 +162,10 @@ class Curve(pl.Callback):
 
 
 class ComparingCLI(LightningCLI):
-    """LightningCLI with `--compare`: the configured strategy, and plain `ddp` before it."""
+    """LightningCLI with `--compare`, which trains with plain `ddp` before the configured strategy."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is not the Trainer's, the model's or the data's."""
+        """Add the options that belong neither to the Trainer nor to model and data."""
         parser.add_argument(
             "--compare", action="store_true", help="train with plain ddp first, and compare"
         )
@@ -184,17 +184,17 @@ def start(
     args: ArgsType = None,
     link: Callable[[LightningArgumentParser], None] = lambda parser: None,
 ) -> list[Run]:
-    """Read the command line, train once or twice, and report.
+    """Parse the command line, train once or twice, and print the report.
 
     Args:
-        module: The model.
-        data: Its data.
+        module: Class of the model.
+        data: Class of the data.
         config: YAML file with the defaults.
-        args: The command line; None for the program's.
-        link: Declares options of the model that follow from others.
+        args: Arguments; None for those of the process.
+        link: Function that links options of the model to options of the data.
 
     Returns:
-        The curves, with plain `ddp` first if it was asked for.
+        The curves; plain `ddp` first, with `--compare`.
     """
 
     class CLI(ComparingCLI):

@@ -1,4 +1,4 @@
-"""The command line that the training examples share, and its checked, picklable form."""
+"""Command-line options that the training examples share, checked and picklable."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SECOND_MOMENTS = ("local", "shared", "frozen")
 
 @dataclass(frozen=True)
 class Mode:
-    """How gradients travel in one run: as they are (dense), or quantized on the way up and down.
+    """Exchange of the gradients in one run: dense, or quantized in both directions.
 
     Attributes:
-        uplink: quantizer from workers to server; None for a dense run.
-        downlink: quantizer from server to workers; None for a dense run.
-        name: what to call the mode; None to call it after its quantizers.
+        uplink: Quantizer from workers to server; None for a dense run.
+        downlink: Quantizer from server to workers; None for a dense run.
+        name: Name of the mode; None to derive it from the quantizers.
     """
 
     uplink: str | None = None
@@ -34,18 +34,18 @@ class Mode:
 
     @classmethod
     def parse(cls, text: str) -> Mode:
-        """Read `NAME` (both directions) or `UP/DOWN`."""
+        """Parse `NAME` (both directions) or `UP/DOWN`."""
         uplink, _, downlink = text.strip().partition("/")
         return cls(uplink, downlink or uplink)
 
     @property
     def is_dense(self) -> bool:
-        """Whether gradients travel in full, by DDP's own all-reduce."""
+        """Return whether DDP's own all-reduce averages the gradients."""
         return self.uplink is None
 
     @property
     def label(self) -> str:
-        """The mode's name in tables and plots."""
+        """Return the name of the mode in tables and plots."""
         if self.name is not None:
             return self.name
         if self.uplink is None:
@@ -55,7 +55,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line decides, whatever the task; see `add_arguments` for the meanings."""
+    """Options that do not depend on the task; `add_arguments` describes them."""
 
     workers: int
     device: str
@@ -90,7 +90,7 @@ class Options:
 
     @property
     def modes(self) -> list[Mode]:
-        """The runs to do, in order."""
+        """Return the modes to run, in order."""
         uplink = self.worker_quantizer or self.quantizer
         downlink = self.server_quantizer or self.quantizer
         if self.compare and self.quantizers:
@@ -101,11 +101,11 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> None:
-    """Add the shared options to `parser`; `defaults` are the example's own."""
+    """Add the shared options to `parser`, with the example's `defaults`."""
     parser.add_argument(
         "--workers",
         type=int,
-        help="local processes to start (default 2; under torchrun, its world size)",
+        help="local processes to start (default 2; under torchrun, the world size)",
     )
     parser.add_argument(
         "--device",
@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         "--effadam",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="quantize gradients both ways, or leave them to DDP's all-reduce (default on)",
+        help="quantize gradients in both directions, or use DDP's all-reduce (default on)",
     )
     exchange.add_argument("--quantizer", default="lloyd4", help="default %(default)s")
     exchange.add_argument("--worker-quantizer", help="uplink only (default: --quantizer)")
@@ -128,10 +128,10 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         "--topology",
         choices=("rank0", "sharded"),
         default="rank0",
-        help="one server, or a share of it on every worker (default %(default)s)",
+        help="rank 0 is the server, or every worker for a share (default %(default)s)",
     )
     exchange.add_argument(
-        "--block-size", type=int, default=256, help="elements to a scale (default %(default)s)"
+        "--block-size", type=int, default=256, help="elements per scale (default %(default)s)"
     )
     exchange.add_argument(
         "--warmup-steps",
@@ -143,15 +143,15 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         "--exchange",
         choices=EXCHANGES,
         default="gradient",
-        help="what travels: the gradient; the gradient in units of the root of Adam's second moment;"
-        " EfficientAdam's update; or updates up and weights down, as in Quantized Adam"
+        help="what is exchanged: the gradient; the gradient divided by the root of Adam's second"
+        " moment; EfficientAdam's update; or updates up and weights down, as in Quantized Adam"
         " (default %(default)s)",
     )
     exchange.add_argument(
         "--second-moment",
         choices=SECOND_MOMENTS,
         default="local",
-        help="EfficientAdam's: each worker's own, shared, or frozen after --warmup-steps"
+        help="of EfficientAdam: local to each worker, shared, or frozen after --warmup-steps"
         " (default %(default)s)",
     )
     exchange.add_argument(
@@ -168,8 +168,8 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
     exchange.add_argument(
         "--quantizers",
         metavar="Q[,Q...]",
-        help="with --compare: the quantizers to compare with dense; UP/DOWN for different ones"
-        " each way, for example lloyd4,lloyd2,sign/lloyd4",
+        help="with --compare: the quantizers to compare with dense; UP/DOWN for different quantizers"
+        " per direction, for example lloyd4,lloyd2,sign/lloyd4",
     )
 
     training = parser.add_argument_group("training")
@@ -186,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         nargs=2,
         default=[0.9, 0.999],
         metavar="B",
-        help="Adam's (default 0.9 0.999)",
+        help="betas of Adam (default 0.9 0.999)",
     )
     training.add_argument("--weight-decay", type=float, default=0.01, help="default %(default)s")
     training.add_argument("--steps", type=int, help="default %(default)s")
@@ -194,14 +194,16 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
     training.add_argument(
         "--seed", type=int, default=0, help="weights and data order (default %(default)s)"
     )
-    training.add_argument("--validate-every", type=int, help="steps (default %(default)s)")
+    training.add_argument(
+        "--validate-every", type=int, help="steps between validations (default %(default)s)"
+    )
 
     files = parser.add_argument_group("files")
     files.add_argument(
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="write a checkpoint, of all workers, after every validation",
+        help="write a checkpoint of all workers after every validation",
     )
     files.add_argument(
         "--resume", type=Path, metavar="PATH", help="continue from a checkpoint, exactly"
@@ -210,7 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         "--stop-after",
         type=int,
         metavar="STEP",
-        help="end the run early, at this step of the --steps planned",
+        help="end the run early, at this step",
     )
     files.add_argument(
         "--plot",
@@ -231,18 +233,18 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
 
 
 def read(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> Options:
-    """Check the shared options and return them; ends the program with a message if one is wrong."""
+    """Check and return the shared options; exit with a message if one is invalid."""
     if namespace.workers is None:
         namespace.workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 2
     options = Options(**{field.name: getattr(namespace, field.name) for field in fields(Options)})
-    complaint = _complaint(options)
-    if complaint:
-        parser.error(complaint)
+    error = _find_error(options)
+    if error:
+        parser.error(error)
     return options
 
 
-def _complaint(options: Options) -> str | None:
-    for name, least in (
+def _find_error(options: Options) -> str | None:
+    for name, minimum in (
         ("workers", 1),
         ("steps", 1),
         ("batch_size", 1),
@@ -256,8 +258,8 @@ def _complaint(options: Options) -> str | None:
         ("seed", 0),
     ):
         value = getattr(options, name)
-        if value is not None and value < least:
-            return f"--{name.replace('_', '-')} must be at least {least}, got {value}"
+        if value is not None and value < minimum:
+            return f"--{name.replace('_', '-')} must be at least {minimum}, got {value}"
     if not options.lr > 0:
         return f"--lr must be positive, got {options.lr}"
     if not all(0 <= beta < 1 for beta in options.betas):
@@ -265,31 +267,31 @@ def _complaint(options: Options) -> str | None:
     if under_torchrun() and options.workers != int(os.environ["WORLD_SIZE"]):
         return (
             f"--workers {options.workers} contradicts torchrun's world size"
-            f" {os.environ['WORLD_SIZE']}; leave --workers out"
+            f" {os.environ['WORLD_SIZE']}; omit --workers"
         )
     if options.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: this PyTorch sees no GPU; use --device cpu"
+        return "--device cuda: PyTorch finds no GPU; use --device cpu"
     if options.exchange != "gradient" and options.optimizer == "sgd":
-        return f"--exchange {options.exchange} needs the moments of Adam: leave --optimizer sgd out"
+        return f"--exchange {options.exchange} needs the moments of Adam: omit --optimizer sgd"
     if options.second_moment == "frozen" and options.warmup_steps == 0:
-        return "--second-moment frozen is estimated during --warmup-steps: set them above 0"
+        return "--second-moment frozen is estimated during --warmup-steps, which must be above 0"
     if options.compare and not options.effadam:
-        return "--compare trains dense as well; leave --no-effadam out"
+        return "--compare includes a dense run; omit --no-effadam"
     if options.quantizers and not options.compare:
-        return "--quantizers belongs to --compare; use --quantizer for a single run"
+        return "--quantizers requires --compare; use --quantizer for a single run"
     if options.quantizers and (options.worker_quantizer or options.server_quantizer):
-        return "--quantizers takes UP/DOWN pairs; leave --worker- and --server-quantizer out"
+        return "--quantizers accepts UP/DOWN pairs; omit --worker-quantizer and --server-quantizer"
     if options.compare and (options.checkpoint or options.resume):
-        return "--checkpoint and --resume belong to a single run; leave --compare out"
+        return "--checkpoint and --resume apply to a single run; omit --compare"
     if options.resume and not options.resume.is_file():
         return f"--resume {options.resume}: no such file"
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        return "the plot needs matplotlib: pip install matplotlib, or pass --no-plot"
-    return _attach_complaint(options)
+        return "the plot needs matplotlib: pip install matplotlib, or use --no-plot"
+    return _find_attach_error(options)
 
 
-def _attach_complaint(options: Options) -> str | None:
-    """What the library would refuse in every worker, found out before any is started."""
+def _find_attach_error(options: Options) -> str | None:
+    """Return the error that `attach` would raise on every worker, before workers are started."""
     for mode in options.modes:
         if mode.is_dense:
             continue
@@ -303,7 +305,7 @@ def _attach_complaint(options: Options) -> str | None:
 
 
 def exchange_arguments(options: Options, mode: Mode) -> dict[str, Any]:
-    """The keyword arguments of `attach` for a quantized run."""
+    """Return the keyword arguments of `attach` for a quantized run."""
     return {
         "worker_quantizer": mode.uplink,
         "server_quantizer": mode.downlink,

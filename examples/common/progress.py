@@ -1,4 +1,4 @@
-"""What a run prints as it trains: a bar in a terminal, and one line for each evaluation."""
+"""Progress of a run: a bar in a terminal, and one line per evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFRESH_EVERY_STEPS = 10
 
 
 class Progress:
-    """Shows a run's progress on the main worker, and nothing on the others."""
+    """Progress display of the main worker; other workers print nothing."""
 
     def __init__(self, run: Run, task: Task, steps: int, enabled: bool) -> None:
         self._run = run
@@ -53,7 +53,7 @@ class Progress:
         )
 
     def point(self, point: Point) -> None:
-        """Print one line about an evaluation."""
+        """Print the results of an evaluation in one line."""
         throughput = point.step * self._run.units_per_step / point.seconds
         self.message(
             f"{self._run.mode:<12} step {point.step:>{self._width}}/{self._steps}"
@@ -65,7 +65,7 @@ class Progress:
         )
 
     def message(self, text: str) -> None:
-        """Print a line without breaking the bar."""
+        """Print a line above the bar."""
         if self._enabled:
             self._bar.write(text)
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What remains of a comparison: a table, a picture, and files for scripts."""
+"""Report of a comparison: a table, a plot, and files for scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def table(runs: list[Run], task: Task) -> str:
-    """The final figures of each run, aligned for a terminal."""
+    """Format the final figures of each run as a table for a terminal."""
     header = [
         "mode",
         f"{task.held_out_name} loss",
@@ -53,7 +53,7 @@ def table(runs: list[Run], task: Task) -> str:
 
 
 def plot(path: Path, runs: list[Run], task: Task) -> None:
-    """Draw the headline metric against steps and against the bytes of one worker."""
+    """Plot the headline metric against steps and against the bytes of one worker."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -78,7 +78,7 @@ def plot(path: Path, runs: list[Run], task: Task) -> None:
 
 
 def write_json(path: Path, runs: list[Run], task: Task, options: Options) -> None:
-    """Curves, final figures, settings and environment."""
+    """Write curves, final figures, settings and environment."""
     content: dict[str, Any] = {
         "task": task.name,
         "settings": asdict(options),
@@ -102,7 +102,7 @@ def write_json(path: Path, runs: list[Run], task: Task, options: Options) -> Non
 
 
 def write_csv(path: Path, runs: list[Run]) -> None:
-    """One row per run and evaluation."""
+    """Write one row per run and evaluation."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = ["mode", *(field.name for field in fields(runs[0].final))]
     with path.open("w", newline="") as file:

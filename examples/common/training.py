@@ -1,7 +1,7 @@
-"""One training loop for every example: DistributedDataParallel, and one line that may be added.
+"""Training loop of all examples: DistributedDataParallel, and one optional line.
 
-Everything a step depends on is a function of (seed, step, rank): a run that was interrupted and
-resumed repeats the uninterrupted one to the bit, and runs in different modes see the same data.
+Everything in a step is a function of (seed, step, rank). A run that was interrupted and resumed is
+therefore bit-identical to an uninterrupted one, and runs in different modes use the same data.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ EVALUATION_CHUNK = 64  # held-out samples per forward
 
 
 class Task(Protocol):
-    """A classification problem: next byte, digit, ..."""
+    """Classification problem, such as the next byte or a digit."""
 
     name: str
     headline: str  # the metric to plot: "loss" or "accuracy"
     held_out_name: str  # "validation" or "test"
-    unit: str  # what throughput counts, in the plural
+    unit: str  # unit of throughput, in the plural
     units_per_sample: int
 
     @property
     def description(self) -> str:
-        """One line about the data."""
+        """Return a one-line description of the data."""
 
     def build_model(self) -> nn.Module:
-        """A new model; its output is logits, classes last."""
+        """Make a model that returns logits, with classes in the last dimension."""
 
     def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """`count` random training samples and their classes."""
+        """Draw `count` random training samples and their classes."""
 
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """The fixed evaluation samples and their classes."""
+        """Return the fixed evaluation samples and their classes."""
 
 
 @dataclass
 class Point:
-    """The state of a run after `step` steps. Bytes and seconds count from the start of the run.
+    """Results after `step` steps. Bytes and seconds count from the start of the run.
 
     Attributes:
-        step: optimizer steps done.
-        train_loss: mean over all workers and the steps since the previous point, nats.
-        loss: mean over the held-out samples, nats.
-        accuracy: share of held-out samples classified correctly.
-        uplink_bytes: what one worker has sent to the server.
-        downlink_bytes: what one worker has received from it.
-        seconds: training time, evaluation not included.
+        step: Number of optimizer steps.
+        train_loss: Mean over all workers and the steps since the previous point, in nats.
+        loss: Mean over the held-out samples, in nats.
+        accuracy: Fraction of held-out samples that are classified correctly.
+        uplink_bytes: Bytes that one worker has sent to the server.
+        downlink_bytes: Bytes that one worker has received from the server.
+        seconds: Training time without evaluation.
     """
 
     step: int
@@ -79,13 +79,13 @@ class Point:
 
 @dataclass
 class Run:
-    """One mode's training curve.
+    """Training curve of one mode.
 
     Attributes:
-        mode: the mode's label.
-        dense_bytes_per_step: an fp32 exchange of the gradients, one worker, one direction.
-        units_per_step: tokens, images, ... processed by all workers together.
-        points: the curve.
+        mode: Label of the mode.
+        dense_bytes_per_step: Bytes of an fp32 exchange, for one worker and one direction.
+        units_per_step: Tokens or images processed by all workers together.
+        points: Points of the curve.
     """
 
     mode: str
@@ -95,26 +95,26 @@ class Run:
 
     @property
     def final(self) -> Point:
-        """The last point."""
+        """Return the last point."""
         return self.points[-1]
 
     @property
     def ratio(self) -> float:
-        """How many times fewer bytes than an fp32 exchange in both directions."""
+        """Return the bytes of an fp32 exchange divided by those of the run, in both directions."""
         sent = self.final.uplink_bytes + self.final.downlink_bytes
         return 2 * self.dense_bytes_per_step * self.final.step / sent if sent else math.nan
 
     @property
     def units_per_second(self) -> float:
-        """Training throughput of all workers together."""
+        """Return the training throughput of all workers together."""
         return self.units_per_step * self.final.step / self.final.seconds
 
 
 class Wire:
-    """Counts the bytes one worker sends to the server (up) and receives from it (down).
+    """Counter of the bytes that one worker sends to the server (up) and receives from it (down).
 
-    A dense step counts as 4 bytes a parameter each way. What moves between N machines in a ring
-    all-reduce, or in the sharded topology, is (N-1)/N of either count: ratios stay the same.
+    A dense step counts as 4 bytes per parameter and direction. A ring all-reduce and the sharded
+    topology move (N-1)/N of these counts between N machines, so ratios are unaffected.
     """
 
     def __init__(self, dense_bytes_per_step: int, state: EfficientAdamState | None) -> None:
@@ -122,7 +122,7 @@ class Wire:
         self._state = state
 
     def read(self, step: int) -> tuple[int, int]:
-        """Bytes up and down in the first `step` steps of the run."""
+        """Return the bytes up and down in the first `step` steps of the run."""
         if self._state is None:
             return self._dense_bytes_per_step * step, self._dense_bytes_per_step * step
         stats = self._state.stats()
@@ -130,14 +130,14 @@ class Wire:
 
 
 class Training:
-    """One run: a model, its optimizer, the exchange of its gradients, and the loop.
+    """One run: model, optimizer, exchange and training loop.
 
     Args:
-        task: data and model.
-        mode: dense, or the quantizers.
-        options: the command line.
-        worker: who we are; all workers train together.
-        settings: what a checkpoint must agree with to be resumed (`checkpoint.fingerprint`).
+        task: Data and model.
+        mode: Dense, or the quantizers.
+        options: Options of the command line.
+        worker: This worker.
+        settings: Settings that checkpoints must match, from `checkpoint.fingerprint`.
     """
 
     def __init__(
@@ -166,17 +166,17 @@ class Training:
         self.progress = Progress(self.result, task, options.steps, enabled=worker.is_main)
 
     def wrap(self) -> DistributedDataParallel:
-        """The model in DDP; in a method of its own for benchmarks to put other hooks on it."""
+        """Wrap the model in DDP; benchmarks override this method to register other hooks."""
         on_cpu = self.worker.device.type == "cpu"
         return DistributedDataParallel(
             self.model, device_ids=None if on_cpu else [self.worker.device]
         )
 
     def run(self) -> Run:
-        """Train to the end.
+        """Train until the last step.
 
         Returns:
-            The curve; the same on all workers, except for the seconds.
+            The curve, equal on all workers except for the seconds.
         """
         points = self.result.points
         first = points[-1].step if points else 0
@@ -196,7 +196,7 @@ class Training:
             seconds += time.perf_counter() - clock
             self._validate(step + 1, train_loss, seconds)
             if not math.isfinite(train_loss):
-                self.progress.message("The loss is not finite any more: try a smaller --lr.")
+                self.progress.message("The loss is no longer finite: try a smaller --lr.")
                 break
             losses.clear()
             clock = time.perf_counter()
@@ -238,7 +238,7 @@ class Training:
 
 
 def open_log(mode: Mode, options: Options, worker: Worker) -> RunLog | None:
-    """The main worker's log, if one is asked for; of each mode its own if several are compared."""
+    """Open the log of the main worker, if requested; with `--compare`, one log for each mode."""
     if options.log is None or not worker.is_main:
         return None
     from effadam_hook.run_log import RunLog
@@ -255,7 +255,7 @@ def attach_state(
     mode: Mode,
     options: Options,
 ) -> EfficientAdamState | None:
-    """Have gradients or updates exchanged as `mode` says; None if that is as DDP does anyway."""
+    """Attach the exchange of `mode` to the model; return None for a dense run."""
     if mode.is_dense:
         return None
     from effadam_hook import attach
@@ -272,7 +272,7 @@ def attach_state(
 def build_optimizer(
     parameters: Iterable[nn.Parameter], mode: Mode, options: Options
 ) -> torch.optim.Optimizer:
-    """EfficientAdam where updates travel, else the optimizer that `--optimizer` names."""
+    """Make EfficientAdam for the exchange of updates, and the optimizer of `--optimizer` otherwise."""
     if options.exchange in ("update", "weights") and not mode.is_dense:
         from effadam_hook import EfficientAdam
 
@@ -298,7 +298,7 @@ def build_optimizer(
 
 
 def lr_factor(step: int, options: Options) -> float:
-    """Linear warm-up, then a half cosine down to 0 at `options.steps`."""
+    """Compute the factor of linear warm-up, then of a half cosine to 0 at `options.steps`."""
     if step < options.lr_warmup:
         return (step + 1) / options.lr_warmup
     progress = (step - options.lr_warmup) / max(1, options.steps - options.lr_warmup)
@@ -306,13 +306,13 @@ def lr_factor(step: int, options: Options) -> float:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats; any number of leading dimensions."""
+    """Compute the cross-entropy in nats, for any number of leading dimensions."""
     return functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: tuple[Tensor, ...], worker: Worker) -> tuple[float, float]:
-    """Mean loss and accuracy over the held-out samples, of which each worker has a share."""
+    """Compute mean loss and accuracy over the held-out samples, divided among the workers."""
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=worker.device)  # loss, correct, count
     chunks = zip(*(part.split(EVALUATION_CHUNK) for part in samples), strict=True)
@@ -329,6 +329,6 @@ def evaluate(model: nn.Module, samples: tuple[Tensor, ...], worker: Worker) -> t
 
 
 def mean_over_workers(value: Tensor) -> float:
-    """The mean of one number per worker."""
+    """Compute the mean of one number per worker."""
     dist.all_reduce(value)
     return value.item() / dist.get_world_size()

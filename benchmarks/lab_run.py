@@ -1,4 +1,4 @@
-"""One rank's side of a benchmark in a lab, started by :mod:`end_to_end` on every host of it."""
+"""Rank of a benchmark run in a lab, started on every host by :mod:`end_to_end`."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from pathlib import Path
 import torch
 from netlab import read_wire_bytes
 
-from effadam_hook.cli.stepping import Cell, KernelsError, KernelsUsed, check_kernels, run_cells
-from effadam_hook.cli.stepping import Plan as AnyPlan
+from effadam_hook.cli.benchmark_run import BenchmarkRun, run_cells
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.planner.workloads import Workload
 
-__all__ = ["Cell", "KernelsError", "KernelsUsed", "Plan", "check_kernels"]
+__all__ = ["LabRun"]
 
 
 @dataclass(frozen=True)
-class Plan(AnyPlan):
-    """What all ranks are to do, with a workload that fits on a command line."""
+class LabRun(BenchmarkRun):
+    """Benchmark run that ranks receive on their command line; its task is a :class:`Workload`."""
 
     def to_json(self) -> str:
-        """As text, for the command line of the ranks."""
+        """Convert to text for the command line of the ranks."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """From what :meth:`to_json` returned."""
+    def from_json(cls, text: str) -> LabRun:
+        """Convert from the text that :meth:`to_json` returned."""
         values = json.loads(text)
         values["workload"] = Workload(**values["workload"])
         values["methods"] = tuple(values["methods"])
         return cls(**values)
 
 
-def wire(probe: Probe) -> tuple[list[int], list[int]]:
-    """The links' counters, read on rank 0 while nobody sends."""
+def read_counters(probe: Probe) -> tuple[list[int], list[int]]:
+    """Read the links' counters on rank 0, while no rank sends."""
     probe.share(None)
     reading: list[list[int]] = []
     if probe.rank == 0:
@@ -49,17 +48,18 @@ def wire(probe: Probe) -> tuple[list[int], list[int]]:
 
 
 def main() -> None:
-    """Run the cells of a plan; rank 0 writes one line of JSON for each."""
+    """Run the cells of a benchmark run; rank 0 writes one line of JSON for each cell."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("plan")
+    parser.add_argument("run")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    plan = Plan.from_json(args.plan)
+    run = LabRun.from_json(args.run)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    total = len(plan.cells())
+    total = len(run.cells())
     is_first = os.environ["RANK"] == "0"
     with args.out.open("a") if is_first else open(os.devnull, "w") as file:  # noqa: PTH123
-        for index, cell in enumerate(run_cells(plan, "gloo", torch.device("cpu"), wire)):
+        cells = run_cells(run, "gloo", torch.device("cpu"), read_counters)
+        for index, cell in enumerate(cells):
             file.write(json.dumps(cell) + "\n")
             file.flush()
             steps = sorted(cell["step_s"])
@@ -67,7 +67,7 @@ def main() -> None:
             if is_first:
                 print(f"[{index + 1}/{total}] {cell['method']:24} {median_ms:8.1f} ms", flush=True)
     sys.stdout.flush()
-    # Threads of a rival may still wait for something; nothing is left to do.
+    # Threads of another library may still be blocked; all results are written.
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
-"""One rank's side of :mod:`model_check`: how long the exchange of a whole model takes by itself.
+"""Rank of :mod:`model_check` that times the exchange of a whole model without training.
 
-All buckets are handed over at once, as if backward took no time; an exchange ends when the last rank
-has its last result.
+All buckets are passed to the exchange at once, as if backward took no time. An exchange ends when the
+last rank has its last result.
 """
 
 from __future__ import annotations
@@ -22,33 +22,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effadam_hook import EfficientAdamState
-from effadam_hook.cli.stepping import between_ends
+from effadam_hook.cli.benchmark_run import between_ends
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.planner.method import Method
-from effadam_hook.planner.traffic import Parameter, make_buckets
+from effadam_hook.planner.traffic import ParameterSize, make_buckets
 from effadam_hook.planner.workloads import Workload
 from effadam_hook.session.session import exchange_all
 
 Exchange = Callable[[], None]
 
-_WARMUP = 6  # connections are made, and TCP's windows grow
+_WARMUP = 6  # until connections are established and TCP's windows have grown
 
 
 def buckets_of(model: nn.Module, bucket_mb: float | None) -> list[list[Tensor]]:
-    """The model's parameters in DDP's buckets."""
+    """Return the model's parameters, divided into DDP's buckets."""
     parameters = [p.detach() for p in model.parameters()]
-    shapes = [Parameter(p.numel(), p.shape[0] if p.ndim > 1 else 0) for p in parameters]
+    sizes = [ParameterSize(p.numel(), p.shape[0] if p.ndim > 1 else 0) for p in parameters]
     rest = list(reversed(parameters))
-    return [[rest.pop(0) for _ in bucket] for bucket in make_buckets(shapes, bucket_mb)]
+    return [[rest.pop(0) for _ in bucket] for bucket in make_buckets(sizes, bucket_mb)]
 
 
 @contextlib.contextmanager
 def make_exchange(method: Method, buckets: list[list[Tensor]]) -> Iterator[Exchange]:
-    """The exchange of a method as a call that returns when it is done on this rank."""
+    """Yield a function that runs the exchange of a method until it is complete on this rank."""
     buffers = [torch.randn(sum(p.numel() for p in bucket)) for bucket in buckets]
-    if method.is_ours:
+    if method.is_effadam:
         state = EfficientAdamState(quantizer=method.quantizer, topology=method.topology)
-
         try:
             yield lambda: exchange_all(state.session, buffers, buckets)
         finally:
@@ -67,7 +66,7 @@ def make_exchange(method: Method, buckets: list[list[Tensor]]) -> Iterator[Excha
 
 
 def measure(name: str, workload: Workload, repeats: int) -> float:
-    """Median seconds of an exchange."""
+    """Measure the median seconds of an exchange."""
     method = Method.parse(name)
     group = dist.group.WORLD
     assert group is not None
@@ -76,27 +75,27 @@ def measure(name: str, workload: Workload, repeats: int) -> float:
         for _ in range(_WARMUP):
             run()
         probe.share(None)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         ends = []
-        for _ in range(repeats):  # no barrier in between: a pause would close TCP's windows
+        for _ in range(repeats):  # without barriers: a pause would reset TCP's windows
             run()
-            ends.append(time.perf_counter() - begin)
+            ends.append(time.perf_counter() - start)
         return statistics.median(between_ends(probe.share(ends)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("methods")
-    parser.add_argument("workload", help="of three numbers: layers,width,rows")
+    parser.add_argument("workload", help="layers,width,rows")
     parser.add_argument("repeats", type=int)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     workload = Workload(*map(int, args.workload.split(",")))
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    found = {name: measure(name, workload, args.repeats) for name in args.methods.split(",")}
+    medians = {name: measure(name, workload, args.repeats) for name in args.methods.split(",")}
     if dist.get_rank() == 0:
-        args.out.write_text(json.dumps(found))
+        args.out.write_text(json.dumps(medians))
     dist.destroy_process_group()
     sys.stdout.flush()
 
