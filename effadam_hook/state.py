@@ -40,7 +40,8 @@ class EfficientAdamState:
     All ranks must create it with the same options, which are compared before the first exchange.
 
     Args:
-        process_group: Process group of the DDP model; None is the default group, looked up at first use.
+        process_group: Process group of the DDP model; None for the default group, looked up at first
+            use.
         **options: Options of :class:`effadam_hook.options.StateOptions`.
 
     Raises:
@@ -69,10 +70,10 @@ class EfficientAdamState:
     def wait_timeout_s(self) -> float | None:
         """Seconds after which a bucket that waits for other ranks raises an error; None by default.
 
-        A slow rank, which loads data or evaluates, causes no error within the time-out of the process
-        group, 30 minutes unless ``init_process_group`` sets another one. A deadlock between ranks raises
-        an error within seconds in any case. On NCCL the option bounds only the opening of the exchange;
-        later waits end with the group's time-out.
+        A slow rank, which loads data or evaluates, causes no error within the time-out of the
+        process group, 30 minutes unless ``init_process_group`` sets another one. A deadlock between
+        ranks raises an error within seconds in any case. On NCCL the option bounds only the opening
+        of the exchange; later waits end with the group's time-out.
         """
         return self.session.connection.wait_timeout_s
 
@@ -105,7 +106,7 @@ class EfficientAdamState:
 
     @property
     def check_replicas(self) -> bool:
-        """Whether ranks compare a few weights at each step, on the CPU only; a difference is an error."""
+        """Whether ranks compare a few weights at each step, on the CPU only. Differences are errors."""
         return self._engine.check_replicas
 
     @check_replicas.setter

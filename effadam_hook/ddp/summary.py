@@ -17,7 +17,7 @@ def stats_of(engine: Engine) -> dict[str, float]:
         engine: The engine.
 
     Returns:
-        Values by name, see :meth:`EfficientAdamState.stats() <effadam_hook.state.EfficientAdamState.stats>`.
+        The values of :meth:`effadam_hook.state.EfficientAdamState.stats`.
     """
     session = engine.session
     return {

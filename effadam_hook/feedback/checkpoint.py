@@ -1,8 +1,8 @@
 """The saved state of a rank: a record, and its dictionary of tensors and plain values.
 
-Residuals differ between ranks, so that every rank saves a state of its own. Identities of parameters are
-canonical names. :meth:`RankState.from_dict` is the schema of the dictionary: it reads every value once,
-by its key and its rule, and what follows uses the typed record only::
+Residuals differ between ranks, so that every rank saves its own state. Parameters are identified by
+their canonical names. :meth:`RankState.from_dict` is the schema of the dictionary: it reads every value
+once, by its key and its rule. All other code uses the typed record::
 
     session ─ capture ─► RankState ─ to_dict ─► dictionary, file
     file, dictionary ─ from_dict ─► RankState ─ merge, deal, reassign ─► RankState ─ restore ─► session
@@ -115,7 +115,7 @@ class RankState:
             saved: The dictionary.
 
         Raises:
-            StateMismatchError: If it is not a saved state, is damaged, or was written by a newer version.
+            StateMismatchError: If it is not a saved state, is damaged, or has a newer version.
         """
         reader = StateReader(saved, _KEYS)
         rank, world_size = reader.integer("rank"), reader.integer("world_size", least=1)
@@ -271,13 +271,13 @@ def _topology_of_version_1(
 ) -> str:
     """Return the topology of a state of version 1, which has only the option."""
     option = config.get("topology")
-    if option in TOPOLOGIES:
-        return str(option)
+    if isinstance(option, str) and option in TOPOLOGIES:
+        return option
     if option != AUTO:
         reader.reject("config.topology", option, f"one of {', '.join((*TOPOLOGIES, AUTO))}")
     if not has_run:
         return ""
-    for name, kind in TOPOLOGIES.items():
-        if kind.servers_among(world_size) == servers:
-            return name
-    reader.reject("servers", servers, f"those of a topology of {world_size} ranks")
+    fitting = [n for n, kind in TOPOLOGIES.items() if kind.servers_among(world_size) == servers]
+    if not fitting:
+        reader.reject("servers", servers, f"those of a topology of {world_size} ranks")
+    return fitting[0]

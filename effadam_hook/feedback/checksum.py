@@ -1,9 +1,9 @@
 """Checksum of a saved state, which reveals a damaged file before its values are used.
 
-A flipped bit in a residual or a counter gives another plausible number. The checksum covers the bytes of
-every tensor and every plain value. It does not depend on the order of dictionary keys, on the device of
-tensors, or on the kind of a sequence (list or tuple): it survives ``torch.save`` and ``torch.load`` with
-any ``map_location``.
+A flipped bit in a residual or a counter gives another plausible number. The checksum covers the bytes
+of every tensor and every plain value. It does not depend on the order of dictionary keys, on the device
+of tensors, or on the type of a sequence (list or tuple), so that ``torch.save`` and ``torch.load`` with
+any ``map_location`` preserve it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def checksum_of(state: Mapping[str, Any]) -> int:
     foreign = foreign_entry(state)
     if foreign is not None:
         raise TypeError(
-            f"Invalid value in a saved state: {type(foreign[1]).__name__}. Must be a tensor, a number, a "
-            "text, True, False or None, or a dictionary or list of such values."
+            f"Invalid value in a saved state: {type(foreign[1]).__name__}. Must be a tensor, a number, "
+            "a text, True, False or None, or a dictionary or list of such values."
         )
     return _extended(0, {key: value for key, value in state.items() if key != CHECKSUM_KEY})
 

@@ -56,8 +56,8 @@ def restore(session: ExchangeSession, saved: Any) -> None:
 
     Args:
         session: The session; unchanged if an error is raised.
-        saved: A dictionary of :meth:`RankState.to_dict <effadam_hook.feedback.checkpoint.RankState>` or of
-            :func:`effadam_hook.feedback.checkpoint.join_ranks`.
+        saved: A dictionary of :meth:`EfficientAdamState.state_dict` or
+            :meth:`EfficientAdamState.full_state_dict`.
 
     Raises:
         StateMismatchError: If the state is damaged, or does not fit the model, the mode or the ranks.

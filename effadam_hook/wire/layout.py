@@ -1,10 +1,10 @@
 """Layout of a bucket in the payloads that carry it. Integers only, no torch.
 
-A *bucket* is DDP's flat buffer with one *slot* per parameter. Every parameter is divided into blocks from
-its own first element, so that no block straddles two parameters. The blocks of a parameter are divided
-among the servers in contiguous runs, which are the same in every bucket that holds the parameter
-(:mod:`effadam_hook.wire.shares`). The part of a bucket that belongs to one server is a *chunk*. It
-consists of *pieces*, at most one per parameter::
+A *bucket* is DDP's flat buffer with one *slot* per parameter. Every parameter is divided into
+blocks from its own first element, so that no block straddles two parameters. The blocks of a
+parameter are divided among the servers in contiguous runs, which are the same in every bucket that
+holds the parameter (:mod:`effadam_hook.wire.shares`). The part of a bucket that belongs to one
+server is a *chunk*. It consists of *pieces*, at most one per parameter::
 
     bucket    | weight.0 ............ | bias.0 | weight.1 ............ |
     pieces    | server 0 | server 1 |  s 0    | server 1  | server 0 |      (two servers)

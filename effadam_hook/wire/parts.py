@@ -7,7 +7,7 @@ from collections.abc import Sequence
 __all__ = ["cut", "part_numel"]
 
 PART_NUMEL = 1 << 19
-"""Two megabytes of float32: a transfer of some milliseconds, much longer than a collective's latency."""
+"""Two megabytes of float32: a transfer of some milliseconds, longer than a collective's latency."""
 
 
 def part_numel(world_size: int) -> int:

@@ -73,7 +73,7 @@ class Quantizer:
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """Return all levels, ascending. A code is an index of this tuple, which is empty for ``none``."""
+        """Return all levels, ascending. A code is an index of this tuple. Empty for ``none``."""
         positive = self.magnitudes[1:] if self.has_zero else self.magnitudes
         zero = (0.0,) if self.has_zero else ()
         return (*(-m for m in reversed(positive)), *zero, *positive)
