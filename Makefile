@@ -57,7 +57,7 @@ DIST := build/dist
 # The wheel is built from the source archive, so whatever the archive lacks is missed here.
 dist: $(STAMP)
 	rm -rf $(DIST)
-	$(PY) -m build --no-isolation --outdir $(DIST)
+	$(PY) -m build --no-isolation --quiet --outdir $(DIST)
 	$(PY) -m twine check --strict $(DIST)/*
 	$(PY) -m pyroma --min 10 .
 
@@ -103,7 +103,7 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 EFFADAM_CPU_LIBRARY=$(SANITIZED) \
 		$(PY) -m pytest -p no:cacheprovider tests/test_kernels_cpu.py tests/test_kernels_law.py \
-		tests/test_kernels_sources.py -k "not allocates" $(ARGS)
+		tests/test_kernels_fusions.py -k "not allocates" $(ARGS)
 
 fmt: $(STAMP)
 	$(PY) -m ruff check --fix .

@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from effadam_hook import attach
 from effadam_hook.ddp.accumulation import AccumulationCheck
 from effadam_hook.exchange.replica_check import ReplicaCheck
+from effadam_hook.exchange.watchdog.flight_record import FlightRecord
+from effadam_hook.exchange.watchdog.monitor import Monitor
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
 from effadam_hook.feedback.unused import UnusedInput, UnusedMean
 
@@ -38,8 +40,8 @@ CHECKS: tuple[tuple[type, str], ...] = (
     (AccumulationCheck, "begin"),
     (AccumulationCheck, "end"),
     (Watchdog, "enter"),
-    (Watchdog, "settled"),
-    (Watchdog, "_round"),
+    (FlightRecord, "finished"),
+    (Monitor, "_round"),
 )
 
 

@@ -15,14 +15,9 @@ from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.errors import EffAdamError
 from effadam_hook.feedback.parameters import identify
 from effadam_hook.hook import efficient_adam_hook
-from effadam_hook.modes.all_modes import (
-    GradientMode,
-    Mode,
-    PreconditionedMode,
-    UpdateMode,
-    WeightMode,
-)
-from effadam_hook.optim.efficient_adam import EfficientAdam, unwrapped
+from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
+from effadam_hook.optim.efficient_adam import EfficientAdam
+from effadam_hook.optim.wrappers import unwrapped
 from effadam_hook.options import HookOptions, accepts_options, complete_options, state_options
 from effadam_hook.state import EfficientAdamState
 
@@ -101,7 +96,8 @@ def attach(
                 "cannot be unscaled. Train in bfloat16, which needs no scaler, or in gradient mode."
             )
         _check_dense_gradients(ddp_model, exchanged)
-        mode.optimizer.attach_to((p.name, tensor) for p, tensor in identify(exchanged))
+        named = [(known.name, tensor) for known, tensor in identify(exchanged)]
+        mode.optimizer.recursion.attach_to(named)
     state.use(mode)
     state.bind(exchanged, process_group or ddp_model.process_group, other_names=other_names)
     # Weak: DDP keeps the state in C++, where reference cycles are not collected.

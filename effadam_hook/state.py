@@ -21,7 +21,7 @@ from effadam_hook.exchange.collectives import device_of
 from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.feedback.checkpoint import join_ranks
 from effadam_hook.feedback.parameters import is_exchanged
-from effadam_hook.modes.all_modes import Mode
+from effadam_hook.modes import Mode
 from effadam_hook.options import StateOptions, accepts_options, complete_options
 from effadam_hook.session.session import ExchangeSession
 from effadam_hook.session.snapshot import capture, restore

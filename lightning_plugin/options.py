@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
 from effadam_hook.ddp.auto_compress import check_auto
-from effadam_hook.optim.efficient_adam import unwrapped
+from effadam_hook.optim.wrappers import unwrapped
 from effadam_hook.options import HookOptions, state_options, unknown_option
 
 __all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer", "needs_optimizer"]

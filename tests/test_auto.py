@@ -33,7 +33,7 @@ def test_a_trial_times_dense_steps_and_then_compressed_ones() -> None:
             now += 9.0 if first else 1.0 + compressed[-1]
     assert compressed == [False] * 8 + [True] * 8
     assert auto_compress.medians_s() == (1.0, 2.0)
-    assert auto_compress.pays is None and auto_compress.verdict == "being tried out"
+    assert auto_compress.pays is None and auto_compress.outcome == "being tried out"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_trial_keeps_dense_steps_unless_compressed_ones_are_clearly_faster(
     auto_compress = AutoCompress()
     auto_compress.decide(dense_s, compressed_s)
     assert auto_compress.pays is pays and auto_compress.is_over
-    assert "a step takes 100.0 ms dense" in auto_compress.verdict
+    assert "a step takes 100.0 ms dense" in auto_compress.outcome
 
 
 def slow_down_compression(monkeypatch: pytest.MonkeyPatch) -> None:

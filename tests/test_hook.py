@@ -65,7 +65,7 @@ def run_the_reference(rank: int, world_size: int) -> str:
 
 def test_the_summary_says_why_the_reference_runs() -> None:
     (summary,) = run_ranks(run_the_reference, 1)
-    assert "  kernels      reference (as EFFADAM_KERNELS demands)\n" in summary
+    assert "  kernels      reference (set by EFFADAM_KERNELS)\n" in summary
 
 
 def register_by_hand(rank: int, world_size: int) -> list[list[Tensor]]:
@@ -364,7 +364,7 @@ def test_misuse_is_told_with_the_value_and_the_rule() -> None:
     assert "Invalid warmup_steps: -1. Must be 0 or more" in messages["warmup"]
     assert "'efficient_adam_hook' already" in messages["twice"]
     assert "torch.complex64" in messages["complex"]
-    assert "asks for parameter names" in messages.get("unnamed", "")
+    assert "needs parameter names" in messages.get("unnamed", "")
     assert "python_reducer" in messages["no bucket"]
 
 

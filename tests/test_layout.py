@@ -1,4 +1,4 @@
-"""Where elements lie in payloads: integers that both sides must agree on."""
+"""Positions of elements in payloads: integers, equal on both sides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users install: one version, torch alone beside it; wheels of every kind, and a source archive.
+"""The installation: one version, torch alone beside it; wheels of every kind, and a source archive.
 
 The archive is made from a copy of this tree with what work leaves behind, and everything else from
 the archive: what it lacks is missing here as it would be for a packager.
@@ -319,6 +319,20 @@ def test_a_build_in_place_removes_what_an_earlier_one_left(tmp_path: Path) -> No
     done = run(["setup.py", "-q", "build_ext", "--inplace"], project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in old.parent.glob("_cpu*")] == ["_cpu.so"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_the_demo_says_how_much_it_downloads_before_it_does(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "setup.py", "constraints.txt", "effadam_hook/_version.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    command = ["make", "demo", "PYTHON=echo now: && false"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    said, _, installs = done.stdout.partition("now:")
+    assert re.search(r"downloads about \d+ MB", said)
+    assert "-m venv" in installs
+    assert done.returncode != 0
 
 
 def small_project(folder: Path, kernel: str) -> Path:

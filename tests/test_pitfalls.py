@@ -110,7 +110,7 @@ def route_found(rank: int, world_size: int, *times_s: float) -> tuple[bool, str]
     sharded._fastest = look(rank, times_s)
     topology = sharded.Sharded(rank, world_size)
     topology.measure_route(dist.group.WORLD)
-    return len(topology.outgoing(torch.zeros(1, 1))) > 1, topology.way
+    return len(topology.outgoing(torch.zeros(1, 1))) > 1, topology.route
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_on_a_gpu_streams_are_ordered_without_waiting_and_the_result_is_the_cpus
 
 def test_renamed_collectives_are_known_to_one_module() -> None:
     for path in (ROOT / "effadam_hook").rglob("*.py"):
-        if path.name not in ("compat.py", "stacks.py"):  # one calls them, one recognises them
+        if path.name not in ("collectives.py", "stacks.py"):  # one calls them, one recognises them
             assert not re.search(r"all_gather_(single|into_tensor)", path.read_text()), path
 
 

@@ -82,7 +82,7 @@ def conserved(states: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def same_totals(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
-    """Whether totals are equal to rounding, and zero for parameters that had none."""
+    """Return whether totals are equal to rounding, and zero for parameters that had none."""
     return set(want) <= set(got) and all(
         torch.allclose(value, want.get(name, torch.zeros_like(value)), rtol=1e-5, atol=1e-9)
         for name, value in got.items()

@@ -1,1 +1,1 @@
-"""DistributedDataParallel as a caller of the exchange: its backward passes, and what they need."""
+"""DistributedDataParallel as a caller of the exchange: its backward passes and their checks."""

@@ -1,8 +1,8 @@
-"""Notices gradients that are accumulated over several exchanges, by mistake.
+"""The check for gradients that are accumulated over several exchanges by mistake.
 
-Without ``no_sync()`` every backward exchanges what is in ``.grad``. If the gradient of the backward
-before is still there, it is the mean of all ranks already: it is compressed again, and what the ranks
-send is mostly the same. The result is a gradient, but not the one that was meant.
+Without ``no_sync()`` every backward exchanges the content of ``.grad``. If the gradient of the
+previous backward is still there, it is the mean of all ranks already, and is compressed a second
+time. The result is not the accumulated gradient.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ __all__ = ["AccumulationCheck"]
 
 
 class AccumulationCheck:
-    """Looks at one parameter at the beginning and at the end of every backward that exchanges.
+    """Compare the versions of one parameter at the start and at the end of every exchanging backward.
 
-    Its versions tell: the weight has not been updated since the last exchange, and its gradient is the
-    same tensor, to which backward has added once and nothing else was done. Reading them costs nothing
-    on any device.
+    Gradients are accumulated if the weight has not been updated since the last exchange, and its
+    gradient is the same tensor, changed only by one addition of backward. The versions of both
+    tensors show this, and are read without waiting for a device.
 
-    With ``gradient_as_bucket_view=True`` they tell the same of a gradient that was set to None, after
-    which the optimizer made no step, as it does when a GradScaler skips one. So a parameter of the last
-    bucket is looked at, too, whose gradient DDP has not put back yet when the first bucket comes.
+    With ``gradient_as_bucket_view=True`` the versions are the same for a gradient that was set to
+    None while the optimizer made no step, as when a GradScaler skips one. A parameter of the last
+    bucket is therefore checked too: DDP has not restored its gradient yet when the first bucket
+    arrives.
     """
 
     def __init__(self) -> None:
         self._warned = False
         self._weight: weakref.ref[Tensor] | None = None
-        # The gradient itself, as its id could come back; that of the smallest parameter there is.
+        # The gradient itself, as its id may be reused; that of the smallest parameter of the bucket.
         self._grad: Tensor | None = None
         self._versions = (0, 0)
         self._last: weakref.ref[Tensor] | None = None
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
-        """A backward's first bucket is here.
+        """Check for accumulation at the first bucket of a backward, and warn once.
 
         Args:
-            parameters: Those of the bucket.
+            parameters: The parameters of the bucket.
         """
         if self._warned:
             return
@@ -55,8 +56,8 @@ class AccumulationCheck:
             # Views of one bucket count their changes together.
             written = len(parameters) if is_view else 1
             expected = (version, grad_version + written)
-            # A gradient that is zero was filled with zeros, after a step that was skipped, and the
-            # backward did not use the parameter.
+            # A zero gradient was filled with zeros after a skipped step, and this backward did not use
+            # the parameter.
             if (
                 kept
                 and (weight._version, self._grad._version) == expected
@@ -72,10 +73,10 @@ class AccumulationCheck:
         self._grad = None
 
     def see_last(self, parameters: Sequence[Tensor]) -> None:
-        """A backward's last bucket is here.
+        """Remember a parameter of the last bucket of a backward.
 
         Args:
-            parameters: Those of the bucket.
+            parameters: The parameters of the bucket.
         """
         weight = self._weight() if self._weight is not None else None
         if all(weight is not parameter for parameter in parameters):
@@ -84,7 +85,7 @@ class AccumulationCheck:
             self._last = None  # the first bucket is the last
 
     def end(self) -> None:
-        """DDP has written the result to the gradients."""
+        """Record the versions, after DDP has written the gradients."""
         weight = self._weight() if self._weight is not None else None
         if weight is not None and weight.grad is not None and not self._warned:
             self._grad = weight.grad

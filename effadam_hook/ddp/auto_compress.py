@@ -1,4 +1,4 @@
-"""Does compression pay here? Some steps without it, some with it, and the faster route stays."""
+"""The choice between dense and compressed steps for ``auto=True``, from the times of a few of each."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import statistics
 __all__ = ["AutoCompress", "check_auto"]
 
 _SKIPPED, _TIMED = 3, 5
-"""Steps of each kind: DDP rebuilds its buckets in the first ones, and buffers are allocated."""
+"""Steps of each kind; in the first ones DDP rebuilds its buckets, and buffers are allocated."""
 _MARGIN = 0.97
 
 
 def check_auto(enabled: bool, quantize_weights: bool) -> None:
-    """Check that ``auto=True`` leaves something to decide.
+    """Check that ``auto=True`` fits the other options.
 
     Args:
-        enabled: As for :func:`effadam_hook.attach`.
-        quantize_weights: The same.
+        enabled: The option of :func:`effadam_hook.attach`.
+        quantize_weights: The option of :func:`effadam_hook.attach`.
 
     Raises:
         ValueError: If it does not.
@@ -31,15 +31,15 @@ def check_auto(enabled: bool, quantize_weights: bool) -> None:
 
 
 class AutoCompress:
-    """Decides between dense and compressed steps by their times.
+    """Decide between dense and compressed steps by their times.
 
-    A step's time is that from its first bucket to the next step's first bucket: whatever a training
-    loop does besides is in both, so that the difference is what counts.
+    The time of a step reaches from its first bucket to the first bucket of the next step. Other
+    work of the training loop is part of both kinds, and cancels in the comparison.
 
     Attributes:
-        pays: Whether compressed steps are faster; None until it is known.
-        reason: The figures, for people; empty until they are known.
-        is_over: Whether there is nothing more to find out.
+        pays: Whether compressed steps are faster; None before the decision.
+        reason: The times, for people; empty before the decision.
+        is_over: Whether the measurement has ended.
     """
 
     def __init__(self) -> None:
@@ -49,36 +49,36 @@ class AutoCompress:
         self._starts_s: list[float] = []
 
     def begin_step(self, now_s: float) -> None:
-        """Note that a step's first bucket is here.
+        """Record the start of a step, at its first bucket.
 
         Args:
-            now_s: The time, from any origin.
+            now_s: The time in seconds, from any origin.
         """
         self._starts_s.append(now_s)
 
     @property
     def compresses(self) -> bool:
-        """Whether the step that has begun is to be compressed."""
+        """Return whether the current step is compressed."""
         return len(self._starts_s) > _SKIPPED + _TIMED
 
     @property
     def is_complete(self) -> bool:
-        """Whether all steps have been timed, and it remains to decide."""
+        """Return whether all steps have been timed, so that :meth:`decide` can be called."""
         return not self.is_over and len(self._starts_s) > 2 * (_SKIPPED + _TIMED)
 
     @property
-    def verdict(self) -> str:
-        """What was found, for people."""
+    def outcome(self) -> str:
+        """The state of the measurement, for people."""
         if self.pays is None:
             return "broken off, as enabled was set" if self.is_over else "being tried out"
         return f"{'compressed' if self.pays else 'dense'}: {self.reason}"
 
     def break_off(self) -> None:
-        """Find out nothing more, because the user has decided."""
+        """End the measurement without a decision, because the user has set ``enabled``."""
         self.is_over = True
 
     def medians_s(self) -> tuple[float, float]:
-        """Median seconds of this rank's timed steps, dense and compressed."""
+        """Return the median seconds of this rank's timed steps, dense and compressed."""
         steps = [b - a for a, b in zip(self._starts_s, self._starts_s[1:], strict=False)]
         half = _SKIPPED + _TIMED
         return (
@@ -87,7 +87,7 @@ class AutoCompress:
         )
 
     def decide(self, dense_s: float, compressed_s: float) -> None:
-        """Choose the faster route.
+        """Choose the faster kind of step.
 
         Args:
             dense_s: Seconds of a dense step on the slowest rank.

@@ -1,13 +1,13 @@
-"""The backward passes of one DDP model: each as a whole dense or compressed, its errors raised at its end.
+"""The engine: the backward passes of one DDP model, each dense or compressed as a whole.
 
-An error that leaves a hook leaves DDP unusable. So whatever goes wrong in a hook is reported to the other
-ranks at once, the bucket is completed as it is, and ``backward()`` raises the error after DDP has written
-gradients and put its books in order::
+An error that leaves a hook leaves DDP unusable. An error in a hook is therefore reported to the
+other ranks at once, the bucket is completed as it is, and ``backward()`` raises the error after DDP
+has written gradients and finished its own bookkeeping::
 
-    hook, first bucket   [1] agree and open, if not done; decide: dense or compressed
+    hook, first bucket   [1] compare options and connect, if not done; decide: dense or compressed
     hook, each bucket    [2] exchange or average ─► a future that DDP waits for
-    end of backward      [3] wait for all buckets, where Ctrl-C is heard     (before DDP)
-                         [4] raise what went wrong; restore unused parameters (after DDP)
+    end of backward      [3] wait for all buckets, where Ctrl-C is received (before DDP)
+                         [4] raise the error; restore unused parameters     (after DDP)
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class Engine:
 
     Attributes:
         session: The exchange of the model's buckets.
-        enabled: Whether to compress; read when the first bucket of a backward comes.
-        check_replicas: Whether to compare weights with the other ranks', where that costs nothing.
-        is_joining: Returns whether ranks may have stopped making optimizer steps, as in DDP's ``join()``.
-        grad_scaler: Supplies the current loss scale; None where the loss is not scaled.
+        enabled: Whether to compress; read at the first bucket of a backward.
+        check_replicas: Whether to compare weights between the ranks, on the CPU.
+        is_joining: Returns whether ranks may have ended their optimizer steps, as in DDP's
+            ``join()``.
+        grad_scaler: Supplies the current loss scale; None if the loss is not scaled.
         clock: Times the exchanges.
         auto_compress: Decides between dense and compressed steps; None to compress in any case.
     """
@@ -62,7 +63,7 @@ class Engine:
         self.clock = Clock()
         self.auto_compress: AutoCompress | None = None
         self._in_backward = False
-        self._error: EffAdamError | None = None  # raised when DDP has put its books in order
+        self._error: EffAdamError | None = None  # raised after DDP has finished its bookkeeping
         self._compressing = False
         self._accumulation = AccumulationCheck()
 
@@ -84,18 +85,18 @@ class Engine:
         """Exchange one bucket.
 
         Args:
-            index: The bucket's index in this backward; 0 comes first.
+            index: Index of the bucket in this backward; 0 is first.
             buffer: ``[numel]``, the local gradients of ``parameters`` one after the other,
                 overwritten with the result.
             parameters: The parameters of the bucket.
-            is_last: Whether it is this backward's last.
+            is_last: Whether it is the last bucket of this backward.
 
         Returns:
             A future of ``buffer``.
 
         Raises:
-            EffAdamError: If the exchange is broken, the ranks disagree, or anything else goes wrong
-                here and no backward runs. Within a backward, ``backward()`` raises it.
+            EffAdamError: If the exchange has stopped, the ranks disagree, or an error occurs here,
+                and no backward runs. Within a backward, ``backward()`` raises it.
         """
         session = self.session
         if index == 0:
@@ -123,10 +124,10 @@ class Engine:
         session = self.session
         if index == 0:
             self._begin(buffer.device, parameters)  # [1]
-        # Numbered in every step, so that their order does not depend on when compression starts.
+        # In dense steps too: the numbers must not depend on the step at which compression starts.
         for tensor in parameters:
             session.parameters.find(tensor)
-        session.connection.phase = "planning"
+        session.connection.phase = "preparing the bucket"
         if not self._compressing or buffer.is_sparse:  # [2]
             future = session.average(index, buffer, parameters)
         else:
@@ -149,7 +150,7 @@ class Engine:
         return future
 
     def _begin(self, device: torch.device, parameters: Sequence[Tensor]) -> None:
-        """Prepare a backward: its first bucket has come."""
+        """Prepare a backward, at its first bucket."""
         session = self.session
         if not session.connection.has_agreed:
             self.agree(device)
@@ -165,7 +166,7 @@ class Engine:
         session.mode.begin_backward(self.is_joining())
 
     def _decide(self, device: torch.device) -> bool:
-        """Decide whether the backward that begins is compressed."""
+        """Return whether the current backward is compressed."""
         is_warm = self.session.counters.steps >= self.session.config.warmup_steps
         auto = self.auto_compress
         if not is_warm or auto is None or auto.is_over:
@@ -175,7 +176,7 @@ class Engine:
 
     def _continue_auto_compress(self, auto_compress: AutoCompress, device: torch.device) -> None:
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # or the times are those of launching kernels
+            torch.cuda.synchronize(device)  # otherwise the times are those of kernel launches
         auto_compress.begin_step(time.perf_counter())
         if not auto_compress.is_complete:
             return
@@ -191,13 +192,13 @@ class Engine:
             _log.info("effadam_hook %s from step %d on: %s", choice, step, reason)
 
     def _before_ddp(self) -> None:
-        """Wait for the buckets where errors and Ctrl-C are heard."""
+        """Wait for all buckets in the training thread, which receives Ctrl-C."""
         if self.session.connection.has_agreed:
             self.session.connection.watchdog.join()  # [3]
         at_end_of_backward(self._after_ddp)
 
     def _after_ddp(self) -> None:
-        """Raise what went wrong; then see what DDP has written."""
+        """Raise the error of this backward, or evaluate the gradients that DDP has written."""
         session = self.session
         session.connection.phase = "after the exchange"
         raised, self._error = self._error, None
@@ -209,7 +210,7 @@ class Engine:
                 session.connection.watchdog.check()
             if self._compressing:
                 session.restore_unused()
-            session.mode.notice_end_of_backward()
+            session.mode.end_backward()
         except Exception as error:
             stopped = error is raised or session.connection.is_stopped
             if isinstance(error, EffAdamError) and stopped:
@@ -217,18 +218,18 @@ class Engine:
             raise session.connection.stop("the end of backward", error) from error
 
     def _then_end_without_backward(self, last: Future[Tensor]) -> Future[Tensor]:
-        """Let the mode end the step of a rank out of data, which no backward and no loop will end."""
+        """Let the mode end the step of a rank out of data, which runs no backward and no loop."""
         mode = self.session.mode
 
         def end(done: Future[Tensor]) -> Tensor:
-            buffer = done.value()  # raises what the exchange raised
+            buffer = done.value()  # raises the error of the exchange
             mode.end_without_backward()
             return buffer
 
         return last.then(end)
 
     def _follow_loss_scale(self) -> None:
-        """Multiply the residuals when the loss is multiplied by another factor than before."""
+        """Rescale the residuals when the loss scale has changed."""
         session = self.session
         if self.grad_scaler is None or not session.mode.scales_with_loss:
             return
@@ -237,7 +238,7 @@ class Engine:
             return
         for residuals in (session.worker, session.server):
             for _, view in residuals:
-                # What overflows saturates, as sums do in the kernels.
+                # Overflow saturates, as for sums in the kernels.
                 view.mul_(scale / session.loss_scale).nan_to_num_()
         session.loss_scale = scale
 
@@ -245,7 +246,7 @@ class Engine:
         config = self.session.config
         if config.name_patterns and not self.session.parameters.bound:
             raise EffAdamError(
-                f"exact={config.exact} asks for parameter names, which this state does not "
+                f"exact={config.exact} needs parameter names, which this state does not "
                 "have. Use attach(ddp_model, ...), or call "
                 "state.bind(ddp_model.module.named_parameters()) after register_comm_hook."
             )

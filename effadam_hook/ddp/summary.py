@@ -49,7 +49,7 @@ def summarize(engine: Engine, is_copy: bool) -> str:
         f"  topology     {_topology(engine)}",
     ]
     if engine.auto_compress is not None:
-        lines.append(f"  auto         {engine.auto_compress.verdict}")
+        lines.append(f"  auto         {engine.auto_compress.outcome}")
     lines += [
         f"  kernels      {_kernels(engine)}",
         f"  exact        {len(exact)} of {len(slots)} parameters, "

@@ -1,1 +1,1 @@
-"""Who sends which bytes to whom, and in which order: the only place that calls collectives."""
+"""The exchange: senders, receivers and order of all bytes. No other package calls collectives."""

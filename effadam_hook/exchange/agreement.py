@@ -1,8 +1,8 @@
-"""Before anything is exchanged: do all ranks run the same thing?
+"""The comparison of options, versions, models and steps between all ranks, before the first exchange.
 
-Ranks that differ in a quantizer or in the order of parameters would decode each other's bytes as
-something else and train a wrong model. So each rank describes itself as plain JSON, all descriptions
-are gathered, and every rank compares them all and raises the same error if they differ.
+Ranks that differ in a quantizer, or in the order of parameters, would misread each other's payloads
+and train a wrong model. Each rank therefore describes itself in JSON. All descriptions are
+gathered, and every rank compares all of them and raises the same error if two differ.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ _FAILED = "failed"
 def check_agreement(
     description: dict[str, Any] | Exception, group: dist.ProcessGroup, device: torch.device
 ) -> str:
-    """Compare every rank's description; a collective operation.
+    """Compare the descriptions of all ranks; a collective operation.
 
     Args:
-        description: Plain values by name, nested dictionaries and lists included; or why this rank has
-            none, so that the others do not wait for it.
+        description: Plain values by name, nested dictionaries and lists included; or the exception
+            that prevented it, so that the other ranks do not wait for this one.
         group: The process group.
-        device: Where the group's backend wants tensors.
+        device: A device whose tensors the group's backend can send.
 
     Returns:
-        A run id that is the same on all ranks and new each time.
+        A run id: the same on all ranks, and different for every call.
 
     Raises:
-        DisagreementError: On every rank, naming which rank differs from rank 0 in what.
+        DisagreementError: On every rank, if a description differs from that of rank 0; the message
+            names the rank and the values.
     """
     run_id = uuid.uuid4().hex
     if isinstance(description, Exception):
@@ -81,14 +82,15 @@ def check_steps(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> None:
-    """Compare how far every rank has come; a collective operation.
+    """Compare the steps of all ranks; a collective operation.
 
     Args:
-        run_id: Of the model; ranks that open two models in different orders meet here over one group.
-        steps: Of the exchange.
-        optimizer_steps: A digest of those of the optimizer, where the exchange depends on them.
+        run_id: Run id of the model; ranks that open two models in different orders over one group
+            meet here.
+        steps: Number of steps of the exchange.
+        optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on them.
         group: The process group.
-        device: Where the group's backend wants tensors.
+        device: A device whose tensors the group's backend can send.
 
     Raises:
         DisagreementError: On every rank, if two differ.
@@ -110,14 +112,14 @@ def check_steps(
 
 
 def differing_steps(steps: Sequence[int], optimizer_steps: Sequence[int]) -> str:
-    """A message about ranks that count other steps than rank 0, or nothing.
+    """Describe the ranks whose steps differ from those of rank 0.
 
     Args:
-        steps: Of the exchange, by rank.
-        optimizer_steps: Digests of those of the optimizer, by rank.
+        steps: Number of steps of the exchange, by rank.
+        optimizer_steps: Digests of the optimizer's step counts, by rank.
 
     Returns:
-        Who differs, the rule, and the remedy.
+        A message with the ranks, the rule and the remedy; empty if no rank differs.
     """
     differences = [
         f"rank {rank} is at step {step} and rank 0 at step {steps[0]}"
@@ -140,7 +142,7 @@ def differing_steps(steps: Sequence[int], optimizer_steps: Sequence[int]) -> str
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries and lists as one dictionary of dotted keys."""
+    """Flatten nested dictionaries and lists into one dictionary with dotted keys."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Which topology is faster here: a measurement on whose result all ranks agree."""
+"""The choice of the faster topology, from a measurement that is the same on all ranks."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ _MARGIN = 0.95
 
 
 def agree_on_topology(
-    settled: str, payload_bytes: int, group: dist.ProcessGroup, device: torch.device
+    loaded: str, payload_bytes: int, group: dist.ProcessGroup, device: torch.device
 ) -> tuple[str, str]:
-    """The faster topology on this link; a collective operation.
+    """Choose the faster topology on this link; a collective operation.
 
-    A payload is sent up and one down at the same time, as in the middle of a step.
+    An uplink and a downlink are timed at the same time, as in the middle of a step.
 
     Args:
-        settled: The topology that this rank has to use, as a saved state was made with it; or empty.
+        loaded: Topology of the saved state that this rank has loaded, which decides; empty without
+            one.
         payload_bytes: Bytes of a payload.
         group: The process group.
-        device: Where the group's backend wants tensors.
+        device: A device whose tensors the group's backend can send.
 
     Returns:
-        The topology's name, and why.
+        The name of the topology, and the reason.
 
     Raises:
-        DisagreementError: On every rank, if some have to use a topology and others do not.
+        DisagreementError: On every rank, if only some ranks have loaded a saved state.
     """
-    own = ["", *TOPOLOGIES].index(settled)
+    own = ["", *TOPOLOGIES].index(loaded)
     most, least = slowest([own, -own], group, device)
     if most != -least:
         raise DisagreementError(
             'Only some ranks have loaded a saved state, which decides topology="auto"; this rank '
-            f"{'has' if settled else 'has not'}. Load it on every rank."
+            f"{'has' if loaded else 'has not'}. Load it on every rank."
         )
-    if settled:
-        return settled, "as the saved state"
+    if loaded:
+        return loaded, "as the saved state"
     probe = Probe(group, device)
     rank0_s, sharded_s = (
         2 * probe.time_both_ways(kind, payload_bytes, _REPEATS).seconds for kind in TOPOLOGIES
     )
-    # Sharded asks for more connections; a tie is not worth them.
+    # Sharded needs more connections; a tie is not worth them.
     name = "sharded" if sharded_s < _MARGIN * rank0_s else "rank0"
     return name, (
         f"{payload_bytes} bytes take {1e3 * rank0_s:.2f} ms in rank0 and {1e3 * sharded_s:.2f} ms in "

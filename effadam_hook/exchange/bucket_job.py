@@ -1,4 +1,4 @@
-"""What an exchange does to one bucket: the two collectives' buffers, and the arithmetic between."""
+"""The interface of a bucket job: the buffers of the collectives, and the arithmetic between them."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ __all__ = ["BucketJob"]
 
 
 class BucketJob(Protocol):
-    """One bucket's route through an exchange; implemented by :class:`effadam_hook.session.buffers.BucketBuffers`."""
+    """One bucket, as an exchange processes it.
+
+    :class:`effadam_hook.session.buffers.BucketBuffers` implements it.
+    """
 
     label: str
-    """How messages name the bucket."""
+    """Name of the bucket in messages."""
     fingerprint: str
-    """What must be the same on every rank: a digest of the layout."""
+    """Digest of the layout, the same on every rank."""
     bucket: Tensor
     """``[numel]``: DDP's buffer."""
     uplink: Tensor
-    """``[servers, stride_bytes]`` uint8: what this worker sends."""
+    """``[servers, stride_bytes]`` uint8: the payload that this worker sends."""
     received: Tensor
-    """``[world_size, stride_bytes]`` uint8 on a server, empty elsewhere: what the workers sent."""
+    """``[world_size, stride_bytes]`` uint8 on a server, empty elsewhere: the workers' chunks."""
     outgoing: Tensor
-    """``[copies, stride_bytes]`` uint8: what this server sends."""
+    """``[copies, stride_bytes]`` uint8: the chunk that this server sends."""
     downlink: Tensor
-    """``[servers, stride_bytes]`` uint8: what the servers sent."""
+    """``[servers, stride_bytes]`` uint8: the payload that the servers send."""
 
     @property
     def averages_first(self) -> bool:
-        """Whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
+        """Return whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
         ...
 
     def encode(self) -> None:
-        """:attr:`bucket` and worker residual into :attr:`uplink`."""
+        """Encode :attr:`bucket` and the worker residual into :attr:`uplink`."""
         ...
 
     def reduce(self) -> None:
-        """:attr:`received` and server residual into the first row of :attr:`outgoing`; on a server."""
+        """Reduce :attr:`received` and the server residual into ``outgoing[0]``, on a server."""
         ...
 
     def decode(self) -> None:
-        """:attr:`downlink` into the bucket."""
+        """Decode :attr:`downlink` into the bucket."""
         ...

@@ -1,4 +1,4 @@
-"""The one place that knows how collectives are called in which version of torch."""
+"""Calls of collectives, for every supported version of torch and both kinds of group."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Group: TypeAlias = "dist.ProcessGroup | BareGroup"
 
 
 class BareGroup(Protocol):
-    """The methods of ``torch.distributed.ProcessGroupGloo`` that are used here."""
+    """The methods of ``torch.distributed.ProcessGroupGloo`` that this package uses."""
 
     def rank(self) -> int:
-        """This rank."""
+        """Return this rank."""
         ...
 
     def size(self) -> int:
-        """The number of ranks."""
+        """Return the number of ranks."""
         ...
 
     def allreduce(self, tensors: list[Tensor], options: Any) -> dist.Work:
@@ -72,9 +72,9 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> dis
     """Start reducing a tensor over all ranks, in place.
 
     Args:
-        tensor: This rank's.
+        tensor: The tensor of this rank.
         group: The group.
-        op: How to reduce.
+        op: The reduction.
 
     Returns:
         The work to wait for.
@@ -95,7 +95,7 @@ def all_gather_flat(out: Tensor, value: Tensor, group: Group) -> dist.Work | Non
 
     Args:
         out: ``[world_size * n]``.
-        value: ``[n]``, this rank's.
+        value: ``[n]``, the tensor of this rank.
         group: The group.
 
     Returns:
@@ -134,8 +134,8 @@ def gather_to_first(value: Tensor, out: list[Tensor] | None, group: Group) -> di
     """Start gathering equal tensors of all ranks on the group's rank 0.
 
     Args:
-        value: This rank's tensor.
-        out: One tensor a rank on rank 0 of the group, None elsewhere.
+        value: The tensor of this rank.
+        out: One tensor for each rank on rank 0 of the group, None elsewhere.
         group: The group.
 
     Returns:
@@ -156,7 +156,7 @@ def broadcast_from_first(tensor: Tensor, group: Group) -> dist.Work | None:
     """Start sending a tensor from the group's rank 0 to all ranks.
 
     Args:
-        tensor: What is sent, and received elsewhere.
+        tensor: Sent on rank 0 of the group, received on the others.
         group: The group.
 
     Returns:
@@ -174,43 +174,43 @@ def broadcast_from_first(tensor: Tensor, group: Group) -> dist.Work | None:
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
-    """Name of the backend that a group uses for tensors on a device, in lower case."""
+    """Return the name of the backend that a group uses for tensors on a device, in lower case."""
     name: str = group._get_backend(device).name()
     return name.lower()
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """A device whose tensors a group can send: the CPU where it can."""
+    """Return a device whose tensors a group can send: the CPU if possible."""
     if any(device.type == "cpu" for device in group._device_types):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
-    """The group's time-out for collectives on a device, or None if its backend tells none."""
+    """Return the time-out of a group's collectives on a device; None if the backend has none."""
     options = getattr(group._get_backend(device), "options", None)
     timeout = getattr(options, "_timeout", None)
     return timeout if isinstance(timeout, timedelta) else None
 
 
 def new_group_alone() -> dist.ProcessGroup:
-    """A group of this rank and nobody else; the other ranks need not do anything."""
+    """Make a group of this rank alone; the other ranks take no part."""
     made: dist.ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return made
 
 
 def wait_while(work: dist.Work, is_useful: Callable[[], bool]) -> bool:
-    """Wait for a collective on Gloo, and look up now and then whether there is any use in it.
+    """Wait for a collective on Gloo, in slices, as long as waiting is useful.
 
-    A thread that is blocked in torch when the interpreter shuts down aborts the process; one that
-    waits a moment at a time can be asked to end.
+    A thread that is blocked in torch when the interpreter shuts down aborts the process. A thread
+    that waits in slices can end before.
 
     Args:
-        work: What :func:`torch.distributed.all_reduce` and the like return.
-        is_useful: Asked twice a second.
+        work: The collective, as :func:`torch.distributed.all_reduce` and others return it.
+        is_useful: Called twice a second; waiting ends when it returns False.
 
     Returns:
-        Whether the collective is done; False if waiting was given up.
+        Whether the collective is complete.
 
     Raises:
         RuntimeError: If the collective has failed.
@@ -233,25 +233,25 @@ def _done_within(work: dist.Work, slice_: timedelta) -> bool:
 
 
 def abandon(*groups: object) -> None:
-    """Leave groups alone for good: a collective under way in them may never end.
+    """Never destroy groups, because a collective in progress in them may never end.
 
-    A Gloo group that is destroyed waits for its collectives, up to the group's time-out, also when
-    that happens at the end of the process. One that is never destroyed does not.
+    The destructor of a Gloo group waits for its collectives, up to the time-out of the group, also
+    at the end of the process. A group that is never destroyed does not wait.
 
     Args:
-        *groups: The groups, or whatever keeps them alive.
+        *groups: The groups, or objects that keep them alive.
     """
     for group in groups:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 class DefaultStore:
-    """The store through which the default process group was set up, as long as that group lives.
+    """The store of the default process group, as long as that group lives.
 
-    It holds no reference: a store that is kept alive keeps its port from the next process group.
+    It is not referenced: a store that is kept alive keeps its port from the next process group.
 
     Args:
-        prefix: Put before every key.
+        prefix: Prefix of every key.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -259,16 +259,16 @@ class DefaultStore:
         self._world = weakref.ref(dist.group.WORLD) if dist.is_initialized() else lambda: None
 
     def is_reachable(self) -> bool:
-        """Whether that process group is still the default one."""
+        """Return whether that process group is still the default one."""
         return dist.is_initialized() and dist.group.WORLD is self._world()
 
     def has(self, key: str) -> bool:
-        """Whether a value is set; never waits for one."""
+        """Return whether a value is set, without waiting for it."""
         found: bool = self._store().check([key])
         return found
 
     def get(self, key: str) -> bytes | None:
-        """A value, or None; never waits for one to be set."""
+        """Return a value, or None if it is not set, without waiting for it."""
         store = self._store()
         if not store.check([key]):
             return None
@@ -276,11 +276,11 @@ class DefaultStore:
         return value
 
     def set(self, key: str, value: bytes | str) -> None:
-        """Set a value for all ranks to see."""
+        """Set a value that all ranks can read."""
         self._store().set(key, value)
 
     def add(self, key: str, amount: int) -> int:
-        """Add to a number that all ranks see, and return the sum."""
+        """Add to a number that all ranks share, and return the sum."""
         total: int = self._store().add(key, amount)
         return total
 

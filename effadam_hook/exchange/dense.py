@@ -1,4 +1,4 @@
-"""The plain all-reduce, for warm-up, for ``enabled=False`` and for what cannot be compressed."""
+"""The dense all-reduce, for the warm-up, ``enabled=False`` and buckets that cannot be compressed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ __all__ = ["DenseExchange", "start_average"]
 
 
 class DenseExchange:
-    """Averages buckets on DDP's own process group.
+    """Average buckets on DDP's own process group.
 
-    The collectives are started by the hook itself, in the order in which DDP calls it. On the CPU
-    a thread waits for them, so that a rank that waits in vain can be told; elsewhere their futures
-    do.
+    The hook itself starts the collectives, in the order in which DDP calls it. On the CPU a worker
+    thread waits for them, so that the exchange can stop; on other devices their futures do.
 
     Args:
         group: DDP's process group.
-        watchdog: Knows the buckets under way.
+        watchdog: Records the buckets in flight.
     """
 
     def __init__(self, group: dist.ProcessGroup, watchdog: Watchdog) -> None:
@@ -35,10 +34,10 @@ class DenseExchange:
         self._worker_thread: WorkerThread[list[dist.Work]] | None = None
 
     def submit(self, label: str, buffer: Tensor, also: Sequence[Tensor] = ()) -> Future[Tensor]:
-        """Average a bucket over the ranks, uncompressed, in place.
+        """Average a bucket densely over the ranks, in place.
 
         Args:
-            label: How messages name the bucket.
+            label: Name of the bucket in messages.
             buffer: ``[numel]``, or a sparse tensor.
             also: Further tensors to average in place before the future completes.
 
@@ -60,7 +59,7 @@ class DenseExchange:
             self._watchdog.on_close(self._worker_thread.close)
         try:
             works = self._start(buffer, also)
-        except Exception as error:  # which backward then raises, like one of waiting
+        except Exception as error:  # raised by backward, like an error of the worker thread
             self._watchdog.broke(inflight, error)
         else:
             self._worker_thread.put(inflight, works)
@@ -71,7 +70,7 @@ class DenseExchange:
 
 
 def start_average(buffer: Tensor, group: Group) -> dist.Work:
-    """Start averaging a bucket over the ranks, uncompressed, in place.
+    """Start averaging a bucket densely over the ranks, in place.
 
     Args:
         buffer: ``[numel]``, or a sparse tensor.
@@ -94,7 +93,7 @@ def _finish(inflight: InflightBucket, works: list[dist.Work]) -> None:
 def _when_all_are_done(buffer: Tensor, works: list[dist.Work]) -> Future[Tensor]:
     def own_buffer(done: Future[list[Future[Tensor]]]) -> Tensor:
         for each in done.value():
-            each.value()  # raises what the collective raised
+            each.value()  # raises the error of the collective
         return buffer
 
     futures = [work.get_future() for work in works]

@@ -22,21 +22,21 @@ __all__ = ["Exchange", "check_backend", "make_exchange"]
 
 
 class Exchange(Protocol):
-    """Runs jobs in the order in which they are submitted, the same on every rank.
+    """Run jobs in the order of their submission, which is the same on every rank.
 
     Attributes:
-        part_numel: Elements that make a job worth its overhead, so that larger buckets are better cut
-            into several; None where jobs do not overlap.
+        part_numel: Number of elements from which a job is worth its overhead: larger buckets are
+            cut into parts. None where jobs do not overlap.
     """
 
     part_numel: int | None
 
     def new_future(self) -> Future[Tensor]:
-        """A future for a job, to be handed to DDP before or after the job is submitted."""
+        """Make a future for a job, before or after its submission."""
         ...
 
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
-        """Start a job; the inflight ends after decoding, or with what went wrong."""
+        """Start a job; the bucket in flight completes after decoding, or with an error."""
         ...
 
 
@@ -47,17 +47,17 @@ def make_exchange(
     watchdog: Watchdog,
     held: Hold,
 ) -> Exchange:
-    """The exchange that is safe for a group's backend; every rank of the group must call this.
+    """Make the exchange for the backend of a group; a collective operation.
 
     Args:
-        topology: Who is the server.
+        topology: This rank's view of the servers.
         group: DDP's process group.
-        device: Where the buckets are.
-        watchdog: Knows the buckets under way, and ends the exchange.
-        held: The wait within which this happens, to name what is done.
+        device: Device of the buckets.
+        watchdog: Records the buckets in flight, and stops the exchange.
+        held: The hold within which the exchange is opened; its phase is kept up to date.
 
     Returns:
-        Threads and further groups for Gloo, a side stream for NCCL.
+        For Gloo worker threads and further groups, for NCCL a side stream.
 
     Raises:
         UnsupportedBackendError: If the backend for that device is neither.
@@ -68,11 +68,11 @@ def make_exchange(
 
 
 def check_backend(group: dist.ProcessGroup, device: torch.device) -> str:
-    """Find out if there is an exchange for a group.
+    """Check that an exchange exists for the backend of a group.
 
     Args:
         group: DDP's process group.
-        device: Where the buckets are.
+        device: Device of the buckets.
 
     Returns:
         ``"gloo"`` for tensors on the CPU or ``"nccl"`` for those on CUDA.

@@ -1,4 +1,4 @@
-"""What the link and the collectives take, measured with the very calls that an exchange makes."""
+"""Times of the link and of the collectives, measured with the calls that an exchange makes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from effadam_hook.exchange.waiting import finish, gather_bytes
 
 __all__ = ["LEGS", "Probe", "Timing"]
 
-LEGS = ("all_reduce", *(f"{way}/{name}" for name in TOPOLOGIES for way in ("up", "down")))
-"""Collectives that can be timed; what follows the slash is the topology."""
+LEGS = (
+    "all_reduce",
+    *(f"{direction}/{name}" for name in TOPOLOGIES for direction in ("up", "down")),
+)
+"""Collectives that can be timed; the part after the slash is the topology."""
 
 Start = Callable[[], "list[dist.Work | None]"]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What a transfer took.
+    """The times of a transfer.
 
     Attributes:
-        seconds: Median over the repeats of the time on the rank where it took longest.
-        best_s: The shortest of those.
+        seconds: Median over the repeats of the time on the slowest rank.
+        best_s: The shortest of those times.
         cpu_s: Processor time of one transfer, mean over the ranks.
     """
 
@@ -41,11 +44,11 @@ class Timing:
 
 
 class Probe:
-    """Times transfers; every rank must call the same methods in the same order.
+    """Time transfers; every rank must call the same methods in the same order.
 
     Args:
         group: The process group.
-        device: Where its tensors are.
+        device: Device of the tensors.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -56,10 +59,10 @@ class Probe:
         self._topologies: dict[str, Topology] = {}
 
     def share(self, value: Any) -> list[Any]:
-        """Tell all ranks a plain value, and wait for theirs.
+        """Gather a plain value from every rank; a collective operation.
 
         Args:
-            value: What JSON can hold.
+            value: A value that JSON can represent.
 
         Returns:
             All ranks' values, by rank.
@@ -69,25 +72,25 @@ class Probe:
         return [json.loads(text) for text in gathered]
 
     def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
-        """Time a transfer from every rank to the next one, all at once.
+        """Time a transfer from every rank to the next one, all ranks at once.
 
         Args:
             size: Bytes that every rank sends.
-            repeats: How often.
-            depth: Transfers that are under way together.
+            repeats: Number of measurements.
+            depth: Number of transfers in progress at once.
 
         Returns:
-            What one took, of those that are under way together.
+            The time of one transfer: that of all at once, divided by their number.
         """
         here, n = self.rank, self.world_size
         ranks = dist.get_process_group_ranks(self._group)
 
         def transfer() -> Start:
-            ways = [
+            pair = [
                 dist.P2POp(dist.isend, self._bytes(size), ranks[(here + 1) % n], self._group),
                 dist.P2POp(dist.irecv, self._bytes(size), ranks[(here - 1) % n], self._group),
             ]
-            return lambda: list(dist.batch_isend_irecv(ways))
+            return lambda: list(dist.batch_isend_irecv(pair))
 
         return self._time([transfer() for _ in range(depth)], repeats)
 
@@ -97,32 +100,33 @@ class Probe:
         Args:
             name: One of :data:`LEGS`.
             size: Bytes of the gradients for ``"all_reduce"``, else of a whole payload.
-            repeats: How often.
-            depth: How many are under way together, as those of several buckets are. On a busy machine
-                a single one shows how long ranks wait for a core rather than what the link carries.
+            repeats: Number of measurements.
+            depth: Number of collectives in progress at once, as in a step with several buckets. On
+                a busy machine a single collective measures the wait for a core rather than the
+                link.
 
         Returns:
-            What one took, of those that are under way together.
+            The time of one collective: that of all at once, divided by their number.
         """
         return self._time([self._leg(name, size) for _ in range(depth)], repeats)
 
     def time_both_ways(self, topology: str, size: int, repeats: int) -> Timing:
-        """Time an uplink and a downlink, under way together as in the middle of a step.
+        """Time an uplink and a downlink in progress at once, as in the middle of a step.
 
         Args:
-            topology: Its name.
+            topology: Name of the topology.
             size: Bytes of a whole payload.
-            repeats: How often.
+            repeats: Number of measurements.
 
         Returns:
-            What one of the two took, on average.
+            The mean time of the two.
         """
         return self._time(
-            [self._leg(f"{route}/{topology}", size) for route in ("up", "down")], repeats
+            [self._leg(f"{direction}/{topology}", size) for direction in ("up", "down")], repeats
         )
 
     def _leg(self, name: str, size: int) -> Start:
-        """A collective with buffers of its own."""
+        """Return the start of a collective, with buffers of its own."""
         if name == "all_reduce":
             buffer = torch.zeros(max(1, size // 4), device=self._device)
             return lambda: [start_average(buffer, self._group)]
@@ -144,29 +148,29 @@ class Probe:
         return self._topologies[kind]
 
     def time_busy(self, call: Callable[[], None], seconds: float = 0.05, windows: int = 3) -> float:
-        """Time a computation while every rank does the same.
+        """Time a computation while every rank runs the same one.
 
         Args:
             call: The computation.
-            seconds: How long to repeat it.
-            windows: How often to do all that.
+            seconds: Length of one window, in which it is repeated.
+            windows: Number of windows.
 
         Returns:
-            What one took, mean over repeats and ranks: the time that a rank waits for a core because
-            the others compute counts. Of the windows the best, in which others disturbed least.
+            Seconds of one call, mean over repeats and ranks, in the fastest window. The time that a
+            rank waits for a core because the other ranks compute counts.
         """
         call()
         return min(self._window(call, seconds) for _ in range(windows))
 
     def count_for(self, call: Callable[[], None], seconds: float) -> int:
-        """How often to do something that ranks must do equally often, because they meet in it.
+        """Count the calls that fill a time, for calls that contain collectives.
 
         Args:
-            call: What to do; it is done once.
-            seconds: How long all together should take, about.
+            call: The function; it is called once.
+            seconds: Approximate length of all calls.
 
         Returns:
-            At least 1, the same on every rank.
+            The number of calls, at least 1, the same on every rank.
         """
         self.share(None)
         begin = time.perf_counter()
@@ -176,11 +180,11 @@ class Probe:
         return max(1, round(seconds / once_s))
 
     def time_processor(self, call: Callable[[], None], seconds: float = 0.3) -> float:
-        """Processor time of something that waits in between, while every rank does the same.
+        """Measure the processor time of a call that may wait, while every rank runs the same one.
 
         Args:
-            call: What to do, the same number of times on every rank.
-            seconds: How long to repeat it, about.
+            call: The function, called equally often on every rank.
+            seconds: Approximate length of all calls.
 
         Returns:
             Processor time of one call, all threads of a rank together, mean over the ranks.
@@ -213,13 +217,13 @@ class Probe:
         for _ in range(repeats + 1):
             self.share(None)
             took.append([each / len(starts) for each in self._run(starts)])
-        timings = self.share(took[1:])  # the first makes connections
+        timings = self.share(took[1:])  # the first one makes connections
         slowest = [max(each[0] for each in ranks) for ranks in zip(*timings, strict=True)]
         cpu_s = statistics.fmean(each[1] for rank in timings for each in rank)
         return Timing(statistics.median(slowest), min(slowest), cpu_s)
 
     def _run(self, starts: Sequence[Start]) -> tuple[float, float]:
-        """Seconds, and those of processor time, of all transfers on this rank."""
+        """Return the seconds and the processor seconds of all transfers on this rank."""
         cpu = time.process_time()
         begin = time.perf_counter()
         for work in [work for start in starts for work in start()]:

@@ -1,18 +1,19 @@
-"""The last bytes of every chunk: do all workers mean the same bucket of the same model?
+"""The replica check: the last bytes of every chunk, compared before a server reduces.
 
-Configuration and model are compared when training starts, and who waits in vain is found out by the
-watchdog. What remains is silent: replicas that have drifted apart, because one rank skipped a
-backward but not the optimizer step, has another learning rate, or loaded another checkpoint. They
-would average gradients of different models. So every worker writes behind its codes what the bucket
-is made of and one of its weights, another one each time, and the server compares before it reduces::
+Options and models are compared when training starts, and the watchdog finds ranks that wait in
+vain. Replicas that have drifted apart show neither: one rank has skipped a backward but not the
+optimizer step, has another learning rate, or has loaded another checkpoint, and gradients of
+different models would be averaged. Every worker therefore appends to its codes a digest of the
+bucket's layout and one weight of the bucket, a different weight each time, and the server compares
+them::
 
     chunk     | raw elements | scales | codes | padding | digest 3, optimizer 2, step 3 | weight 8 |
 
-The digest covers the run id, so that a chunk of another model is noticed whatever its layout; the steps
-find ranks that continue from different states.
+The digest covers the run id, so that a chunk of another model differs whatever its layout. The
+steps find ranks that continue from different states.
 
-Reading one weight costs microseconds on the CPU. On other devices it would stop the host, so that the
-weight is left out there, and nothing is compared.
+To read one weight takes microseconds on the CPU. On other devices the host would have to wait for
+the device, so there is no replica check there.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ __all__ = ["ReplicaCheck"]
 _FORMAT = struct.Struct("<Qd")
 _DIGEST_BITS, _OPTIMIZER_BITS, _STEP_BITS = 24, 16, 24
 _UNKNOWN = math.inf
-"""Stands for a weight that was not looked at."""
+"""Stands for a weight that was not read."""
 _OTHERS_EVERY = 8
 _STRIDE = 7919
 
 
 class ReplicaCheck:
-    """Writes and compares one bucket's seals.
+    """Write and compare the last bytes of one bucket's chunks.
 
     Args:
-        digest: What the bucket is made of and the run id, as a number; the same on every rank.
-        names: Its parameters' names.
-        parameters: Its parameters.
-        sent: ``[servers, stride_bytes]`` uint8, this worker's payload.
-        received: ``[world_size, stride_bytes]`` uint8, what arrives here as a server.
-        often: Whether to look at a weight every time, and not only every eighth.
+        digest: Digest of the layout and the run id, the same on every rank.
+        names: Names of the bucket's parameters.
+        parameters: The bucket's parameters.
+        sent: ``[servers, stride_bytes]`` uint8, the payload of this worker.
+        received: ``[world_size, stride_bytes]`` uint8, the chunks that arrive at this server.
+        check_every_step: Whether to include a weight in every step, rather than in every eighth.
     """
 
     def __init__(
@@ -57,34 +58,35 @@ class ReplicaCheck:
         parameters: Sequence[Tensor],
         sent: Tensor,
         received: Tensor,
-        often: bool,
+        check_every_step: bool,
     ) -> None:
         self._digest = digest % (1 << _DIGEST_BITS)
         self._names = list(names)
         self._parameters = [p.detach() for p in parameters]
         self._sent = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in sent]
         self._received = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in received]
-        self._every = 1 if often else _OTHERS_EVERY
+        self._every = 1 if check_every_step else _OTHERS_EVERY
         self._stamped = 0
-        self._looked_at = (0, 0)
+        self._read = (0, 0)
 
-    def stamp(self, look: bool, steps: int, optimizer_steps: int = 0) -> None:
-        """ReplicaCheck this worker's chunks.
+    def stamp(self, reads_weight: bool, steps: int, optimizer_steps: int = 0) -> None:
+        """Write the last bytes of this worker's chunks.
 
         Args:
-            look: Whether to include a weight.
-            steps: How many steps the exchange has made.
-            optimizer_steps: A digest of the optimizer's, where the exchange depends on them.
+            reads_weight: Whether to include a weight.
+            steps: Number of steps of the exchange.
+            optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on
+                them.
         """
         self._stamped += 1
         weight = _UNKNOWN
-        if look and self._stamped % self._every == 0:
+        if reads_weight and self._stamped % self._every == 0:
             which = self._stamped // self._every
             index = which % len(self._parameters)
             parameter = self._parameters[index]
             if parameter.numel():
                 element = which * _STRIDE % parameter.numel()
-                self._looked_at = (index, element)
+                self._read = (index, element)
                 weight = float(parameter[_unravel(element, parameter.shape)])
         number = self._digest << (_OPTIMIZER_BITS + _STEP_BITS)
         number |= optimizer_steps % (1 << _OPTIMIZER_BITS) << _STEP_BITS
@@ -93,10 +95,11 @@ class ReplicaCheck:
             _FORMAT.pack_into(row, 0, number, weight)
 
     def check(self) -> None:
-        """Compare all workers' seals.
+        """Compare the last bytes of all workers' chunks.
 
         Raises:
-            DisagreementError: If they differ, naming which rank differs from rank 0 in what.
+            DisagreementError: If they differ; the message names the rank and its difference from
+                rank 0.
         """
         rows = [bytes(row) for row in self._received]
         if all(row == rows[0] for row in rows):
@@ -119,7 +122,7 @@ class ReplicaCheck:
         weight = weights[0]
         for rank, other_weight in enumerate(weights):
             if _differ(weight, other_weight):
-                index, element = self._looked_at
+                index, element = self._read
                 differences.append(
                     f"element {element} of parameter {self._names[index]!r} is {other_weight!r} on "
                     f"rank {rank} and {weight!r} on rank 0"

@@ -1,4 +1,4 @@
-"""Times on which all ranks agree, so that what is decided by them is decided alike."""
+"""The times of the slowest rank, by which all ranks decide alike."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["slowest"]
 
 
 def slowest(seconds: Sequence[float], group: Group, device: torch.device) -> list[float]:
-    """The largest of each number over all ranks; a collective operation.
+    """Return the maximum of each number over all ranks; a collective operation.
 
     Args:
-        seconds: This rank's numbers.
+        seconds: The numbers of this rank.
         group: The process group.
-        device: Where the group's backend wants tensors.
+        device: A device whose tensors the group's backend can send.
 
     Returns:
         The same numbers on every rank.

@@ -1,8 +1,8 @@
-"""Waiting for other ranks outside a bucket: in slices, under a name, and not in vain.
+"""Waits for other ranks outside a bucket, such as the comparison of options.
 
-Whoever compares options, measures links or gathers states waits for all ranks. A *phase* says what that
-is for; every wait within it is done in slices, so that Ctrl-C is heard and a stop of the exchange ends
-it, and an error that comes from below leaves it with the rank, the phase and the remedy.
+A *phase* names such a wait. Within it every collective is waited for in slices, so that Ctrl-C is
+received and a stop of the exchange ends the wait. An error of a collective leaves the phase with
+the rank, the name and the remedy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Phase:
         if self.warns and time.monotonic() - self.since > _WARN_S:
             self.warns = False
             _log.warning(
-                "Rank %d has waited %.0f s in %s: another rank has not come to it yet.",
+                "Rank %d has waited %.0f s in %s: another rank has not reached it yet.",
                 *(self.rank, _WARN_S, self.name),
             )
         return self.is_useful()
@@ -60,13 +60,14 @@ _current = _Current()
 
 @contextlib.contextmanager
 def phase(rank: int, name: str, is_useful: Callable[[], bool] | None = None) -> Iterator[None]:
-    """Name what this thread waits for.
+    """Name the wait of this thread.
 
     Args:
         rank: This rank in the group.
-        name: What it waits in, for a sentence such as "Rank 0, comparing options: ...".
-        is_useful: Whether to go on waiting, queried twice a second, by a watchdog that also warns of slow
-            ranks. Without one, waiting goes on and a warning is logged here.
+        name: Name of the wait, for messages such as "Rank 0, comparing options: ...".
+        is_useful: Called twice a second; waiting ends when it returns False. It belongs to a
+            watchdog, which also warns of slow ranks. Without it waiting goes on, and a warning is
+            logged here.
 
     Raises:
         EffAdamError: If a collective has failed; an error of this package passes unchanged.
@@ -93,8 +94,9 @@ def finish(work: dist.Work | None, is_on_host: bool = True) -> None:
     """Wait for a collective within the current phase.
 
     Args:
-        work: The collective; None for a rank that takes no part.
-        is_on_host: Whether its ``wait`` waits for the result. On other devices it only orders streams.
+        work: The collective; None on a rank that takes no part.
+        is_on_host: Whether ``work.wait`` blocks until the result is there. On other devices than
+            the CPU it only orders streams.
 
     Raises:
         EffAdamError: If the exchange has stopped meanwhile.
@@ -113,16 +115,16 @@ def finish(work: dist.Work | None, is_on_host: bool = True) -> None:
 
 
 def gather_bytes(data: bytes, group: Group, device: torch.device, everywhere: bool) -> list[bytes]:
-    """Collect a string of bytes from every rank; a collective operation.
+    """Gather the bytes of every rank; a collective operation.
 
     Args:
-        data: This rank's, of any length.
+        data: The bytes of this rank, of any length.
         group: The process group.
-        device: Where the group's backend wants tensors.
-        everywhere: Whether every rank gets them all, or rank 0 of the group alone.
+        device: A device whose tensors the group's backend can send.
+        everywhere: Whether every rank gets the result, or only rank 0 of the group.
 
     Returns:
-        All ranks' bytes in rank order; empty on the other ranks if not ``everywhere``.
+        The bytes of all ranks, in rank order; an empty list on ranks that do not get the result.
     """
     length = torch.tensor([len(data)], dtype=torch.int64, device=device)
     lengths = torch.empty(group.size(), dtype=torch.int64, device=device)

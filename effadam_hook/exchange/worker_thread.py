@@ -1,4 +1,4 @@
-"""A thread that takes buckets one at a time, in order, and whose errors reach their futures."""
+"""A worker thread: it processes buckets one at a time, in order, and its errors reach their futures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
-from effadam_hook.exchange.watchdog.watchdog import END_S, Watchdog
+from effadam_hook.exchange.watchdog.stopping import END_S
+from effadam_hook.exchange.watchdog.watchdog import Watchdog
 
 __all__ = ["WorkerThread"]
 
@@ -16,12 +17,12 @@ T = TypeVar("T")
 
 
 class WorkerThread(Generic[T]):
-    """First in, first out.
+    """Process buckets in a thread, first in, first out.
 
     Args:
-        name: The thread's name.
-        step: What is done with a bucket. After an error nothing is started any more.
-        watchdog: Hears of errors.
+        name: Name of the thread.
+        step: Called with each bucket; not called any more after an error.
+        watchdog: Stops the exchange after an error.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class WorkerThread(Generic[T]):
         self._queue.put((inflight, job))
 
     def close(self) -> None:
-        """End the thread; a collective under way is left to its group's time-out."""
+        """End the thread; a collective in progress is left to the time-out of its group."""
         self._queue.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=END_S)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from effadam_hook.errors import StateMismatchError
+from effadam_hook.kernels.arguments import compute_dtype
 
 __all__ = ["ADAM_ONLY_OPTIONS", "MOMENTS", "adopt_group", "adopt_state", "check_moments"]
 
@@ -185,7 +186,7 @@ def adopt_state(
     if "refreshed" not in adopted and adopted["decay"] != 1:
         adopted["refreshed"] = step
     check_moments(name, adopted)
-    precise = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    precise = compute_dtype(parameter.dtype)
     for key in MOMENTS:
         value = adopted[key]
         if value.shape != parameter.shape:

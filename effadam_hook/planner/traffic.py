@@ -140,9 +140,9 @@ def payload_bytes(
         block_size: Number of elements that share a scale.
 
     Returns:
-        Bytes, equal to those of :func:`effadam_hook.wire.layout.lay_out_bucket`. If parameters times servers
-        exceed 200,000, the chunks are assumed to be of equal size, as incomplete blocks are then
-        distributed evenly.
+        Bytes, equal to those of :func:`effadam_hook.wire.layout.lay_out_bucket`. If parameters times
+        servers exceed 200,000, the chunks are assumed to be of equal size, as incomplete blocks are
+        then distributed evenly.
     """
     return _payload_bytes(tuple(bucket), quantizer, servers, block_size)
 

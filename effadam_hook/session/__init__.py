@@ -1,1 +1,1 @@
-"""One model's exchange: opened between the ranks, fed with buckets, counted. Knows no DDP."""
+"""The session: the exchange of one model, without DDP. Its connection, its buckets, their buffers."""

@@ -1,4 +1,4 @@
-"""The buckets that a session has seen, each with the buffers of its parts."""
+"""The buckets of a session, each with the buffers of its parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from effadam_hook.exchange.topology import Topology
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.kernels import Kernels
-from effadam_hook.modes.all_modes import Mode
+from effadam_hook.modes import Mode
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.wire.layout import Slot, lay_out_bucket
 from effadam_hook.wire.parts import cut
@@ -43,17 +43,17 @@ class Model(Protocol):
 
 
 class Buckets:
-    """The buffers of every bucket, by the bucket's index.
+    """The buffers of every bucket, by the index of the bucket.
 
-    DDP changes its buckets while it runs: an index that shows other tensors than before gets new
-    buffers, into which residuals and moments move.
+    DDP changes its buckets during training: an index with other tensors than before gets new
+    buffers, to which residuals and moments move.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[object, list[BucketBuffers]]] = {}
 
     def all(self) -> list[BucketBuffers]:
-        """Return the buffers of the buckets seen last, in order; large buckets have several."""
+        """Return the buffers of the current buckets, in order; a large bucket has several."""
         return [buffers for _, parts in self._known.values() for buffers in parts]
 
     def of(
@@ -66,16 +66,16 @@ class Buckets:
         kernels: Kernels,
         run_id: str,
     ) -> list[BucketBuffers]:
-        """Return a bucket's buffers, one for each part; new ones if its tensors have changed.
+        """Return the buffers of a bucket, one for each part; new ones if its tensors have changed.
 
         Args:
-            index: The bucket's index.
-            flat: ``[numel]``, its elements.
+            index: Index of the bucket.
+            flat: ``[numel]``, the elements of the bucket.
             tensors: The owners of the elements.
             model: Options, names and residuals.
             part_numel: Elements of a part; None for one part.
             kernels: The implementation of the arithmetic.
-            run_id: Distinguishes this model's buckets from those of another model.
+            run_id: Run id of the model.
 
         Raises:
             EffAdamError: If the tensors do not have as many elements as the bucket.

@@ -1,7 +1,7 @@
-"""One bucket, or part of one, planned: layout, buffers, residuals, and the three kernels on them.
+"""The buffers of one bucket, or of a part of it, and the three kernels on them.
 
-Everything a bucket needs is allocated here, once, when DDP shows the bucket for the first time or
-shows it with other parameters than before; a step allocates no buffer.
+All buffers are allocated once, at the first step of a bucket or at the first step with other
+parameters than before; the other steps allocate none.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from effadam_hook.exchange.topology import Topology
 from effadam_hook.feedback.residuals import Place, Residuals
 from effadam_hook.feedback.unused import UnusedInput, UnusedMean
 from effadam_hook.kernels import Kernels
-from effadam_hook.modes.all_modes import GradientContent
+from effadam_hook.kernels.arguments import compute_dtype
+from effadam_hook.modes import Content
 from effadam_hook.wire.layout import BucketLayout
 
 __all__ = ["BucketBuffers"]
 
 
 class BucketBuffers:
-    """The job that an exchange runs for one bucket, step after step.
+    """The job that an exchange runs for one bucket, in every step.
 
     Args:
-        label: How messages name the bucket.
-        layout: Where its elements lie in the payloads.
+        label: Name of the bucket in messages.
+        layout: Places of the elements in the payloads.
         kernels: The implementation of the arithmetic.
-        topology: Who is the server.
-        world_size: How many workers there are.
-        dtype: The dtype in which uncompressed elements travel.
-        device: Its device.
-        worker: The worker's residuals, or None without error feedback.
-        server: The server's residuals, or None without error feedback.
-        content: What is exchanged: the gradient, or what is made of it.
-        parameters: The bucket's parameters.
-        check_every_step: Whether to compare a weight with the other ranks' at every step.
-        run_id: Tells this model's buckets from those of another model.
+        topology: This rank's view of the servers.
+        world_size: Number of workers.
+        dtype: Dtype of the uncompressed elements in the payloads.
+        device: Device of the bucket.
+        worker: Residuals of the worker; None without error feedback.
+        server: Residuals of this rank as a server; None without error feedback.
+        content: The vector to exchange: the gradient, or a vector computed from it.
+        parameters: The parameters of the bucket.
+        check_every_step: Whether the replica check includes a weight in every step.
+        run_id: Run id of the model, part of the fingerprint.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class BucketBuffers:
         device: torch.device,
         worker: Residuals | None,
         server: Residuals | None,
-        content: GradientContent,
+        content: Content,
         parameters: Sequence[Tensor],
         check_every_step: bool,
         run_id: str = "",
@@ -70,7 +71,7 @@ class BucketBuffers:
         self._content = content
         self._parameters = list(parameters)
         self.bucket = torch.empty(0, dtype=dtype, device=device)
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        precise = compute_dtype(dtype)
 
         def payload(rows: int, stride_bytes: int) -> Tensor:
             return torch.zeros(rows, stride_bytes, dtype=torch.uint8, device=device)
@@ -87,13 +88,13 @@ class BucketBuffers:
                 digest, names, parameters, self.uplink, self.received, check_every_step
             )
 
-        # To look at a gradient on another device, the host would have to wait for it.
-        self._looks_at: tuple[UnusedInput, UnusedMean] | None = None
+        # On other devices the host would have to wait for the gradient.
+        self._finds_unused: tuple[UnusedInput, UnusedMean] | None = None
         if device.type == "cpu":
-            self._looks_at = UnusedInput(up), UnusedMean(up, down, self._server or 0)
+            self._finds_unused = UnusedInput(up), UnusedMean(up, down, self._server or 0)
 
-        # Elsewhere zeros in a gradient are seen before they are sent.
-        self._restores = content.adam is not None or self._looks_at is None
+        # Otherwise zeros in a gradient are found before they are sent.
+        self._restores = content.adam is not None or self._finds_unused is None
         self._savepoint: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
 
         self._raw = up.as_raw()
@@ -111,13 +112,13 @@ class BucketBuffers:
 
     @property
     def averages_first(self) -> bool:
-        """Whether the bucket itself is averaged, uncompressed, before this step's exchange."""
+        """Return whether the bucket is averaged densely before the exchange of this step."""
         return self._content.averages_first
 
     def load(
         self,
         bucket: Tensor,
-        look: bool,
+        check_weights: bool,
         steps: int = 0,
         is_joining: bool = True,
         in_backward: bool = False,
@@ -125,24 +126,27 @@ class BucketBuffers:
         """Begin a step.
 
         Args:
-            bucket: ``[numel]``, DDP's buffer, read and in the end overwritten.
-            look: Whether to compare a weight with the other ranks'.
-            steps: How many steps the exchange has made, to be compared likewise.
-            is_joining: Whether some ranks may make no optimizer steps, so that those are not compared.
-            in_backward: Whether :meth:`restore_unused` will be called after the step.
+            bucket: ``[numel]``, DDP's buffer: read, and overwritten with the result.
+            check_weights: Whether the replica check includes a weight.
+            steps: Number of steps of the exchange, compared between the ranks.
+            is_joining: Whether some ranks may make no optimizer steps, which are not compared then.
+            in_backward: Whether :meth:`restore_unused` is called after the step.
         """
         self.bucket = bucket
         self._content.begin()
         if self._replica_check is not None:
-            self._replica_check.stamp(look, steps, 0 if is_joining else self._content.progress)
+            self._replica_check.stamp(
+                check_weights, steps, 0 if is_joining else self._content.progress
+            )
         self._savepoint.clear()
         if in_backward and self._restores:
             self._save_possibly_unused()
 
     def _save_possibly_unused(self) -> None:
-        """Copy what the exchange will change for parameters without a gradient on this rank.
+        """Copy the residuals and moments of parameters without a gradient on this rank.
 
-        If no rank used one, ``.grad`` is None on all of them, before the exchange and after it.
+        A parameter that no rank used has ``.grad`` None on all ranks, before and after the
+        exchange.
         """
         for index, parameter in enumerate(self._parameters):
             if parameter.grad is None:
@@ -150,7 +154,7 @@ class BucketBuffers:
                 self._savepoint.append((parameter, [(view, view.clone()) for view in views]))
 
     def _views_of(self, index: int) -> list[Tensor]:
-        """Residuals and moments of one of the bucket's parameters, as far as this rank has them."""
+        """Return the residuals and moments of one parameter that this rank holds."""
         slot = self.layout.slots[index]
         here = slice(slot.start, slot.start + slot.numel)
         views = []
@@ -165,10 +169,10 @@ class BucketBuffers:
         return views
 
     def restore_unused(self) -> None:
-        """Undo the step for the parameters that no rank used; called when DDP has written gradients.
+        """Undo the step of the parameters that no rank used, after DDP has written gradients.
 
-        DDP drops the result for them, so that nothing may have been taken from their residuals. It
-        decides for all ranks alike, and leaves ``.grad`` None.
+        DDP drops the result for them and leaves ``.grad`` None, on all ranks alike. Their residuals
+        and moments must therefore not change.
         """
         for parameter, views in self._savepoint:
             if parameter.grad is None:
@@ -178,7 +182,7 @@ class BucketBuffers:
         self._savepoint.clear()
 
     def encode(self) -> None:
-        """What is exchanged, and the worker residual, into the uplink's payload."""
+        """Encode the content and the worker residual into the uplink payload."""
         with self._unused_input():
             self._kernels.encode_(
                 self.layout.uplink,
@@ -191,7 +195,7 @@ class BucketBuffers:
             )
 
     def reduce(self) -> None:
-        """What the workers sent and the server residual into the downlink's chunk."""
+        """Reduce the workers' chunks and the server residual into the downlink chunk."""
         assert self._server is not None
         if self._replica_check is not None:
             self._replica_check.check()
@@ -211,18 +215,18 @@ class BucketBuffers:
             )
 
     def _unused_input(self) -> AbstractContextManager[None]:
-        # An Adam update goes on by momentum where there is no gradient: nothing is idle there.
-        if self._looks_at is None or self._worker_residual is None or self._content.adam:
+        # Momentum continues an Adam update without a gradient: no element is unused there.
+        if self._finds_unused is None or self._worker_residual is None or self._content.adam:
             return contextlib.nullcontext()
-        return self._looks_at[0].put_aside(self.bucket, self._worker_residual)
+        return self._finds_unused[0].put_aside(self.bucket, self._worker_residual)
 
     def _unused_mean(self) -> AbstractContextManager[None]:
-        if self._looks_at is None or self._server_residual is None:
+        if self._finds_unused is None or self._server_residual is None:
             return contextlib.nullcontext()
-        return self._looks_at[1].put_aside(self.received, self._server_residual)
+        return self._finds_unused[1].put_aside(self.received, self._server_residual)
 
     def _reduce_to_weights(self, server: int) -> None:
-        """The mean uncompressed, then the server's new weights in its place, then those encoded."""
+        """Decode the mean, replace it by the server's new weights, and encode those."""
         up, raw, down = self.layout.uplink, self._raw, self.layout.downlink
         chunk = raw.chunks[server]
         self._kernels.reduce_encode_(
@@ -235,7 +239,7 @@ class BucketBuffers:
         )
 
     def decode(self) -> None:
-        """The downlink's payload to where it belongs."""
+        """Decode the downlink payload into the bucket or the weights."""
         self._kernels.decode(
             self.layout.downlink,
             self.downlink,

@@ -1,4 +1,4 @@
-"""The connection between the ranks of one exchange: compared, opened, watched, ended."""
+"""The connection between the ranks of one exchange: comparison, opening, watchdog, end."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Connection:
     Attributes:
         exchange: Runs bucket jobs; None before :meth:`open`.
         kernels: The implementation of the arithmetic; None before :meth:`open`.
-        loaded_topology: The topology of a loaded state, which decides where ``topology="auto"`` has not
-            chosen yet; empty otherwise.
-        topology_reason: The reason for the topology that was chosen; empty where none was.
+        loaded_topology: Topology of a loaded state, which decides for ``topology="auto"`` before
+            the first bucket; empty otherwise.
+        topology_reason: The reason for the choice of ``topology="auto"``; empty without a choice.
         run_id: The same on all ranks and new in every run; empty before :meth:`agree`.
-        phase: What is being done, for messages.
+        phase: The current operation, for messages.
     """
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
@@ -86,32 +86,32 @@ class Connection:
 
     @property
     def route(self) -> str:
-        """Which route messages take, and why, once that is known."""
+        """The route of messages, with the reason; empty before it is known."""
         return "" if self._topology is None else self._topology.route
 
     @property
     def has_topology(self) -> bool:
-        """Whether it is known who the servers are."""
+        """Return whether the servers are known."""
         return self._topology is not None or self._config.topology != AUTO
 
     @property
     def given_group(self) -> dist.ProcessGroup | None:
-        """The process group as far as it is known; None is the default group, not looked up yet."""
+        """The process group as given; None for the default group before its first use."""
         return self._group
 
     def use_group(self, group: dist.ProcessGroup) -> None:
-        """Take DDP's process group."""
+        """Set the process group to that of DDP."""
         self._group = group
 
     def agree(
         self, device: torch.device, describe: Callable[[], dict[str, Any]], name: str
     ) -> None:
-        """Compare configuration and model with the other ranks; a collective operation.
+        """Compare options and model with the other ranks; a collective operation.
 
         Args:
-            device: Where the group's backend wants tensors.
-            describe: Describes this rank in plain values, which must be equal on all ranks.
-            name: How messages name the model.
+            device: A device whose tensors the group's backend can send.
+            describe: Returns plain values, which must be equal on all ranks.
+            name: Name of the model in messages.
 
         Raises:
             DisagreementError: On every rank, if any two differ.
@@ -124,20 +124,20 @@ class Connection:
         self.run_id = check_agreement(description, self.group, device)
         if isinstance(description, Exception):
             raise description
-        # From here on a rank that fails, before its first backward too, can tell the others.
+        # From here on a rank can report an error to the others, also before its first backward.
         self._watchdog = Watchdog(self.group, self.run_id, name)
         self._watchdog.wait_timeout_s = self._wait_timeout_s
         if device.type == "cpu":
             group = self.group
             self._watchdog.on_failure(lambda: abandon(group))
-        # Threads hold on to the watchdog and not to the connection, so that both can end.
+        # Threads reference the watchdog and not the connection, so that both can end.
         weakref.finalize(self, self._watchdog.close)
 
     def open(self, device: torch.device, steps: int, progress: Any, compressing: bool) -> None:
         """Connect the ranks, choose topology and kernels; a collective operation.
 
-        Done before the first bucket, even if that one is dense: a rank that opened its groups later than
-        the others could not be told that they do something else.
+        It runs before the first bucket, even if that is dense: a rank that opened its groups later
+        than the others could not report that it differs.
 
         Args:
             device: The device of the buckets.
@@ -146,7 +146,8 @@ class Connection:
             compressing: Whether the next bucket is compressed.
 
         Raises:
-            UnsupportedBackendError: If the backend cannot carry compressed buckets, and the next one is.
+            UnsupportedBackendError: If the next bucket is compressed, and the backend cannot carry
+                it.
             EffAdamError: If the ranks are at different steps, or one is gone.
         """
         self.phase = "opening the exchange"
@@ -157,7 +158,7 @@ class Connection:
                 raise
             return  # dense steps need no exchange
         with self.watchdog.hold("opening the exchange", "comparing steps") as held:
-            # Over DDP's own connections, so that a rank that has died is noticed at once.
+            # Over DDP's own connections, which break at once when a rank has died.
             check_steps(self.run_id, steps, progress, self.group, device)
             if not self.has_topology:
                 held.phase = "measuring topologies"
@@ -205,7 +206,7 @@ class Connection:
         """Enter a wait for all ranks outside a bucket; every rank must do so.
 
         Args:
-            label: How messages name it, such as a method.
+            label: Name in messages, such as that of a method.
         """
         if self._watchdog is not None and self._watchdog.is_going_on():
             return self._watchdog.hold(label, "gathering from all ranks")
@@ -215,7 +216,7 @@ class Connection:
         """Stop the exchange because of an error on this rank, and report it to the other ranks.
 
         Args:
-            label: What was running, such as ``"bucket 3"``.
+            label: The bucket or operation in which it occurred, such as ``"bucket 3"``.
             error: The error.
 
         Returns:
@@ -224,7 +225,7 @@ class Connection:
         if self._watchdog is not None:
             return self._watchdog.stop(label, self.phase, error)
         if isinstance(error, EffAdamError) and str(error).startswith("Rank "):
-            return error  # says where already
+            return error  # the message has the rank and the phase
         kind = type(error) if isinstance(error, EffAdamError) else EffAdamError
         rank = self.group.rank() if dist.is_initialized() else 0
         text = str(error) or type(error).__name__

@@ -1,7 +1,7 @@
-"""One model's exchange between the ranks of a process group.
+"""The exchange of one model between the ranks of a process group, without DDP.
 
-A session knows no DDP. Its caller hands over *buckets*: a flat tensor, and the tensors whose elements it
-holds, one after the other. All ranks make the same calls in the same order::
+The caller passes *buckets*: a flat tensor, and the tensors whose elements it holds, one after the
+other. All ranks make the same calls in the same order::
 
     session = ExchangeSession(Config(worker_quantizer="lloyd4", server_quantizer="lloyd4"), group)
     session.parameters.bind(named_parameters)    # optional: names for the tensors
@@ -31,7 +31,7 @@ from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
-from effadam_hook.modes.all_modes import GradientMode, Mode
+from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.connection import Connection
@@ -90,7 +90,7 @@ class ExchangeSession:
         """Compare options, versions and model with the other ranks; a collective operation.
 
         Args:
-            device: Where the group's backend wants tensors.
+            device: A device whose tensors the group's backend can send.
             further: Further plain values that must be equal on all ranks.
 
         Raises:
@@ -121,7 +121,8 @@ class ExchangeSession:
             compressing: Whether the next bucket is compressed.
 
         Raises:
-            UnsupportedBackendError: If the backend cannot carry compressed buckets, and the next one is.
+            UnsupportedBackendError: If the next bucket is compressed, and the backend cannot carry
+                it.
             EffAdamError: If the ranks are at different steps, or one is gone.
         """
         if self.connection.exchange is None:
@@ -130,7 +131,7 @@ class ExchangeSession:
 
     @property
     def buckets(self) -> list[BucketBuffers]:
-        """The buffers of the buckets seen last, in order; large buckets have several."""
+        """The buffers of the current buckets, in order; a large bucket has several."""
         return self._buckets.all()
 
     def exchange(
@@ -146,11 +147,13 @@ class ExchangeSession:
         """Exchange a bucket, quantized both ways, with error feedback on both sides.
 
         Args:
-            index: The bucket's place in the step; the same tensors under the same index reuse their buffers.
-            flat: ``[numel]``, the elements of ``tensors`` one after the other, overwritten with the result.
+            index: Index of the bucket in the step; equal tensors under an equal index reuse their
+                buffers.
+            flat: ``[numel]``, the elements of ``tensors`` one after the other, overwritten with the
+                result.
             tensors: The owners of the elements.
-            check_weights: Whether to compare one weight with the other ranks', on the CPU.
-            is_joining: Whether some ranks may make no optimizer steps, so that those are not compared.
+            check_weights: Whether to compare one weight between the ranks, on the CPU.
+            is_joining: Whether some ranks may make no optimizer steps, which are not compared then.
             restores_unused: Whether :meth:`restore_unused` is called after the step.
 
         Returns:
@@ -203,11 +206,11 @@ class ExchangeSession:
         assert self.connection.exchange is not None
         try:
             self.connection.exchange.submit(buffers, inflight)
-        except Exception as error:  # which backward then raises, like that of a lane
+        except Exception as error:  # raised by backward, like an error of a worker thread
             self.connection.watchdog.broke(inflight, error)
 
     def release(self) -> None:
-        """Submit the buckets that wait for the gradient's norm over all of them; called after the last."""
+        """Submit the buckets that wait for the norm of the whole gradient, after the last bucket."""
         if not self._waiting:
             return
         assert self.mode.max_grad_norm is not None
@@ -220,11 +223,11 @@ class ExchangeSession:
         self._waiting.clear()
 
     def begin_step(self) -> None:
-        """Forget buckets that an earlier step has left waiting; called before the first bucket."""
+        """Drop buckets that an interrupted step has left waiting, before the first bucket."""
         self._waiting.clear()
 
     def restore_unused(self) -> None:
-        """Undo the step for the parameters that no rank used; called when gradients have been written."""
+        """Undo the step of the parameters that no rank used, after gradients have been written."""
         for buffers in self.buckets:
             buffers.restore_unused()
 
@@ -232,7 +235,7 @@ class ExchangeSession:
         """Average a bucket by a dense all-reduce.
 
         Args:
-            index: The bucket's place in the step.
+            index: Index of the bucket in the step.
             flat: ``[numel]``, or a sparse tensor; overwritten with the mean.
             tensors: The owners of the elements.
 
@@ -248,14 +251,14 @@ class ExchangeSession:
         self.counters.count(size, size, size)
         if self._dense is None:
             self._dense = DenseExchange(self.group, self.connection.watchdog)
-        also = self.mode.averaged(tensors, flat)
+        also = self.mode.begin_dense(tensors, flat)
         return self._dense.submit(f"bucket {index}", flat, also)
 
     def refuse(self, index: int, flat: Tensor) -> Future[Tensor]:
-        """Complete a bucket as it is: the exchange has stopped, and the watchdog has the reason.
+        """Complete a bucket as it is, because the exchange has stopped.
 
         Args:
-            index: The bucket's place in the step.
+            index: Index of the bucket in the step.
             flat: ``[numel]``.
 
         Returns:
@@ -270,12 +273,12 @@ class ExchangeSession:
 def exchange_all(
     session: ExchangeSession, flats: Iterable[Tensor], buckets: Sequence[Sequence[Tensor]]
 ) -> None:
-    """Exchange a whole model's buckets, all of them ready at once; a collective operation.
+    """Exchange all buckets of a model at once; a collective operation.
 
     Args:
         session: The session; opened here if it is not open.
-        flats: ``[numel]`` each, the elements of one bucket, overwritten with their mean.
-        buckets: The tensors of each.
+        flats: ``[numel]`` each, the elements of one bucket, overwritten with the result.
+        buckets: The tensors of each bucket.
     """
     futures = []
     for index, (flat, tensors) in enumerate(zip(flats, buckets, strict=True)):

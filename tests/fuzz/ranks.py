@@ -42,7 +42,7 @@ _RAISING: dict[str, tuple[Any, str]] = {
 
 @dataclass
 class Report:
-    """What one rank saw of one case.
+    """Observations of one rank in one case.
 
     Attributes:
         digests: One per step, of all gradients, or of the weights in update mode.
@@ -267,7 +267,7 @@ def _digest(tensors: list[Tensor | None]) -> int:
 
 
 def _is_due(case: Case, step: int) -> bool:
-    """Whether the ending comes in this step."""
+    """Return whether the ending comes in this step."""
     return case.ending is not None and step == (0 if case.ending.at_start else case.steps - 2)
 
 

@@ -1,4 +1,4 @@
-"""The topologies: who serves which share of a bucket, in which stages. The only list of them."""
+"""The topologies: the servers of a bucket, their shares and the stages. The only registry of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from effadam_hook.exchange.topology.topology import Stage, Topology
 __all__ = ["AUTO", "TOPOLOGIES", "Leg", "Stage", "Topology", "make_topology"]
 
 TOPOLOGIES: dict[str, type[Topology]] = {kind.name: kind for kind in (Rank0, Sharded)}
-"""Every topology by its public name."""
+"""Every topology, by its public name."""
 
 AUTO = "auto"
 """The name that leaves the choice to the ranks, see :mod:`effadam_hook.exchange.auto`."""

@@ -1,4 +1,4 @@
-"""One collective of an exchange, as the link of the busiest rank carries it. Numbers only, no torch."""
+"""One collective of an exchange, as the link of the busiest rank carries it: numbers, no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Leg:
     """One collective, as the link of the busiest rank carries it.
 
     Attributes:
-        name: The key of the leg in :attr:`Link.slowdown <effadam_hook.planner.predict.Link.slowdown>` and
-            in the probe's legs.
+        name: Key of the leg in the probe, and in the slowdowns of the planner's link.
         out_bytes: Payload bytes that leave that rank.
         in_bytes: Payload bytes that arrive there.
-        rounds: Messages that must follow one another.
-        messages: Messages that the busiest rank sends or receives besides, at once.
+        rounds: Number of messages that must follow one another.
+        messages: Number of further messages that the busiest rank sends or receives at the same
+            time.
     """
 
     name: str
@@ -28,5 +28,5 @@ class Leg:
 
     @property
     def busiest_bytes(self) -> float:
-        """Bytes in the busier direction."""
+        """Payload bytes in the busier direction."""
         return max(self.out_bytes, self.in_bytes)

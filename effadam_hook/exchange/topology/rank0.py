@@ -1,7 +1,7 @@
-"""Topology "rank0": the group's rank 0 is the server of everything.
+"""Topology "rank0": rank 0 of the group serves the whole bucket.
 
-The parameter server of the paper. Payloads are gathered on rank 0, which reduces them, quantizes the
-mean and broadcasts it. Rank 0 receives N payloads and sends N.
+This is the parameter server of the paper. Payloads are gathered on rank 0, which reduces them,
+quantizes the mean and broadcasts it. The link of rank 0 carries N - 1 payloads in each direction.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Rank0(Topology):
         ]
 
     def outgoing(self, downlink: Tensor) -> Tensor:
-        """Return the payload itself: the server's chunk ``[1, stride_bytes]`` is all of it."""
+        """Return the payload itself, which is the one chunk of the server."""
         return downlink
 
     def send_up(self, payload: Tensor, received: Tensor, group: Group) -> dist.Work | None:

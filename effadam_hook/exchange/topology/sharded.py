@@ -1,13 +1,14 @@
-"""Topology "sharded": every rank is the server of its share of every parameter.
+"""Topology "sharded": every rank serves its share of every parameter.
 
-Chunks go to their servers by an all-to-all, each server reduces and quantizes its own, and sends the
-result to everyone. Blocks and the order of summation are those of "rank0", so the results are too;
-only the traffic differs, and no rank carries more than any other.
+An all-to-all sends the chunks to their servers. Each server reduces and quantizes its chunk, and
+sends the result to all ranks. Blocks and the order of summation are those of "rank0", so the
+results are the same to the bit. Only the traffic differs: every link carries equally much.
 
-On Gloo the results take one of two routes, with the same bytes on every link. *Around a ring*, Gloo's
-all-gather: every link has one sender and one receiver, which fills it best, but a result waits N - 1
-times for as long as a message is under way. *Straight*, an all-to-all of N copies: it waits once.
-Near ranks are some percent faster with the ring; ranks 20 ms apart, half as fast.
+On Gloo the downlink takes one of two routes, with the same bytes on every link. *Around a ring* is
+Gloo's all-gather: every link has one sender and one receiver at a time, which fills it best, but a
+result is delayed N - 1 times by the latency. *Straight* is an all-to-all of N copies, which is
+delayed once. The ring is some percent faster between near ranks, and takes twice as long between
+ranks that are 20 ms apart.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from effadam_hook.exchange.waiting import finish
 __all__ = ["Sharded"]
 
 _NEAR_S = 1e-3
-"""What an empty message may wait for another's arrival: less than what full ones gain."""
+"""Extra seconds per round in which the ring may be slower with empty messages: full ones gain more."""
 _SURELY_NEAR, _SURELY_FAR = 1 / 4, 16.0
 _REPEATS, _MOST_ATTEMPTS = 4, 4
 
 
 class Sharded(Topology):
-    """As many servers as ranks."""
+    """As many servers as there are ranks."""
 
     name = "sharded"
 
@@ -59,7 +60,7 @@ class Sharded(Topology):
 
     def measure_route(self, group: Group) -> None:
         """Measure the round-trip time of empty messages on both routes; see :class:`Topology`."""
-        if self.servers <= 2:  # the two routes are one
+        if self.servers <= 2:  # both routes are the same
             return
         sent, got = torch.zeros(2, self.servers, dtype=torch.uint8, device="cpu")
         routes = (
@@ -71,7 +72,7 @@ class Sharded(Topology):
         for _ in range(_MOST_ATTEMPTS):
             best = [min(s, _fastest(route)) for s, route in zip(best, routes, strict=True)]
             ring_s, straight_s = slowest(best, group, sent.device)
-            # Beyond what a busy machine adds, or without it: a further look would say the same.
+            # A busy machine does not explain such a difference: further measurements decide the same.
             if not near_s * _SURELY_NEAR < ring_s - straight_s < near_s * _SURELY_FAR:
                 break
         self._goes_straight = ring_s - straight_s > near_s
@@ -81,7 +82,7 @@ class Sharded(Topology):
         )
 
     def outgoing(self, downlink: Tensor) -> Tensor:
-        """Return room for a copy of the server's chunk for every rank if it goes straight, else for one."""
+        """Return a buffer for one copy of the chunk, or for one per rank on the straight route."""
         copies = self.servers if self._goes_straight else 1
         return downlink.new_zeros(copies, downlink.shape[1])
 
@@ -98,7 +99,7 @@ class Sharded(Topology):
 
 
 def _fastest(start: Callable[[], dist.Work | None]) -> float:
-    """The shortest of a few times; the first may have to make connections."""
+    """Return the shortest of a few times; the first collective may have to make connections."""
     seconds = []
     for _ in range(_REPEATS):
         begin = time.perf_counter()

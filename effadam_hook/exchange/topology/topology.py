@@ -1,10 +1,10 @@
-"""The interface of a topology: its servers, and the stages that a bucket passes.
+"""The interface of a topology: its servers, and the stages of a bucket.
 
-A topology is described by its class, before any rank exists: its name, how many servers it has among N
-ranks, and what its collectives cost. An instance is one rank's view: the chunk that this rank serves, and
-the stages. A *stage* is arithmetic on this rank followed by a collective; the next stage waits for that
-collective. The exchange (:mod:`~effadam_hook.exchange.gloo`, :mod:`~effadam_hook.exchange.nccl`) runs
-whatever stages there are, in their order::
+The class describes the topology before any rank exists: its name, the number of servers among N
+ranks, and the traffic of its collectives. An instance is the view of one rank: the chunk that it
+serves, and the stages. A *stage* is arithmetic on this rank followed by a collective, for which the
+next stage waits. The exchanges on Gloo and NCCL run the stages in their order, whatever their
+number::
 
     rank0, sharded    encode ─ uplink ─► reduce ─ downlink ─► decode
 """
@@ -35,8 +35,8 @@ class Stage:
         compute: The arithmetic; None where this rank has none to do.
         transfer: Name of the collective in messages; empty for the last stage, which has none.
         start: Starts the collective on a group that only this stage uses, and returns the work.
-        averages_first: Whether a bucket that asks for it (:attr:`BucketJob.averages_first`) is averaged
-            uncompressed, on the stage's group, before the arithmetic.
+        averages_first: Whether a bucket with :attr:`BucketJob.averages_first` is averaged densely,
+            on the group of this stage, before the arithmetic.
     """
 
     phase: str
@@ -50,14 +50,14 @@ class Topology(ABC):
     """One rank's view of the servers, and the stages of a bucket.
 
     Args:
-        rank: This process's rank in the group.
-        world_size: The group's size.
+        rank: Rank of this process in the group.
+        world_size: Size of the group.
 
     Attributes:
         name: The public name.
-        servers: How many servers there are, and so how many chunks a payload has.
-        serves: The chunk that this rank is the server of; None if there is none.
-        route: The route that messages take, with the reason; empty where there is no choice.
+        servers: Number of servers, and of the chunks of a payload.
+        serves: Index of the chunk that this rank serves; None if it serves none.
+        route: The route of the messages, with the reason; empty without a choice.
     """
 
     name: ClassVar[str]
@@ -70,7 +70,7 @@ class Topology(ABC):
     @classmethod
     @abstractmethod
     def servers_among(cls, world_size: int) -> int:
-        """Return the number of servers among that many ranks; the first ranks are the servers."""
+        """Return the number of servers among ``world_size`` ranks; the first ranks are the servers."""
 
     @classmethod
     @abstractmethod
@@ -80,7 +80,7 @@ class Topology(ABC):
         Args:
             payload_bytes: Bytes of a whole payload.
             world_size: Number of ranks.
-            tree: Whether a broadcast sends its bytes once, as NCCL's does, and not once a round.
+            tree: Whether a broadcast sends its bytes once, as on NCCL, rather than once a round.
 
         Returns:
             The uplink and the downlink.
@@ -97,17 +97,20 @@ class Topology(ABC):
         )
 
     def measure_route(self, group: Group) -> None:
-        """Choose the route that messages take on Gloo; a collective operation.
+        """Choose the route of messages on Gloo; a collective operation.
+
+        The base class measures nothing: it has one route.
 
         Args:
-            group: The process group, or one of the same ranks. Buffers must be made afterwards.
+            group: The process group, or another one of the same ranks. Make buffers afterwards.
         """
+        self.route = ""
 
     def outgoing(self, downlink: Tensor) -> Tensor:
-        """Return a buffer ``[copies, stride_bytes]`` for what this rank sends as a server.
+        """Return the buffer ``[copies, stride_bytes]`` that this rank sends from as a server.
 
         Args:
-            downlink: ``[servers, stride_bytes]``, the buffer of the downlink's payload.
+            downlink: ``[servers, stride_bytes]``, the buffer of the downlink payload.
         """
         return downlink.new_zeros(1, downlink.shape[1])
 
@@ -116,9 +119,9 @@ class Topology(ABC):
         """Start the uplink.
 
         Args:
-            payload: ``[servers, stride_bytes]``, this worker's chunk for every server.
-            received: ``[world_size, stride_bytes]``, filled with every worker's chunk for this server;
-                empty where this rank is none.
+            payload: ``[servers, stride_bytes]``, the chunk of this worker for every server.
+            received: ``[world_size, stride_bytes]``, filled with the chunks of all workers for this
+                server; empty on a rank that is no server.
             group: The process group.
 
         Returns:
@@ -131,7 +134,7 @@ class Topology(ABC):
 
         Args:
             outgoing: The buffer of :meth:`outgoing`, with the first row filled.
-            payload: ``[servers, stride_bytes]``, filled with every server's chunk.
+            payload: ``[servers, stride_bytes]``, filled with the chunks of all servers.
             group: The process group.
 
         Returns:

@@ -1,1 +1,1 @@
-"""Notice ranks that wait for one another in vain, find the reason, and report it on every rank."""
+"""The watchdog: ranks that wait in vain, the reason, and its report on every rank."""

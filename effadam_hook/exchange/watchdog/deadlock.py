@@ -1,11 +1,12 @@
-"""Which threads wait for one another for ever, found from what every process says of its threads.
+"""Deadlocks: threads that wait for one another for ever, found from the waits of all processes.
 
-A thread that runs backward passes waits in a *bucket* (or, before it, in a phase such as opening the
-exchange) for all ranks that have not come to the same place; or it waits in a *collective* of the
-user's, such as ``barrier``, for the ranks of that group. What a rank has not done yet it can do only in
-a thread that is not waiting itself. All waiting threads are taken as stuck at first, and those that
-some other thread can still release are struck off, until no more can be. What remains waits for ever,
-whatever the number of ranks and models; a thread that computes, sleeps or loads data is never among it.
+A thread that runs backward passes waits in a *bucket*, or in a *hold* such as opening the exchange,
+for all ranks that have not reached the same one; or it waits in a *collective* of the training
+program, such as ``barrier``, for the ranks of that group. A rank can start what it has not started
+only in a thread that does not wait itself. The search begins with all waiting threads and removes
+those that some other thread can still release, until none is removed. The rest wait for ever,
+whatever the number of ranks and models. A thread that computes, sleeps or loads data is never among
+them.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ _MOST_SHOWN = 4
 
 @dataclass(frozen=True)
 class Wait:
-    """What one thread waits in.
+    """The wait of one thread.
 
     Attributes:
-        doing: For a sentence that begins with the rank.
-        run: Run id of the model's exchange, or of its phases; empty for a collective of the user's.
-        sequence: The place in that run's sequence.
-        ranks: For a collective of the user's, the ranks for which it waits, by their global rank.
+        doing: The predicate of a sentence whose subject is the rank.
+        run: Run id of the model's buckets, or of its holds; empty for a collective of the training
+            program.
+        sequence: Sequence number within that run.
+        ranks: Global ranks for which a collective of the training program waits.
     """
 
     doing: str
@@ -40,11 +42,11 @@ class Wait:
 
 @dataclass(frozen=True)
 class Run:
-    """How far a process has come with one model.
+    """The progress of a process with the buckets, or the holds, of one model.
 
     Attributes:
-        started: How many buckets, or phases, it has started.
-        threads: The threads that may start the next one.
+        started: Number of buckets, or holds, that it has started.
+        threads: Identifiers of the threads that may start the next one.
     """
 
     started: int
@@ -53,12 +55,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Process:
-    """What a process says of its threads.
+    """The threads of one process that run backward passes.
 
     Attributes:
         rank: Its global rank.
-        waits: What the waiting threads wait in, by thread; None for those that wait in nothing.
-        runs: Its models' runs, by run id.
+        waits: The wait of each thread, by identifier; None for a thread that does not wait.
+        runs: The progress with its models, by run id.
     """
 
     rank: int
@@ -66,12 +68,12 @@ class Process:
     runs: Mapping[str, Run]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for :meth:`from_json`."""
+        """Return plain values, for :meth:`from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Process:
-        """What :meth:`to_json` described."""
+        """Rebuild a process from the values of :meth:`to_json`."""
         waits = {
             int(thread): None if wait is None else Wait(**{**wait, "ranks": tuple(wait["ranks"])})
             for thread, wait in values["waits"].items()
@@ -91,10 +93,10 @@ class Deadlock:
     """Threads that wait for one another for ever.
 
     Attributes:
-        waits: What waits for what; the same at a later time if nothing has moved since.
-        ranks: Their global ranks.
-        runs: The run ids of their models.
-        error: Says who waits where, and for whom.
+        waits: The waits by rank and thread; equal at a later time if nothing has moved since.
+        ranks: Global ranks of the threads.
+        runs: Run ids of their models.
+        error: The error, which says who waits where, and for whom.
     """
 
     waits: frozenset[tuple[tuple[int, int], Wait]]
@@ -107,12 +109,12 @@ def find_deadlock(processes: Mapping[int, Process], run: str) -> Deadlock | None
     """Find threads that wait for one another for ever, among them one in a certain run.
 
     Args:
-        processes: What is known of the processes, by global rank.
+        processes: The known processes, by global rank.
         run: A model's run id.
 
     Returns:
-        Those threads; None if somebody can still go on. What the processes say is not of one moment:
-        they are stuck only if all of them say the same again later.
+        The threads; None if some thread can still release them. Processes are not described at one
+        moment: a deadlock is certain only if a later description of all of them is equal.
     """
     stuck: Stuck = {
         (rank, thread): wait
@@ -157,12 +159,12 @@ def _error(processes: Mapping[int, Process], stuck: Stuck) -> EffAdamError:
 def _missing(
     processes: Mapping[int, Process], stuck: Stuck, key: tuple[int, int], wait: Wait
 ) -> list[int]:
-    """The ranks for which a thread waits in vain, as far as is known yet."""
+    """Return the ranks for which a thread waits in vain, as far as is known."""
     if wait.run:
         return list(_not_coming(processes, stuck, key[0], wait))
     others = [rank for rank in wait.ranks if rank != key[0]]
-    # Somebody may have started the collective already, without waiting for it; then only a rank that is
-    # busy elsewhere is missing, and it may come.
+    # A rank may have started the collective without waiting for it; then only a rank that is busy
+    # elsewhere is missing, and it may come.
     if any(not _all_wait(processes, rank) for rank in others):
         return []
     return [rank for rank in others if _all_in_buckets(processes, stuck, rank)]

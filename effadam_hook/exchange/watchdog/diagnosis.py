@@ -1,23 +1,31 @@
-"""What follows from the ranks' positions: who does something else, who has failed, who is late."""
+"""The diagnosis of a wait from the positions of the ranks: who differs, who has failed, who is late.
+
+Every rank computes it from the same positions, so that all ranks raise the same error.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from effadam_hook.errors import DisagreementError, EffAdamError
+from effadam_hook.exchange.watchdog.inflight import CONNECTING, Hold, InflightBucket
 from effadam_hook.exchange.watchdog.status_board import Entry, Position
 
-__all__ = ["disagreement", "first_failure", "gone_before", "who_is_late"]
+__all__ = ["disagreement", "first_failure", "gone_before", "overdue", "who_is_late"]
+
+CONNECT_S = 15.0
+"""Seconds that a silent rank may take while all ranks make connections at once."""
 
 
 def disagreement(histories: Mapping[int, Iterable[Entry]]) -> DisagreementError | None:
-    """The first place in the sequence at which two ranks did different things.
+    """Find the first sequence number under which two ranks have started different buckets.
 
     Args:
         histories: The buckets that each rank has started, by rank.
 
     Returns:
-        An error that says who did what there; None where they agree.
+        An error that says which rank did what; None if the ranks agree.
     """
     by_rank = {
         rank: {sequence: tuple(rest) for sequence, *rest in history}
@@ -50,7 +58,14 @@ def _made_of(there: Sequence[str], here: Sequence[str]) -> str:
 
 
 def first_failure(positions: Mapping[int, Position]) -> EffAdamError | None:
-    """What the first rank to have failed reported, if one has."""
+    """Return the failure that the first of the ranks reports.
+
+    Args:
+        positions: The positions of the other ranks.
+
+    Returns:
+        The error; None if no rank reports one.
+    """
     for rank, position in positions.items():
         if position.failure:
             is_disagreement = position.kind == DisagreementError.__name__
@@ -60,30 +75,38 @@ def first_failure(positions: Mapping[int, Position]) -> EffAdamError | None:
 
 
 def gone_before(positions: Mapping[int, Position], sequence: int) -> EffAdamError | None:
-    """That a rank has ended without starting the bucket of that place in the sequence, if one has."""
+    """Find a rank that has ended its training without starting a certain bucket.
+
+    Args:
+        positions: The positions of the other ranks.
+        sequence: Sequence number of the bucket.
+
+    Returns:
+        An error that names the rank; None if there is none.
+    """
     for rank, position in positions.items():
-        if position.left and position.sequence <= sequence:
+        if position.left and position.started <= sequence:
             return EffAdamError(f"Rank {rank} has ended its training, this rank has not.")
     return None
 
 
-def who_is_late(positions: Mapping[int, Position], silent: Sequence[int], sequence: int) -> str:
-    """Sentences about the ranks that others may be waiting for.
+def who_is_late(positions: Mapping[int, Position], silent: Sequence[int], started: int) -> str:
+    """Describe the ranks that others may be waiting for.
 
     Args:
-        positions: What the ranks have said.
+        positions: The positions of the other ranks.
         silent: The ranks that do not answer.
-        sequence: How many buckets this rank has started.
+        started: Number of buckets that this rank has started.
 
     Returns:
-        The sentences, each after a space; nothing if nobody is late.
+        Sentences, each after a space; empty if no rank is late.
     """
-    gone = [str(r) for r, p in positions.items() if p.left and p.sequence < sequence]
+    gone = [str(r) for r, p in positions.items() if p.left and p.started < started]
     behind = [
-        f" Rank {rank} has started {position.sequence} buckets, this rank {sequence}; "
+        f" Rank {rank} has started {position.started} buckets, this rank {started}; "
         f"it {position.doing}."
         for rank, position in positions.items()
-        if position.sequence < sequence and not position.left
+        if position.started < started and not position.left
     ]
     text = ""
     if silent:
@@ -92,3 +115,36 @@ def who_is_late(positions: Mapping[int, Position], silent: Sequence[int], sequen
     if gone:
         text += f" Rank {', '.join(gone)} has ended."
     return text + "".join(behind[:3])
+
+
+def overdue(
+    oldest: InflightBucket | Hold,
+    limit_s: float | None,
+    grace_s: float,
+    is_silent: bool,
+    late: str,
+) -> EffAdamError | None:
+    """Find a wait that is longer than it may be.
+
+    Args:
+        oldest: The bucket or hold in which this rank has waited for longest.
+        limit_s: Seconds that a wait may take; None for no limit.
+        grace_s: Seconds beyond the limit in which silent ranks may still answer.
+        is_silent: Whether some rank does not answer.
+        late: Sentences about the late ranks.
+
+    Returns:
+        The error; None if the wait is short enough.
+    """
+    waited_s = time.monotonic() - oldest.since
+    if limit_s is not None and waited_s > limit_s + grace_s:
+        return EffAdamError(
+            f"waited {waited_s:.0f} s, longer than wait_timeout_s={limit_s:g}.{late} Raise "
+            "state.wait_timeout_s where ranks may be that slow; otherwise give all of them as "
+            "much work."
+        )
+    # All ranks have reached this phase a moment ago: one that is silent now died before it connected.
+    is_connecting = isinstance(oldest, Hold) and oldest.phase == CONNECTING
+    if is_connecting and waited_s > CONNECT_S and is_silent:
+        return EffAdamError(f"not connected after {waited_s:.0f} s.{late} Restart all ranks.")
+    return None

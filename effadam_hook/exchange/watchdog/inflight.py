@@ -1,11 +1,11 @@
-"""One bucket's route from the hook to its future: where it is, and how it ends, once."""
+"""A bucket in flight, and a wait for all ranks outside a bucket."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -14,19 +14,10 @@ from torch.futures import Future
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.collectives import wait_while
 
-__all__ = ["Hold", "InflightBucket"]
+__all__ = ["CONNECTING", "Hold", "InflightBucket"]
 
-
-class Overseer(Protocol):
-    """Who keeps the list of inflight_buckets: :class:`~effadam_hook.exchange.watchdog.watchdog.Watchdog`."""
-
-    def is_going_on(self) -> bool:
-        """Whether there is any use in waiting."""
-        ...
-
-    def finished(self, inflight: InflightBucket) -> None:
-        """Note that a bucket has arrived, or failed."""
-        ...
+CONNECTING = "connecting"
+"""The phase of a hold in which Gloo connects the ranks; all of them have reached it."""
 
 
 @dataclass
@@ -34,12 +25,12 @@ class Hold:
     """A wait for all ranks outside a bucket, such as opening the exchange.
 
     Attributes:
-        number: How many of them this rank started before it.
-        sequence: How many buckets this rank started before it.
-        label: How messages name it.
-        phase: What is being done, or waited for.
-        thread: Which thread waits.
-        since: When it began, by :func:`time.monotonic`.
+        number: Number of holds that this rank started before.
+        sequence: Number of buckets that this rank started before.
+        label: Name in messages.
+        phase: The current operation, for messages.
+        thread: Identifier of the waiting thread.
+        since: Time of the start, by :func:`time.monotonic`.
     """
 
     number: int
@@ -51,78 +42,93 @@ class Hold:
 
     @property
     def doing(self) -> str:
-        """The same, for a sentence that begins with the rank."""
+        """The predicate of a sentence whose subject is the rank."""
         return f"is {'in ' if self.label.endswith('()') else ''}{self.label}"
 
 
 class InflightBucket:
-    """One bucket, or part of one, on its route from the hook to its future.
+    """One bucket, or part of one, between the hook and the completion of its future.
+
+    Args:
+        sequence: See below.
+        label: See below.
+        phase: See below.
+        future: See below.
+        bucket: DDP's buffer, the result of the future.
+        in_backward: Whether the training thread raises errors itself at the end of the backward.
+        is_useful: Returns whether the exchange still runs, so that waiting is useful.
+        on_end: Called once, with this bucket, when the future has been completed.
 
     Attributes:
-        sequence: How many buckets this rank started before it.
-        label: How messages name the bucket.
-        phase: What is being done, or waited for.
-        future: Completes once, with the bucket or with what went wrong.
-        work: The collective under way, if any.
-        since: When it set out, by :func:`time.monotonic`.
+        sequence: Sequence number: the number of buckets that this rank started before.
+        label: Name of the bucket in messages.
+        phase: The current operation, for messages.
+        future: Completes once, with the bucket or with an error.
+        work: The collective in progress, if any.
+        since: Time of the start, by :func:`time.monotonic`.
     """
 
     def __init__(
         self,
-        watchdog: Overseer,
         sequence: int,
         label: str,
         phase: str,
         future: Future[Tensor],
         bucket: Tensor,
         in_backward: bool,
+        is_useful: Callable[[], bool],
+        on_end: Callable[[InflightBucket], None],
     ) -> None:
-        self._bucket = bucket
-        self._in_backward = in_backward
         self.sequence = sequence
         self.label = label
         self.phase = phase
         self.future = future
         self.work: dist.Work | None = None
         self.since = time.monotonic()
-        self._watchdog = watchdog
-        self._open = threading.Lock()
+        self._bucket = bucket
+        self._in_backward = in_backward
+        self._is_useful = is_useful
+        self._on_end = on_end
+        self._ended = threading.Lock()
 
     def wait(self) -> None:
-        """Wait for the collective under way, unless the exchange stops.
+        """Wait for the collective in progress, unless the exchange stops.
 
         Raises:
             EffAdamError: If the exchange has stopped meanwhile.
             RuntimeError: If the collective has failed.
         """
-        if self.work is not None and not wait_while(self.work, self._watchdog.is_going_on):
+        if self.work is not None and not wait_while(self.work, self._is_useful):
             raise EffAdamError("the exchange has stopped.")
 
     @property
     def is_over(self) -> bool:
-        """Whether the future is complete."""
-        return self._open.locked()
+        """Return whether the future is complete."""
+        return self._ended.locked()
 
     def succeed(self) -> None:
-        """Complete the future, unless it has failed meanwhile."""
-        if self._finish():
+        """Complete the future with the bucket, unless it is complete."""
+        if self._end():
             self.future.set_result(self._bucket)
-            self._watchdog.finished(self)
+            self._on_end(self)
 
     def fail(self, error: EffAdamError) -> None:
         """Complete the future with an error, unless it is complete.
 
-        Within a backward, the training thread raises the error when DDP has put its books in order.
-        DDP would do so halfway, as a RuntimeError that complains of a type, and be unusable then. So
-        it gets the bucket, whatever is in it.
+        An error in a future makes DDP raise a RuntimeError about its type in the middle of its own
+        bookkeeping, and leaves the model unusable. Within a backward the future therefore gets the
+        bucket as it is, and the training thread raises the error after DDP has finished.
+
+        Args:
+            error: The error.
         """
-        if not self._finish():
+        if not self._end():
             return
         if self._in_backward:
             self.future.set_result(self._bucket)
         else:
             self.future.set_exception(error)  # type: ignore[arg-type]
-        self._watchdog.finished(self)
+        self._on_end(self)
 
-    def _finish(self) -> bool:
-        return self._open.acquire(blocking=False)
+    def _end(self) -> bool:
+        return self._ended.acquire(blocking=False)

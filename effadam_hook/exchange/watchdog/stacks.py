@@ -1,9 +1,9 @@
-"""In which collective of the user's a thread is: read from its Python stack, when somebody asks.
+"""The collective of the training program in which a thread waits, read from its Python stack.
 
-A rank that has run out of batches may wait in ``barrier`` or in an evaluation's ``all_reduce`` for
-ranks that wait for its next bucket. torch does not record who is in which collective, but the functions
-of ``torch.distributed`` are Python, and their frames have the group in a variable. Nothing is read
-before a bucket is late.
+A rank that has run out of batches may wait in ``barrier``, or in the ``all_reduce`` of an
+evaluation, for ranks that wait for its next bucket. torch does not record which thread is in which
+collective, but the functions of ``torch.distributed`` are Python, and their frames hold the group
+in a variable. Stacks are read only while a bucket is late.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from effadam_hook.exchange.watchdog.deadlock import Wait
 __all__ = ["Stacks"]
 
 STAYS_S = 1.0
-"""How long a thread must have been at the same place before it counts as waiting there."""
+"""Seconds for which a thread must have been at the same place to count as waiting there."""
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _INSIDE = f"{_TORCH}distributed{os.sep}"
@@ -69,21 +69,21 @@ class _Seen:
 
 
 class Stacks:
-    """Remembers since when each thread is at the same place."""
+    """The place of each thread, and since when it has been there."""
 
     def __init__(self) -> None:
         self._seen: dict[int, _Seen] = {}
         self._lock = threading.Lock()
 
     def wait_of(self, thread: int) -> Wait | None:
-        """What collective of the user's a thread waits in.
+        """Return the collective of the training program in which a thread waits.
 
         Args:
-            thread: Its identifier.
+            thread: Identifier of the thread.
 
         Returns:
-            The function, the line of the user's that called it, and for whom it waits; None if the
-            thread is elsewhere, or has only just come there.
+            The function, the line of the program that called it, and the ranks for which it waits;
+            None if the thread is elsewhere, or has arrived a moment ago.
         """
         top = sys._current_frames().get(thread)
         found = None if top is None else _collective(top)
@@ -112,7 +112,7 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _collective(top: FrameType) -> FrameType | None:
-    """The innermost frame that is a collective, if the thread does nothing else within it."""
+    """Return the innermost frame of a collective, unless the thread runs other code within it."""
     for frame in _outwards(top):
         file = frame.f_code.co_filename
         if not file.startswith(_INSIDE) and file != _DDP:
@@ -131,7 +131,7 @@ def _users_line(frame: FrameType) -> str:
 
 
 def _awaited(name: str, variables: dict[str, Any]) -> list[int]:
-    """The global ranks without which a collective cannot end on this rank."""
+    """Return the global ranks without which a collective cannot end on this rank."""
     group = variables.get("group", variables.get("process_group"))
     if group is None and "self" in variables:
         group = variables["self"].process_group
@@ -139,12 +139,12 @@ def _awaited(name: str, variables: dict[str, Any]) -> list[int]:
     if name in _FROM_ALL:
         return ranks
     variable = _FROM_ROOT.get(name) or _TO_ROOT[name]
-    # The two of DDP number ranks within the group.
+    # DDP's two functions number ranks within the group.
     within = variables.get(
         f"group_{variable}", variables[variable] if name.startswith("_") else None
     )
     root = ranks[within] if within is not None else variables[variable]
-    if root is None:  # from anybody
+    if root is None:  # from any rank
         return []
     if root != dist.get_rank():
         return [root]

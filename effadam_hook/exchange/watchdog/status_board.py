@@ -1,7 +1,8 @@
-"""Where ranks say what they are doing, when one of them asks: the process group's store.
+"""The status board: the positions of all ranks, in the process group's store, after an alarm.
 
-A rank *raises the alarm* by writing a word that no one has written before. Every rank that sees a new
-one writes its own *position*, and reads the others'. Nobody waits for anybody here.
+A rank *raises the alarm* by writing a value that has not been written before. Every rank that sees
+a new value writes its own *position* and reads those of the others. No rank waits for another one
+here.
 """
 
 from __future__ import annotations
@@ -17,25 +18,26 @@ from effadam_hook.exchange.watchdog.deadlock import Process
 __all__ = ["Entry", "Position", "StatusBoard"]
 
 Entry = tuple[int, str, str, str]
-"""A bucket that a rank has started: its place in the sequence, its label, what is done, its layout."""
+"""A bucket that a rank has started: sequence number, label, kind of exchange, digest of its layout."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """What a rank says of itself.
+    """The position of a rank.
 
     Attributes:
-        sequence: How many buckets it has started.
-        doing: What it is doing, for a sentence that begins with the rank.
+        started: Number of buckets that it has started.
+        doing: The predicate of a sentence whose subject is the rank.
         left: Whether it has ended its training.
-        failure: What went wrong on it, if anything did.
-        kind: Name of that error's class.
-        history: The buckets that it started last.
-        process: What all threads of its process wait for.
-        is_cause: Whether the failure is no mere loss of a connection, which follows from another one.
+        failure: The error that it reports; None without one.
+        kind: Class name of that error.
+        history: The buckets that it has started last.
+        process: The waits of all threads of its process.
+        is_cause: Whether the error is more than the loss of a connection, which follows from
+            another error.
     """
 
-    sequence: int
+    started: int
     doing: str
     left: bool
     failure: str | None
@@ -47,7 +49,7 @@ class Position:
 
 @dataclass
 class _Peer:
-    """What is known of another rank."""
+    """The latest position of another rank, and the time of its arrival."""
 
     text: bytes = b""
     position: Position | None = None
@@ -59,8 +61,8 @@ class StatusBoard:
 
     Args:
         rank: This rank in the group.
-        size: How many ranks there are.
-        run_id: The same on all ranks, and no other board's: keys in the store begin with it.
+        size: Number of ranks.
+        run_id: Run id of the model; keys in the store begin with it.
     """
 
     def __init__(self, rank: int, size: int, run_id: str) -> None:
@@ -72,16 +74,16 @@ class StatusBoard:
         self._published = 0
 
     def is_reachable(self) -> bool:
-        """Whether the store is still there."""
+        """Return whether the store still exists."""
         return self._store.is_reachable()
 
     def raise_alarm(self) -> None:
-        """Ask all ranks for their positions."""
+        """Request the positions of all ranks."""
         self._raised += 1
         self._store.set("alarm", f"{self._rank} {self._raised}".encode())
 
     def hears_alarm(self) -> bool:
-        """Whether a rank has raised the alarm since this was asked last."""
+        """Return whether a rank has raised the alarm since the last call."""
         alarm = self._store.get("alarm")
         if alarm is None or alarm == self._alarm:
             return False
@@ -89,7 +91,7 @@ class StatusBoard:
         return True
 
     def publish(self, position: Position) -> None:
-        """Write this rank's position, anew even if it is the same as before."""
+        """Write this rank's position; an unchanged one too, as proof that the rank is alive."""
         self._published += 1
         values = {field.name: getattr(position, field.name) for field in fields(position)}
         if position.process is not None:
@@ -98,7 +100,7 @@ class StatusBoard:
         self._store.set(str(self._rank), text.encode())
 
     def read(self) -> None:
-        """Read what the others have written."""
+        """Read the positions that the other ranks have written."""
         for rank, peer in self._peers.items():
             text = self._store.get(str(rank))
             if text is not None and text != peer.text:
@@ -111,9 +113,9 @@ class StatusBoard:
                 peer.heard = time.monotonic()
 
     def positions(self) -> dict[int, Position]:
-        """The other ranks' positions, as far as they are known."""
+        """Return the positions of the other ranks, as far as they are known."""
         return {rank: peer.position for rank, peer in self._peers.items() if peer.position}
 
     def silent_since(self, moment: float) -> list[int]:
-        """The ranks that have written nothing since then, by :func:`time.monotonic`."""
+        """Return the ranks that have written nothing since a moment of :func:`time.monotonic`."""
         return [rank for rank, peer in self._peers.items() if peer.heard <= moment]

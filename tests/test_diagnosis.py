@@ -1,4 +1,4 @@
-"""What ranks conclude from one another's positions, and what they say of it."""
+"""The diagnosis of a wait from the positions of the ranks, and its messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HERE = Position(2, "is in bucket 1, uplink", False, None, "NoneType", [A, B])
 
 def test_ranks_that_are_only_further_behind_agree() -> None:
     assert disagreement({0: [A, B], 1: [A], 2: []}) is None
-    # Who remembers only the last ones agrees as well.
+    # A rank whose history has lost the first buckets agrees as well.
     assert disagreement({0: [A, B], 1: [B]}) is None
 
 
@@ -59,7 +59,7 @@ def test_a_rank_that_left_is_missed_only_by_buckets_that_it_never_started() -> N
 
 
 def test_the_late_are_those_that_are_silent_gone_or_behind() -> None:
-    behind = replace(HERE, sequence=1)
+    behind = replace(HERE, started=1)
     gone = replace(behind, left=True)
     assert who_is_late({1: HERE, 2: HERE}, [], 2) == ""
     text = who_is_late({1: behind, 2: gone, 3: HERE}, [4, 5], 2)
@@ -84,7 +84,7 @@ def bucket(run: str, sequence: int) -> Wait:
     return Wait(f"is in bucket {sequence} of {run}", run, sequence)
 
 
-def verdict_of(*processes: Process, run: str = "a") -> EffAdamError | None:
+def diagnosis_of(*processes: Process, run: str = "a") -> EffAdamError | None:
     found = find_deadlock({p.rank: p for p in processes}, run)
     return None if found is None else found.error
 
@@ -94,7 +94,7 @@ def test_models_taken_in_different_orders_are_a_deadlock_over_any_number_of_rank
         process(0, {1: bucket("a", 5)}, a=6, b=5),
         process(1, {1: bucket("b", 5)}, a=5, b=6),
     )
-    error = verdict_of(*two)
+    error = diagnosis_of(*two)
     assert isinstance(error, DisagreementError)
     assert "rank 0 is in bucket 5 of a, to which rank 1 has not come" in str(error)
     three = (
@@ -103,8 +103,8 @@ def test_models_taken_in_different_orders_are_a_deadlock_over_any_number_of_rank
         process(2, {1: bucket("c", 0)}, a=0, b=0, c=1),
     )
     for run in "abc":
-        assert verdict_of(*three, run=run) is not None
-    assert verdict_of(*three[:2], run="d") is None
+        assert diagnosis_of(*three, run=run) is not None
+    assert diagnosis_of(*three[:2], run="d") is None
 
 
 def test_a_rank_with_a_free_thread_is_not_accused() -> None:
@@ -113,11 +113,11 @@ def test_a_rank_with_a_free_thread_is_not_accused() -> None:
         process(0, {1: bucket("a", 0), 2: None}, a=(1, both), b=(0, both)),
         process(1, {2: bucket("b", 0), 1: None}, a=(0, both), b=(1, both)),
     )
-    assert verdict_of(*crossing) is None
+    assert diagnosis_of(*crossing) is None
     slow = process(0, {1: bucket("a", 3)}, a=4), process(1, {1: None}, a=3)
-    assert verdict_of(*slow) is None
+    assert diagnosis_of(*slow) is None
     under_way = process(0, {1: bucket("a", 3)}, a=4), process(1, {1: bucket("a", 3)}, a=4)
-    assert verdict_of(*under_way) is None
+    assert diagnosis_of(*under_way) is None
 
 
 def test_a_rank_in_a_collective_for_which_a_bucket_waits_is_a_deadlock_once_nobody_is_free() -> (
@@ -126,16 +126,16 @@ def test_a_rank_in_a_collective_for_which_a_bucket_waits_is_a_deadlock_once_nobo
     barrier = Wait("is in barrier() at train.py:31", ranks=(0, 1, 2))
     waiting, through = process(0, {1: bucket("a", 3)}, a=4), process(1, {1: barrier}, a=3)
     free, also = process(2, {1: None}, a=3), process(2, {1: bucket("a", 3)}, a=4)
-    assert verdict_of(waiting, through, free) is None
-    assert verdict_of(waiting, through) is None  # nothing is known of rank 2
-    error = verdict_of(waiting, through, also)
+    assert diagnosis_of(waiting, through, free) is None
+    assert diagnosis_of(waiting, through) is None  # nothing is known of rank 2
+    error = diagnosis_of(waiting, through, also)
     assert error is not None and not isinstance(error, DisagreementError)
     assert "rank 1 is in barrier() at train.py:31, to which ranks 0, 2 have not come" in str(error)
     # A sender that is heard by somebody goes on.
     from_1 = Wait("is in broadcast()", ranks=(1,))
-    assert verdict_of(waiting, process(1, {1: None}, a=3), process(2, {1: from_1}, a=3)) is None
+    assert diagnosis_of(waiting, process(1, {1: None}, a=3), process(2, {1: from_1}, a=3)) is None
 
 
-def test_what_a_process_waits_for_survives_the_store() -> None:
+def test_the_description_of_a_process_survives_the_store() -> None:
     before = process(1, {1: bucket("a", 3), 2: None, 3: Wait("x", ranks=(0, 2))}, a=4)
     assert Process.from_json(json.loads(json.dumps(before.to_json()))) == before

@@ -1,0 +1,293 @@
+"""The thread of a watchdog: publish this rank's position, read the others', find the reason of a wait.
+
+Rounds that find nothing late and hear no alarm send nothing. Otherwise a round has four steps::
+
+    [1] raise the alarm, if a bucket is late or something failed here
+    [2] publish the position of this rank
+    [3] read the positions of the others
+    [4] diagnose: the first of these that holds stops the exchange
+          two ranks have started different buckets under one sequence number
+          a rank has reported a failure
+          a rank has ended its training
+          threads wait for one another for ever, found twice
+          the wait is longer than ``wait_timeout_s``, or a rank is silent while all ranks connect
+
+Any other wait may be mere slowness: it is logged, and ends at the time-out of the process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from effadam_hook.errors import DisagreementError, EffAdamError
+from effadam_hook.exchange.watchdog.deadlock import Deadlock, Process, find_deadlock
+from effadam_hook.exchange.watchdog.diagnosis import (
+    disagreement,
+    first_failure,
+    gone_before,
+    overdue,
+    who_is_late,
+)
+from effadam_hook.exchange.watchdog.flight_record import FlightRecord
+from effadam_hook.exchange.watchdog.inflight import Hold, InflightBucket
+from effadam_hook.exchange.watchdog.status_board import Position, StatusBoard
+from effadam_hook.exchange.watchdog.stopping import ANSWER_S, END_S, NOTICE_S, Stopping
+
+__all__ = ["Monitor"]
+
+_BUSY_TICK_S = 0.5
+_QUIET_TICK_S = 2.0
+_RANKS_PER_TICK_S = 256
+_MOST_ERRORS = 5
+
+_log = logging.getLogger(__package__)
+
+
+class Monitor:
+    """Watch the buckets of one model in a thread.
+
+    Args:
+        rank: This rank in the group.
+        size: Number of ranks.
+        record: The buckets and holds of the model on this rank.
+        stopping: The stop of the exchange.
+        patience_s: Seconds that a bucket may be in flight before this rank raises the alarm.
+        describe: Returns the waits of all threads of this process.
+        stop_models: Stops the other models of this process that a deadlock concerns.
+
+    Attributes:
+        wait_timeout_s: Seconds after which a wait is an error; None for the process group's
+            time-out.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        record: FlightRecord,
+        stopping: Stopping,
+        patience_s: float,
+        describe: Callable[[], Process],
+        stop_models: Callable[[Deadlock, Process, FlightRecord], None],
+    ) -> None:
+        self.wait_timeout_s: float | None = None
+        self._rank = rank
+        self._record = record
+        self._stopping = stopping
+        self._patience_s = patience_s
+        self._describe = describe
+        self._stop_models = stop_models
+        self._status_board = StatusBoard(rank, size, record.run_id)
+        scale = max(1.0, size / _RANKS_PER_TICK_S)
+        self._busy_tick_s, self._quiet_tick_s = _BUSY_TICK_S * scale, _QUIET_TICK_S * scale
+        self._suspected: tuple[Deadlock | None, float] = (None, 0.0)
+        self._alarm_until = 0.0
+        self._round_done = threading.Condition()
+        self._wake = threading.Event()
+        self._warned = -1
+        self._errors = 0
+        self._thread: threading.Thread | None = None
+        if size > 1:
+            # A daemon, so that a rank whose store is gone can still end.
+            self._thread = threading.Thread(target=self._run, name="effadam-watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; a group of one rank needs none."""
+        if self._thread is not None:
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Start the next round at once."""
+        self._wake.set()
+
+    def join(self) -> bool:
+        """Wait for the end of the thread; return False without one, or from within it."""
+        if self._thread is None or self._thread is threading.current_thread():
+            return False
+        self._thread.join(timeout=END_S)
+        return True
+
+    def consult(self, kind: type[EffAdamError], message: str) -> EffAdamError:
+        """Request the positions of the other ranks once, and add their information to an error.
+
+        Args:
+            kind: Class of the error.
+            message: Its text.
+
+        Returns:
+            The error; another class where a rank has found the cause.
+        """
+        if self._thread is None or self._thread is threading.current_thread():
+            return kind(message)
+        began = time.monotonic()
+        with self._round_done:
+            self._wake.set()
+            self._round_done.wait_for(lambda: not self._status_board.silent_since(began), ANSWER_S)
+        if issubclass(kind, DisagreementError):
+            return kind(message)
+        positions = self._status_board.positions()
+        # A rank that finds a disagreement ends; the other ranks see that as a lost connection.
+        found = self._disagreement(positions)
+        if found is not None:
+            return DisagreementError(f"{message} {found}")
+        # The cause that a rank has found says more than the end of its connections.
+        failure = first_failure({rank: p for rank, p in positions.items() if p.is_cause})
+        if failure is not None:
+            return type(failure)(f"{message} {failure}")
+        late = who_is_late(positions, self._status_board.silent_since(began), self._record.started)
+        if not late and (failure := first_failure(positions)) is not None:
+            late = f" {failure}"
+        return kind(message + late)
+
+    def announce(self, failure: EffAdamError) -> None:
+        """Publish the cause of a stop before this rank ends, and its connections with it.
+
+        Args:
+            failure: The error that was found here.
+        """
+        self._stopping.report(failure, is_cause=True)
+        self._status_board.raise_alarm()
+        self._publish()
+
+    def _run(self) -> None:
+        while not self._stopping.is_closing:
+            self._wake.wait(self._tick_s())
+            self._wake.clear()
+            try:
+                if not self._status_board.is_reachable():
+                    break
+                self._round()
+                self._errors = 0
+            except Exception as error:
+                self._errors += 1
+                if self._errors == _MOST_ERRORS:
+                    _log.warning("Rank %d cannot reach the store: %s", self._rank, error)
+                    return
+            with self._round_done:
+                self._round_done.notify_all()
+        if self._stopping.is_closing:
+            with contextlib.suppress(Exception):
+                self._publish()
+        elif self._stopping.begin_closing():
+            self._stopping.close()
+
+    def _tick_s(self) -> float:
+        record = self._record
+        busy = record.in_flight or record.hold or time.monotonic() < self._alarm_until
+        return self._busy_tick_s if busy else self._quiet_tick_s
+
+    def _round(self) -> None:
+        now = time.monotonic()
+        oldest = self._record.oldest
+        patience_s = self._patience_s
+        if self.wait_timeout_s is not None:  # the answers of the others must arrive by then
+            patience_s = min(patience_s, self.wait_timeout_s - ANSWER_S)
+        is_late = oldest is not None and now - oldest.since > patience_s
+        if is_late or self._stopping.reported is not None:  # [1]
+            self._status_board.raise_alarm()
+            self._alarm_until = now + 3 * _QUIET_TICK_S
+        if self._status_board.hears_alarm():
+            self._alarm_until = now + 3 * _QUIET_TICK_S
+        if now > self._alarm_until:
+            return
+        process = self._publish()  # [2]
+        self._status_board.read()  # [3]
+        if self._stopping.failure is None:
+            self._diagnose(oldest, process)  # [4]
+
+    def _publish(self) -> Process:
+        oldest, process = self._record.oldest, self._describe()
+        elsewhere = next((wait.doing for wait in process.waits.values() if wait), None)
+        doing = elsewhere or "is not in a backward pass"
+        if isinstance(oldest, Hold):
+            doing = f"{oldest.doing}, {oldest.phase}"
+        elif oldest is not None:
+            doing = f"is in {oldest.label}, {oldest.phase}"
+        failure = self._stopping.reported
+        self._status_board.publish(
+            Position(
+                self._record.started,
+                doing,
+                self._stopping.is_closing,
+                None if failure is None else str(failure),
+                type(failure).__name__,
+                list(self._record.history),
+                process,
+                self._stopping.is_cause,
+            )
+        )
+        return process
+
+    def _diagnose(self, oldest: InflightBucket | Hold | None, process: Process) -> None:
+        positions = self._status_board.positions()
+        diagnosis = self._disagreement(positions) or first_failure(positions)
+        if diagnosis is None and oldest is not None:
+            diagnosis = gone_before(positions, oldest.sequence)
+        is_first = False
+        if diagnosis is None:
+            diagnosis = self._deadlock(positions, process) or self._overdue(positions, oldest)
+            is_first = diagnosis is not None
+        if diagnosis is None:
+            self._warn(positions, oldest)
+            return
+        where = f"Rank {self._rank}"
+        if oldest is not None:
+            where += f", {oldest.label}, {oldest.phase}"
+        failure = type(diagnosis)(f"{where}: {diagnosis}")
+        if self._stopping.begin(failure):
+            if is_first:
+                self.announce(failure)
+                if oldest is None:  # this rank may not reach another backward, which would raise it
+                    _log.error("%s", failure)
+            # The end of this rank closes connections of ranks that have not read the failure yet.
+            self._stopping.wait(NOTICE_S)
+            self._stopping.complete()
+
+    def _disagreement(self, positions: Mapping[int, Position]) -> DisagreementError | None:
+        histories = {rank: position.history for rank, position in positions.items()}
+        return disagreement({**histories, self._rank: list(self._record.history)})
+
+    def _deadlock(self, positions: Mapping[int, Position], process: Process) -> EffAdamError | None:
+        """Return a deadlock that all of its ranks have confirmed, if any."""
+        others = {p.process.rank: p.process for p in positions.values() if p.process and not p.left}
+        found = find_deadlock({**others, process.rank: process}, self._record.run_id)
+        suspected, since = self._suspected
+        if found is None or suspected is None or found.waits != suspected.waits:
+            self._suspected = (found, time.monotonic())
+            return None
+        for rank in self._status_board.silent_since(since):
+            position = positions.get(rank)
+            if position and position.process and position.process.rank in found.ranks:
+                return None
+        self._stop_models(found, process, self._record)
+        return found.error
+
+    def _overdue(
+        self, positions: Mapping[int, Position], oldest: InflightBucket | Hold | None
+    ) -> EffAdamError | None:
+        if oldest is None:
+            return None
+        silent = self._status_board.silent_since(time.monotonic() - ANSWER_S)
+        late = who_is_late(positions, silent, self._record.started)
+        grace_s = ANSWER_S if silent else 0
+        return overdue(oldest, self.wait_timeout_s, grace_s, bool(silent), late)
+
+    def _warn(
+        self, positions: Mapping[int, Position], oldest: InflightBucket | Hold | None
+    ) -> None:
+        """Log once that a bucket or hold is late."""
+        if oldest is None or self._warned == oldest.sequence:
+            return
+        waited_s = time.monotonic() - oldest.since
+        if waited_s > self._patience_s + ANSWER_S:
+            self._warned = oldest.sequence
+            silent = self._status_board.silent_since(time.monotonic() - ANSWER_S)
+            late = who_is_late(positions, silent, self._record.started)
+            _log.warning(
+                "Rank %d has waited %.0f s in %s, %s.%s",
+                *(self._rank, waited_s, oldest.label, oldest.phase, late),
+            )
