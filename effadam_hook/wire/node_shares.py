@@ -3,7 +3,7 @@
 With M nodes of G ranks, the blocks of a parameter are first divided among the G local ranks in
 contiguous runs, and each of these runs among the M nodes. Server ``g * M + m`` is local rank g of
 node m: the servers of one local rank are consecutive, and so are their elements. With G = 1 these
-are the shares of :func:`~effadam_hook.wire.layout.share_of`.
+are the shares of :func:`~effadam_hook.wire.shares.share_of`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def position_of(server: int, turn: int, servers: int, shares: int) -> int:
 
     Args:
         server: Index of the server, from 0.
-        turn: Rotation of the parameter, see :func:`~effadam_hook.wire.layout.turn_of`.
+        turn: Rotation of the parameter, see :func:`~effadam_hook.wire.shares.turn_of`.
         servers: Number of servers, a multiple of ``shares``.
         shares: Number G of ranks of a node.
 
@@ -37,7 +37,7 @@ def node_share_of(
 
     Args:
         numel: Number of elements of the parameter.
-        turn: Rotation of the parameter, see :func:`~effadam_hook.wire.layout.turn_of`.
+        turn: Rotation of the parameter, see :func:`~effadam_hook.wire.shares.turn_of`.
         block_size: Number of elements of a full block.
         share: Index of the rank in its node, from 0.
         shares: Number G of ranks of a node.
