@@ -103,7 +103,7 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 EFFADAM_CPU_LIBRARY=$(SANITIZED) \
 		$(PY) -m pytest -p no:cacheprovider tests/test_kernels_cpu.py tests/test_kernels_law.py \
-		tests/test_kernels_sources.py -k "not allocates" $(ARGS)
+		tests/test_kernels_fusions.py -k "not allocates" $(ARGS)
 
 fmt: $(STAMP)
 	$(PY) -m ruff check --fix .

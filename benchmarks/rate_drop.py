@@ -1,10 +1,10 @@
-"""What the residuals of an old learning rate do after a large drop of it, in update mode.
+"""Measure the effect of residuals from an old learning rate after a large drop, in update mode.
 
     python benchmarks/rate_drop.py --quantizer lloyd2
 
-Trains a small regression on noisy targets, divides the rate, and prints loss and step length after the
-drop: of AdamW, of update mode as it is, with residuals scaled by the ratio of the rates, and with
-residuals applied to the weights at once.
+Trains a small regression with noisy targets, divides the learning rate, and prints loss and step length
+after the drop: for AdamW, and for update mode with unchanged residuals, with residuals scaled by the
+ratio of the rates, and with residuals applied to the weights at once.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach
 
-TREATMENTS = ("adamw", "as it is", "scaled", "applied")
+TREATMENTS = ("adamw", "unchanged", "scaled", "applied")
 RATE, DROP_AT, AFTER = 4e-3, 600, 120
 SHOWN = (0, 1, 2, 5, 8, 13, 18, 28, 38, 58, 88, 120)
 
 
 def apply_residuals(model: nn.Module, state: EfficientAdamState) -> None:
-    """Move the weights by all that is owed to them; the residuals are not changed."""
+    """Apply all residuals to the weights, without changing the residuals."""
     saved = state.state_dict()
     for name, parameter in model.named_parameters():
-        owed = torch.zeros(parameter.numel())
+        pending = torch.zeros(parameter.numel())
         if name in saved["worker"]:
-            owed += saved["worker"][name] / dist.get_world_size()
+            pending += saved["worker"][name] / dist.get_world_size()
         if name in saved["server"]:
             start, share = saved["server_start"][name], saved["server"][name]
-            owed[start : start + share.numel()] += share
-        dist.all_reduce(owed)
-        parameter.data.view(-1).sub_(owed)
+            pending[start : start + share.numel()] += share
+        dist.all_reduce(pending)
+        parameter.data.view(-1).sub_(pending)
 
 
 def scale_residuals(state: EfficientAdamState, factor: float) -> None:
-    """Multiply both sides' residuals."""
+    """Multiply the residuals of both sides by a factor."""
     saved = state.state_dict()
     for side in ("worker", "server"):
         saved[side] = {name: value * factor for name, value in saved[side].items()}
@@ -49,7 +49,7 @@ def scale_residuals(state: EfficientAdamState, factor: float) -> None:
 
 
 def train(rank: int, treatment: str, quantizer: str, factor: float) -> list[tuple[float, float]]:
-    """Loss and step length from the last step before the drop on."""
+    """Train; return loss and step length from the last step before the drop."""
     torch.manual_seed(1)
     teacher = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).requires_grad_(False)
     inputs = torch.randn(4096, 64, generator=torch.Generator().manual_seed(9))
@@ -62,8 +62,10 @@ def train(rank: int, treatment: str, quantizer: str, factor: float) -> list[tupl
     if treatment == "adamw":
         optimizer = torch.optim.AdamW(wrapped.parameters(), lr=RATE, weight_decay=0.0)
     else:
-        optimizer = ours = EfficientAdam(wrapped.parameters(), lr=RATE, betas=(0.6, 0.999))
-        state = attach(wrapped, optimizer=ours, quantizer=quantizer, topology="sharded")
+        optimizer = efficient_adam = EfficientAdam(
+            wrapped.parameters(), lr=RATE, betas=(0.6, 0.999)
+        )
+        state = attach(wrapped, optimizer=efficient_adam, quantizer=quantizer, topology="sharded")
     data = torch.Generator().manual_seed(100 + rank)
     curve = []
     for step in range(DROP_AT + AFTER):
@@ -90,7 +92,7 @@ def train(rank: int, treatment: str, quantizer: str, factor: float) -> list[tupl
 
 
 def run(rank: int, arguments: argparse.Namespace, folder: str) -> None:
-    """One rank."""
+    """Run all treatments on one rank."""
     torch.set_num_threads(1)
     path = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=path, rank=rank, world_size=arguments.workers)
@@ -99,8 +101,8 @@ def run(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     for treatment in TREATMENTS:
         curve = train(rank, treatment, arguments.quantizer, arguments.factor)
         if rank == 0:
-            print(f"{treatment:8s} loss  ", *(f"{curve[at][0]:.4f}" for at in SHOWN))
-            print(f"{treatment:8s} length", *(f"{curve[at][1]:.4f}" for at in SHOWN))
+            print(f"{treatment:9s} loss  ", *(f"{curve[at][0]:.4f}" for at in SHOWN))
+            print(f"{treatment:9s} length", *(f"{curve[at][1]:.4f}" for at in SHOWN))
     dist.destroy_process_group()
 
 
@@ -108,7 +110,7 @@ def main() -> None:
     """Parse the command line and start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quantizer", default="lloyd2")
-    parser.add_argument("--factor", type=float, default=30.0, help="what the rate is divided by")
+    parser.add_argument("--factor", type=float, default=30.0, help="divisor of the learning rate")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

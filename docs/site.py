@@ -1,4 +1,4 @@
-"""What the site has beside the pages in this folder: the documents in the repository's root.
+"""Pages of the site from outside this folder: the documents in the repository's root.
 
 README.md is the overview, CONTRIBUTING.md and CHANGELOG.md are pages, and what any page links to
 outside this folder, such as an example, is copied along. So a link works on a forge, where it goes

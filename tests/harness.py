@@ -149,7 +149,7 @@ def run_ranks(
 
 @dataclass(frozen=True)
 class _Call:
-    """What the processes of one call need to know."""
+    """Arguments of the processes of one call."""
 
     folder: Path
     payload: bytes
@@ -159,13 +159,13 @@ class _Call:
     timeout: float
 
     def path(self, rank: int, kind: str) -> Path:
-        """Where a rank leaves its ``result``, ``error``, ``stack`` or ``output``."""
+        """Return the file of a rank's ``result``, ``error``, ``stack`` or ``output``."""
         return self.folder / f"rank{rank}.{kind}"
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one rank left behind, read from the folder after its end.
+    """Files that one rank left, read after its end.
 
     ``stack`` is None for a rank that ended by itself.
     """
@@ -202,7 +202,7 @@ class _Outcome:
         return self.was_killed or self.result is None or self.exitcode != 0
 
     def report(self) -> str:
-        """What this rank did, for the message of the error."""
+        """Describe this rank's end for the error message."""
         rank = f"rank {self.rank}"
         if self.error:
             *_, last = self.error.strip().splitlines()

@@ -1,4 +1,4 @@
-"""What the Lightning tests train: a small network on random data, in either family."""
+"""Training for the Lightning tests: a small network on random data, in either family."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ LADDER = (
     Step("the exchange of one model, without DDP", ("effadam_hook.session",)),
     Step("the backward passes of DDP", ("effadam_hook.ddp",)),
     Step("the state that a user holds", ("effadam_hook.state",)),
-    Step("the hook, and its registration", ("effadam_hook.hook", "effadam_hook.attach")),
+    Step("the hook", ("effadam_hook.hook",)),
+    Step("its registration", ("effadam_hook.attach",)),
     Step("the public names", ("effadam_hook",)),
     Step("predictions", ("effadam_hook.planner",)),
     Step("the `effadam` command", ("effadam_hook.cli",)),
@@ -245,7 +246,8 @@ def imports_go_one_way(modules: Modules) -> Iterator[str]:
 
 
 def core_needs_only_torch(modules: Modules) -> Iterator[str]:
-    allowed = {"effadam_hook", "torch", *sys.stdlib_module_names}
+    # torch requires typing_extensions.
+    allowed = {"effadam_hook", "torch", "typing_extensions", *sys.stdlib_module_names}
     for module in modules.values():
         if not module.name.startswith("effadam_hook"):
             continue

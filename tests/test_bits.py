@@ -1,4 +1,4 @@
-"""What the exchange computes stays the same to the bit: see bits.py."""
+"""The results of the exchange stay the same to the bit; see bits.py."""
 
 from __future__ import annotations
 

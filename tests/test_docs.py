@@ -1,4 +1,4 @@
-"""What the documents say is so: programs run, calls and messages exist, links lead somewhere."""
+"""The documents are true: programs run, calls and messages exist, links have targets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def programs() -> list[Any]:
 
 
 def run_program(rank: int, world_size: int, path: str, port: int) -> None:
-    """What torchrun does for a program."""
+    """Set the environment that torchrun sets for a program."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -101,7 +101,7 @@ def test_the_fragments_of_the_readme_run() -> None:
 
 
 def imported(document: Path) -> Iterator[tuple[str, str]]:
-    """What the Python blocks of a document import from our packages."""
+    """List the imports from the packages in a document's Python blocks."""
     for _, code in blocks(document):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES:

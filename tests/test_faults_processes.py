@@ -39,7 +39,7 @@ def backward(model: nn.Module, rank: int, step: int) -> None:
 
 
 def attempt(action: Callable[[], Any]) -> tuple[str, float]:
-    """What an action raised, and after how many seconds; a survivor must find it soon."""
+    """Run an action; return its error and the seconds it took."""
     began = time.monotonic()
     try:
         action()

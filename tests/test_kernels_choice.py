@@ -1,4 +1,4 @@
-"""Which kernels run, and that nothing is replaced silently."""
+"""The choice of the kernels, and its warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_forced_and_nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_kernels_forced_and_no_warning_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     monkeypatch.setattr(kernels, "_warned", set())
 
@@ -106,7 +106,7 @@ def test_the_description_follows_what_runs(monkeypatch: pytest.MonkeyPatch) -> N
     assert describe(select(CPU), CPU) == "cpu"
     assert describe(reference, CPU) == "reference"
     monkeypatch.setenv(KERNELS_VARIABLE, "reference")
-    assert describe(select(CPU), CPU) == "reference (as EFFADAM_KERNELS demands)"
+    assert describe(select(CPU), CPU) == "reference (set by EFFADAM_KERNELS)"
     monkeypatch.setenv(KERNELS_VARIABLE, "fast")
     assert describe(reference, CPU) == "reference"
 
@@ -114,7 +114,7 @@ def test_the_description_follows_what_runs(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_library
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, "reference")
-    assert choose(CPU).reason == "reference: as EFFADAM_KERNELS demands"
+    assert choose(CPU).reason == "reference: set by EFFADAM_KERNELS"
     monkeypatch.setenv(KERNELS_VARIABLE, "cpu")
     assert select(CPU).name == "cpu"
     with pytest.raises(ImportError, match="EFFADAM_KERNELS=cpu was given, but the bucket is on"):

@@ -1,4 +1,4 @@
-"""The compiled kernels make the reference's bits, whatever the instruction set and the threads."""
+"""Compiled kernels are bit-identical to the reference, with all instruction sets and thread counts."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def awkward(name: str) -> Tensor:
         return -torch.zeros_like(x)
     if name == "denormal":
         return x * 1e-42
-    if name == "near the idle limit":
+    if name == "near the zero limit":
         return x / x[:256].abs().max() * 2.0**-100
     if name == "huge":
         return x.sign() * 3e38
@@ -139,7 +139,7 @@ def awkward(name: str) -> Tensor:
         "zeros",
         "negative zeros",
         "denormal",
-        "near the idle limit",
+        "near the zero limit",
         "huge",
         "wide",
         "one spike",

@@ -1,4 +1,4 @@
-"""What every implementation of the kernels must do, whatever its speed."""
+"""Requirements on every implementation of the kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUANTIZED = [name for name in QUANTIZERS if name != "none"]
 
 
 def block_norms(x: torch.Tensor, sizes: tuple[int, ...], block_size: int) -> torch.Tensor:
-    """Of every block, in float64."""
+    """Return the 2-norm of every block, in float64."""
     parts = x.double().split(list(sizes))
     blocks = [block for part in parts if len(part) for block in part.split(block_size)]
     return torch.stack([block.norm() for block in blocks])
@@ -76,7 +76,7 @@ LAYOUT_SIZES = (300, 1, 77, 1024, 5)
 
 
 def different_in_every_block(x: torch.Tensor) -> torch.Tensor:
-    """Scales the blocks of 64 of a bucket of LAYOUT_SIZES by different powers of two."""
+    """Scale the blocks of 64 of a bucket of LAYOUT_SIZES by different powers of two."""
     blocks = [block for part in x.split(LAYOUT_SIZES) for block in part.split(64)]
     return torch.cat([block * 2.0 ** (7 * i % 41 - 20) for i, block in enumerate(blocks)])
 

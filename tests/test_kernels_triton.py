@@ -39,7 +39,7 @@ SIZES = (130, 1, 33, 5)
 
 @pytest.fixture(name="kernels", scope="module")
 def _kernels() -> Kernels:
-    """The module, its functions interpreted where there is no GPU to compile them for (conftest.py)."""
+    """Import the module; without a GPU, its functions run interpreted (conftest.py)."""
     return importlib.import_module("effadam_hook.kernels.triton_kernels")
 
 
@@ -48,7 +48,7 @@ def there(tensor: Tensor) -> Tensor:
 
 
 def assert_near(ours: Tensor, law: Tensor, levels: int = 1) -> None:
-    """Equal but for scales one place apart, and codes where the scale decides a tie."""
+    """Assert equality, except for scales one place apart and codes at a tie."""
     assert torch.equal(ours.isfinite(), law.isfinite())
     ours, law = ours.nan_to_num().double(), law.nan_to_num().double()
     far = (ours - law).abs() > 2.0**-7 * law.abs()

@@ -453,7 +453,7 @@ def test_fabric_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
 
 
 def adapted_cases(rank: int, world_size: int, folder: str) -> list[str]:
-    """What Lightning tests of its own DDPStrategy, with ours in its place."""
+    """Run Lightning's tests of its DDPStrategy with this strategy."""
     pose_as_torchrun(rank, world_size)
     family = load_family(FAMILIES[0])
     done = []

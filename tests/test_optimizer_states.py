@@ -1,4 +1,4 @@
-"""What EfficientAdam takes over from other optimizers, and what copies of it keep."""
+"""States of other optimizers in EfficientAdam, and copies of it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_coupled_weight_decay_is_refused() -> None:
 def refuse(saved: dict[str, Any], said: str) -> None:
     model = nn.Linear(7, 3)
     ours = EfficientAdam(model.parameters(), lr=0.5)
-    ours.init_state(model.weight, "weight")["exp_avg"].fill_(2.0)
+    ours.recursion.init_state(model.weight)["exp_avg"].fill_(2.0)
     with pytest.raises(StateMismatchError) as caught:
         ours.load_state_dict(saved)
     assert said in str(caught.value)
@@ -225,9 +225,9 @@ def test_a_copy_keeps_its_options_and_says_that_it_is_not_attached(way: str) -> 
         max_grad_norm=0.5,
         schedule=PowerSchedule(1e-3, 0.2, 0.1, 0.9),
     )
-    ours.attach_to(model.named_parameters())
+    ours.recursion.attach_to(model.named_parameters())
     for parameter in model.parameters():
-        ours.init_state(parameter, "")["exp_avg"].fill_(2.0)
+        ours.recursion.init_state(parameter)["exp_avg"].fill_(2.0)
     if way == "deepcopy":
         other = copy.deepcopy(ours)
     elif way == "pickle":
@@ -248,7 +248,7 @@ def test_a_copy_keeps_its_options_and_says_that_it_is_not_attached(way: str) -> 
         other.step()
     other.load_state_dict(ours.state_dict())
     ours.load_state_dict(ours.state_dict())
-    assert ours._attached is not None
+    assert ours.recursion.names is not None
 
 
 def train_a_copy(rank: int, world_size: int) -> float:

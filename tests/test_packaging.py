@@ -1,4 +1,4 @@
-"""What users install: one version, torch alone beside it; wheels of every kind, and a source archive.
+"""The installation: one version, torch alone beside it; wheels of every kind, and a source archive.
 
 The archive is made from a copy of this tree with what work leaves behind, and everything else from
 the archive: what it lacks is missing here as it would be for a packager.

@@ -1,4 +1,4 @@
-"""Update mode without quantization is AdamW to rounding, whichever parameters a step uses."""
+"""Update mode without quantization equals AdamW up to rounding, whichever parameters a step uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH, PARTS, STEPS = 17, 4, 44
 
 
 class Parts(nn.Module):
-    """A trunk that every step uses, and parts of which a step uses some."""
+    """A trunk that every step uses, and parts of which a step uses a subset."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Parts(nn.Module):
 
 
 def used_parts(pattern: str, step: int, rank: int) -> set[int]:
-    """The parts that a rank uses in a step."""
+    """Return the parts that a rank uses in a step."""
     draw = torch.Generator().manual_seed(step)
     if pattern == "layer drop":
         return {i for i in range(PARTS) if torch.rand(1, generator=draw) < 0.5}
@@ -62,7 +62,7 @@ def apart_from_adamw(
     set_to_none: bool,
     toggles: bool,
 ) -> tuple[float, bool, bool]:
-    """The largest distance from AdamW over a run, and whether moments and step counts are its own."""
+    """Return the largest distance from AdamW over a run, and whether moments and steps are equal."""
     torch.manual_seed(0)
     ours, theirs = Parts(), Parts()
     theirs.load_state_dict(ours.state_dict())
@@ -154,7 +154,7 @@ def test_update_mode_is_adamw_whatever_a_step_uses(variant: str) -> None:
 
 
 def keep_frozen(rank: int, world_size: int) -> float:
-    """The largest distance from AdamW whose second moments are frozen, one part's later."""
+    """Return the largest distance from AdamW with frozen second moments, those of one part later."""
     torch.manual_seed(0)
     ours = Parts(torch.float64)
     model = ddp(ours, find_unused_parameters=True)
@@ -209,7 +209,7 @@ def test_what_the_warm_up_did_not_use_is_frozen_after_steps_of_its_own() -> None
 
 
 def owed(model: Parts, state: Any, weights: bool) -> list[Tensor]:
-    """What the servers hold of every weight: weights minus residuals, or plus the servers'."""
+    """Return the servers' view of every weight: minus all residuals, or plus those of the servers."""
     saved = state.state_dict()
     totals = []
     for name, parameter in model.named_parameters():
@@ -228,7 +228,7 @@ def owed(model: Parts, state: Any, weights: bool) -> list[Tensor]:
 
 
 def rest(rank: int, world_size: int, weights: bool, topology: str) -> tuple[float, float]:
-    """What unused steps, and used ones, change of what is owed to the parts."""
+    """Return the largest change of the servers' view in unused steps, and in used ones."""
     torch.manual_seed(0)
     inner = Parts(torch.float64)
     model = ddp(inner, find_unused_parameters=True)
@@ -267,7 +267,11 @@ def test_nothing_is_taken_from_what_is_owed_to_an_unused_parameter(
 
 
 def never_used(rank: int, world_size: int) -> tuple[list[bool], float]:
-    """With a static graph and a part that is never used: is the bucket averaged in every step?"""
+    """Train with a static graph and a part that is never used; return the averaged steps.
+
+    Returns:
+        By step, whether a bucket was averaged densely; and the change of the unused weights.
+    """
     torch.manual_seed(0)
     inner = Parts()
     model = ddp(inner, static_graph=True)
@@ -290,7 +294,7 @@ def never_used(rank: int, world_size: int) -> tuple[list[bool], float]:
     return averaged, change
 
 
-def test_a_parameter_that_is_never_used_does_not_ask_for_averages_for_ever() -> None:
+def test_a_parameter_that_is_never_used_does_not_cause_averages_for_ever() -> None:
     for averaged, change in run_ranks(never_used, 2):
         assert change == 0.0
         assert all(averaged[:64])

@@ -1,8 +1,10 @@
-"""Update mode: what each worker's Adam does, what travels, and what step() applies."""
+"""Update mode: the Adam of each worker, the exchange of its updates, and the step that applies them."""
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ def weights_of(model: nn.Module) -> list[Tensor]:
 
 
 class LocalAdam:
-    """One worker's moments and updates by the formulas, in float64."""
+    """The moments and updates of one worker by the formulas, in float64."""
 
     def __init__(self, lr: float, betas: tuple[float, float], eps: float, paper: bool) -> None:
         self.lr, self.betas, self.eps, self.paper = lr, betas, eps, paper
@@ -76,7 +78,7 @@ def run_updates(
 def test_the_virtual_iterate_follows_the_mean_update(
     topology: str, quantizer: str, paper: bool
 ) -> None:
-    """x - ẽ - (1/N) Σ e_i moves by exactly -(1/N) Σ u_i, in float64 over 100 steps."""
+    """Check that x - ẽ - (1/N) Σ e_i moves by exactly -(1/N) Σ u_i, in float64 over 100 steps."""
     world_size, steps = 3, 100
     ranks = run_ranks(
         run_updates, world_size, steps, paper, {"quantizer": quantizer, "topology": topology}
@@ -166,7 +168,7 @@ def warm_up(rank: int, world_size: int, second_moment: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("second_moment", ["local", "shared", "frozen"])
-def test_after_a_dense_warm_up_the_second_moment_is_whose_it_says(second_moment: str) -> None:
+def test_after_a_dense_warm_up_the_second_moment_follows_its_rule(second_moment: str) -> None:
     ranks = run_ranks(warm_up, 3, second_moment)
     for result in ranks:
         assert result["equal"][:5] == [True] * 5
@@ -442,7 +444,7 @@ def misuse(rank: int, world_size: int) -> dict[str, str]:
     return messages
 
 
-def test_misuse_is_told_with_the_remedy() -> None:
+def test_misuse_is_reported_with_the_remedy() -> None:
     (messages,) = run_ranks(misuse, 1)
     assert "effadam_hook.attach(ddp_model, optimizer=optimizer)" in messages["unattached"]
     assert "'weights.0' of the DDP model is not in the EfficientAdam" in messages["missing"]
@@ -519,7 +521,7 @@ def quantized_weights(
 
 
 def server_weights(ranks: list[Any], p: int) -> Tensor:
-    """The weights that the servers keep: what everyone holds, and the servers' residuals."""
+    """Return the weights that the servers keep: those of the replicas plus the servers' residuals."""
     name = f"weights.{p}"
     whole = ranks[0][0][p].flatten().clone()
     for _, saved in ranks:
@@ -570,7 +572,7 @@ def disagree_about_settings(rank: int, world_size: int, options: list[dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             {"second_moment": "shared"},
@@ -580,6 +582,26 @@ def disagree_about_settings(rank: int, world_size: int, options: list[dict[str, 
         ({"betas": (0.8, 0.9)}, "optimizer.group 0.betas is '(0.8, 0.9)' on rank 1"),
     ],
 )
-def test_ranks_whose_optimizers_differ_raise_everywhere(options: dict[str, Any], said: str) -> None:
-    for message in run_ranks(disagree_about_settings, 2, [{}, options]):
-        assert said in message
+def test_ranks_whose_optimizers_differ_raise_everywhere(
+    options: dict[str, Any], message: str
+) -> None:
+    for raised in run_ranks(disagree_about_settings, 2, [{}, options]):
+        assert message in raised
+
+
+def test_the_optimizer_has_no_public_methods_for_the_hook() -> None:
+    own = {name for name in vars(EfficientAdam) if not name.startswith("_")}
+    assert own == {"load_state_dict", "one_bit_adam", "paper", "step"}
+
+
+def test_moments_are_freed_with_the_optimizer() -> None:
+    optimizer = EfficientAdam([nn.Parameter(torch.ones(3))])
+    moment = weakref.ref(
+        optimizer.recursion.init_state(optimizer.param_groups[0]["params"][0])["exp_avg"]
+    )
+    gc.disable()
+    try:
+        del optimizer
+        assert moment() is None
+    finally:
+        gc.enable()

@@ -1,4 +1,4 @@
-"""What the multi-rank tests train: small models of odd sizes, with gradients that a test can choose."""
+"""Training for the multi-rank tests: small models of odd sizes, with gradients that a test chooses."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def mean_of(step: int, world_size: int) -> list[Tensor]:
 
 
 def gradients_of(model: nn.Module, rank: int, step: int) -> list[Tensor]:
-    """What arrives in a :class:`ChosenGradients` model that is given a step's drawn gradients."""
+    """Return the gradients that a :class:`ChosenGradients` model gets from a step's drawn gradients."""
     model.zero_grad()
     model(drawn_gradients(rank, step)).backward()
     return [p.grad.clone() for p in model.parameters()]
 
 
 def close(got: list[Tensor], want: list[Tensor]) -> bool:
-    """Whether tensors are equal to a millionth of the largest element."""
+    """Return whether tensors are equal to a millionth of the largest element."""
     return all(
         bool((a - b).abs().max() <= 1e-6 * b.abs().max()) for a, b in zip(got, want, strict=True)
     )

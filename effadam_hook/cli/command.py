@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None takes those of the process.
 
     Returns:
-        The exit code: 0, 1 if something went wrong while it ran, 2 after a usage error, which includes
-        files that cannot be read or written, 130 after Ctrl-C.
+        The exit code: 0; 1 after an error at run time; 2 after a usage error, which includes files that
+        cannot be read or written; 130 after Ctrl-C.
     """
     parser = _Parser(prog="effadam", description=_ABOUT)
     parser.add_argument("--version", action="version", version=effadam_hook.__version__)
@@ -69,13 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=run)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for what its encoding cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that its encoding lacks
     try:
         code: int = args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:  # whoever reads has read enough
+    except BrokenPipeError:  # the reader has closed the pipe
         _abandon_output()
         return 1
     except Exception as error:
@@ -89,20 +89,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose messages quote arguments in safe characters."""
+    """Parser that escapes control characters in its messages."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
 
 
 def _explain(error: Exception) -> tuple[int, list[str]]:
-    """The exit code for an error, and the lines to print: the last says what is wrong.
+    """Select the exit code for an error, and the lines to print.
 
     Args:
-        error: What ended a command.
+        error: The exception that ended a command.
+
+    Returns:
+        The exit code, and lines of which the last describes the error.
 
     Raises:
-        Exception: The error itself, if it is one that no user can have caused.
+        Exception: The error itself, if it is an internal error.
     """
     if isinstance(error, UserCodeError):
         return 1, [*traceback.format_exception(error.__cause__), str(error)]
@@ -111,18 +114,18 @@ def _explain(error: Exception) -> tuple[int, list[str]]:
     if isinstance(error, dist.DistError):
         return 1, [
             f"the ranks do not reach one another: {error}. MASTER_ADDR and MASTER_PORT must be those "
-            "of rank 0, reachable from every host, and GLOO_SOCKET_IFNAME, if set, the interface "
-            "between them."
+            "of rank 0 and reachable from every host. GLOO_SOCKET_IFNAME, if set, must name the "
+            "interface between the hosts."
         ]
     if isinstance(error, MemoryError):
-        return 1, ["this process has no memory left. Give it more, or a smaller file or model."]
+        return 1, ["out of memory. Use a smaller file or model, or a machine with more memory."]
     if isinstance(error, CommandError | ValueError | OSError):
         return 2, [" ".join(str(error).split("\n"))]
     raise error
 
 
 def _abandon_output() -> None:
-    """After a write that failed: leave nothing for the interpreter to write when it ends."""
+    """Discard buffered output after a failed write, so that the interpreter does not write it again."""
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,8 @@
-"""Read a run's log, whatever is in the file: numbers by step, in memory that the numbers alone need.
+"""Reader for the log of a run: numbers by step, with memory in proportion to the numbers.
 
-A log may come from anywhere, so nothing in it is trusted: lines may be broken, of any length or depth,
-or hold numbers that no float holds. A line that cannot be read is left out and counted.
+A log may come from any source, so its contents are not trusted: lines may be malformed, of any length
+or depth, or contain numbers outside the range of a float. A line that cannot be read is skipped and
+counted.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _LONGEST_LINE = 1 << 20
 
 @dataclass
 class Log:
-    """The numbers of a log, one row a step.
+    """Numbers of a log, one row per step.
 
     Attributes:
-        steps: Ascending.
-        columns: By key, a value per step; NaN where the step has none.
-        last: Of every key in the file, the value at the largest step that has one.
-        skipped: Lines that could not be read, but for an incomplete last one.
-        first_skipped: The first of them and why, in words.
+        steps: Steps, ascending.
+        columns: One value per step, by key; NaN for steps without a value.
+        last: Value at the largest step that has one, for every key in the file.
+        skipped: Number of lines that could not be read, without an incomplete last line.
+        first_skipped: Description of the first skipped line and the reason.
     """
 
     steps: array[float] = field(default_factory=lambda: array("d"))
@@ -43,13 +44,13 @@ class Log:
     first_skipped: str = ""
 
     def row(self, index: int) -> dict[str, float]:
-        """The values of one step.
+        """Return the values of one step.
 
         Args:
-            index: Which one; negative from the end.
+            index: Index of the row; negative values count from the end.
 
         Returns:
-            Finite numbers by key, ``"step"`` among them.
+            Finite numbers by key, including ``"step"``.
         """
         values = {key: column[index] for key, column in self.columns.items()}
         found = {key: value for key, value in values.items() if not math.isnan(value)}
@@ -62,13 +63,13 @@ def read_log(path: Path, keys: Sequence[str]) -> Log:
     Args:
         path: JSON lines of :class:`effadam_hook.run_log.RunLog`, or the ``metrics.csv`` of Lightning's
             ``CSVLogger`` with the keys of ``CompressionMonitor``.
-        keys: Of the columns to keep; there must be one at least.
+        keys: Keys of the columns to keep. The log must contain at least one of them.
 
     Returns:
-        The log. Lines of one step are joined; numbers that are not finite are left out.
+        The log. Lines of one step are joined; numbers that are not finite are omitted.
 
     Raises:
-        CommandError: If it is neither.
+        CommandError: If the file is neither.
     """
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
@@ -78,7 +79,7 @@ def read_log(path: Path, keys: Sequence[str]) -> Log:
         )
     log = Log(columns={key: array("d") for key in keys})
     newest: dict[str, float] = {}
-    # A byte that is no UTF-8 harms the text that it is in, and no number.
+    # Invalid UTF-8 affects only the text around it, not the numbers.
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         is_csv = path.suffix.lower() == ".csv"
         for values in _csv_rows(path, file, log) if is_csv else _json_rows(path, file, log):
@@ -98,7 +99,7 @@ def read_log(path: Path, keys: Sequence[str]) -> Log:
 
 
 def _add(log: Log, line: Mapping[str, Any], newest: dict[str, float]) -> None:
-    """Append the finite numbers of a line; ``newest`` holds the step of each key's last value."""
+    """Append the finite numbers of a line; ``newest`` is the step of the last value of each key."""
     values = {
         key.removeprefix(_PREFIX): value
         for key, value in line.items()
@@ -119,9 +120,9 @@ def _add(log: Log, line: Mapping[str, Any], newest: dict[str, float]) -> None:
 
 
 def _join_steps(log: Log) -> None:
-    """Sort by step, and make one row of the rows of a step, of which the later ones prevail.
+    """Sort by step, and join the rows of each step; later rows take precedence.
 
-    Lightning writes what was logged at different moments of a step to lines of their own.
+    Lightning writes one line for each time at which a step logs.
     """
     steps = log.steps
     if all(steps[i] < steps[i + 1] for i in range(len(steps) - 1)):
@@ -144,10 +145,10 @@ def _json_rows(path: Path, file: TextIO, log: Log) -> Iterator[dict[str, Any]]:
         if not text.strip():
             continue
         try:
-            # As floats, integers of any length are numbers or infinite.
+            # Parsed as floats, integers of any length become numbers or infinite.
             line = json.loads(text, parse_int=float)
         except (ValueError, RecursionError) as error:
-            if text.endswith("\n"):  # without: of a run that was killed while it wrote
+            if text.endswith("\n"):  # without a newline, the run was killed while writing
                 why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
                 _skip(log, f"Line {number} of {str(path)!r} is no JSON: {why}.")
             continue
@@ -176,7 +177,7 @@ def _csv_rows(path: Path, file: TextIO, log: Log) -> Iterator[dict[str, float]]:
 
 
 def _lines(file: TextIO) -> Iterator[tuple[int, str]]:
-    """Number and text of each line; of a line that is too long, as much as cannot be read."""
+    """Yield number and text of each line; a line that is too long is truncated and so unreadable."""
     number = 0
     while text := file.readline(_LONGEST_LINE):
         number += 1

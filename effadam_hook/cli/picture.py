@@ -1,4 +1,4 @@
-"""Draw the columns of a log to a file."""
+"""Figure of the columns of a log."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from effadam_hook.errors import CommandError
 
 __all__ = ["draw"]
 
-_MOST_POINTS = 20_000
-_LARGEST = 1e100  # beyond which matplotlib's arithmetic overflows
+_MAX_POINTS = 20_000
+_LARGEST = 1e100  # matplotlib's arithmetic overflows above
 
 
 def draw(log: Log, panels: Sequence[tuple[str, str]], path: Path) -> None:
-    """Draw one panel a column.
+    """Draw one panel per column, and write the figure.
 
     Args:
-        log: The numbers.
+        log: The log.
         panels: Key and title of each column.
-        path: The picture; its suffix says the format, PNG if there is none.
+        path: File of the figure. Its suffix determines the format; PNG without a suffix.
 
     Raises:
-        CommandError: If the format is unknown, the numbers cannot be drawn or the file not written.
+        CommandError: If the format is unknown, or the figure cannot be drawn or written.
     """
     import matplotlib as mpl
 
@@ -50,7 +50,7 @@ def draw(log: Log, panels: Sequence[tuple[str, str]], path: Path) -> None:
                 for step, value in zip(log.steps, log.columns[key], strict=True)
                 if value == value  # not NaN
             ]
-            shown = points[:: -(-len(points) // _MOST_POINTS)]
+            shown = points[:: -(-len(points) // _MAX_POINTS)]
             axis.plot([x for x, _ in shown], [y for _, y in shown], linewidth=1)
             axis.set(title=title, xlabel="step")
             axis.grid(alpha=0.3)

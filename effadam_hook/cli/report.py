@@ -1,4 +1,4 @@
-"""``effadam report``: a run's log as a table and a picture."""
+"""``effadam report``: show the log of a run as a table and a figure."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _LARGEST_IN_FULL = 1e15
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    """The arguments."""
+    """Add the arguments."""
     parser.add_argument(
-        "log", type=Path, help="of effadam_hook.run_log.RunLog, or Lightning's metrics.csv"
+        "log", type=Path, help="file of effadam_hook.run_log.RunLog, or Lightning's metrics.csv"
     )
-    parser.add_argument("--png", type=Path, help="the picture (default: the log's name, .png)")
-    parser.add_argument("--no-png", action="store_true", help="only the table")
+    parser.add_argument("--png", type=Path, help="the figure (default: the name of the log, .png)")
+    parser.add_argument("--no-png", action="store_true", help="print the table only")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
 def run_report(args: argparse.Namespace) -> int:
-    """Read, show, draw."""
+    """Read the log, print the table and write the figure."""
     screen = Screen(args.json)
     drawn = not args.no_png
     if drawn and args.json and args.png is None:
         drawn = importlib.util.find_spec("matplotlib") is not None
     if drawn:
-        require("matplotlib", "drawing a picture")
+        require("matplotlib", "drawing a figure")
     log = read_log(args.log, [key for key, _, _ in _COLUMNS])
     count = len(log.steps)
     shown = [column for column in _COLUMNS if column[0] in log.columns]
@@ -65,7 +65,7 @@ def run_report(args: argparse.Namespace) -> int:
         "png": None,
     }
     if log.skipped:
-        screen.note(f"{log.skipped} lines were left out. {log.first_skipped}")
+        screen.note(f"{log.skipped} lines were skipped. {log.first_skipped}")
     exchanges = sorted(value for value in log.columns.get("exchange_s", ()) if value > 0)
     if exchanges:
         result["median_exchange_s"] = exchanges[len(exchanges) // 2]
@@ -74,7 +74,7 @@ def run_report(args: argparse.Namespace) -> int:
         png = args.png or args.log.with_suffix(".png")
         if png.exists() and png.samefile(args.log):
             raise CommandError(
-                f"Invalid --png: {str(png)!r}. Must be another file than the log, which the picture "
+                f"Invalid --png: {str(png)!r}. Must be another file than the log, which the figure "
                 "would overwrite."
             )
         draw(log, [(key, title) for key, title, _ in shown], png)

@@ -1,4 +1,4 @@
-"""What the command prints: tables and notes for people, or one JSON object for machines."""
+"""Output of the command: tables and notes as text, or one JSON object."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _EXTRA = 'pip install "effadam-hook[cli]"'
 
 
 def printable(text: str) -> str:
-    """Make text safe for a terminal, wherever it comes from.
+    """Make text safe for a terminal.
 
     Args:
-        text: Any, such as a file's name, a key of a log or the message of an exception.
+        text: Any text, such as the name of a file, a key of a log or the message of an exception.
 
     Returns:
-        The same with escapes for control and format characters, among them those that begin a
-        terminal's escape sequences or reverse its direction; new lines and tabs stay.
+        The text with escapes for control and format characters, including those that start a
+        terminal's escape sequences or reverse its direction. Newlines and tabs remain unchanged.
     """
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
@@ -34,11 +34,11 @@ def printable(text: str) -> str:
 
 
 def require(package: str, purpose: str) -> None:
-    """Check that an optional package is there.
+    """Check that an optional package is installed.
 
     Args:
-        package: Its name.
-        purpose: What it is needed for.
+        package: Name of the package.
+        purpose: Purpose of the package, for the message.
 
     Raises:
         CommandError: If it is missing, with the remedy.
@@ -50,11 +50,11 @@ def require(package: str, purpose: str) -> None:
 
 
 class Screen:
-    """Where output goes; silent on all ranks but the first.
+    """Output of rank 0; other ranks print nothing.
 
     Args:
-        as_json: Whether standard output gets nothing but the result as JSON.
-        rank: This process's rank.
+        as_json: Whether to print nothing to standard output except the result as JSON.
+        rank: Rank of this process.
     """
 
     def __init__(self, as_json: bool, rank: int = 0) -> None:
@@ -64,7 +64,7 @@ class Screen:
             require("rich", "showing tables")
 
     def note(self, text: str) -> None:
-        """A line for people."""
+        """Print a line of text."""
         if self._main and not self._as_json:
             from rich.console import Console
             from rich.text import Text
@@ -72,7 +72,7 @@ class Screen:
             Console(soft_wrap=True).print(Text(printable(text)))
 
     def code(self, text: str) -> None:
-        """Lines to paste, as they are."""
+        """Print lines of code without formatting."""
         if self._main and not self._as_json:
             sys.stdout.write(f"\n{printable(text)}\n\n")
 
@@ -83,13 +83,13 @@ class Screen:
         rows: Sequence[Sequence[object]],
         marked: int | None = None,
     ) -> None:
-        """A table for people.
+        """Print a table.
 
         Args:
-            title: Above it.
-            columns: Headers; all but the first column are aligned to the right.
-            rows: Cells.
-            marked: Index of a row to emphasise.
+            title: Title above the table.
+            columns: Headers; all columns except the first are aligned to the right.
+            rows: Cells of the rows.
+            marked: Index of a row to highlight.
         """
         if not self._main or self._as_json:
             return
@@ -98,7 +98,7 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
-        # As Text, so that brackets are no markup and colons no emoji.
+        # As Text, so that brackets are not parsed as markup and colons not as emoji.
         table = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD)
         for index, column in enumerate(columns):
             header = Text(printable(column))
@@ -112,21 +112,21 @@ class Screen:
         console.print(table)
 
     def result(self, value: dict[str, Any]) -> None:
-        """The whole result, for machines; a number that is not finite becomes ``null``."""
+        """Print the result as JSON; numbers that are not finite become ``null``."""
         if self._main and self._as_json:
             sys.stdout.write(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
             sys.stdout.flush()
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
-        """A progress bar on standard error.
+        """Show a progress bar on standard error.
 
         Args:
-            label: What is going on.
+            label: Label of the bar.
             total: Number of parts.
 
         Yields:
-            To be called with a description when a part begins.
+            Function to be called with a description at the start of each part.
         """
         if not self._main or importlib.util.find_spec("rich") is None:
             yield lambda part: None
@@ -151,7 +151,7 @@ class Screen:
 
 
 def _strict(value: Any) -> Any:
-    """The same in what JSON knows."""
+    """Convert a value to types that JSON supports."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -58,12 +58,12 @@ class AutoCompress:
 
     @property
     def compresses(self) -> bool:
-        """Whether the current step is a compressed one."""
+        """Return whether the current step is compressed."""
         return len(self._starts_s) > _SKIPPED + _TIMED
 
     @property
     def is_complete(self) -> bool:
-        """Whether all steps have been timed, so that :meth:`decide` can be called."""
+        """Return whether all steps have been timed, so that :meth:`decide` can be called."""
         return not self.is_over and len(self._starts_s) > 2 * (_SKIPPED + _TIMED)
 
     @property

@@ -28,8 +28,8 @@ from effadam_hook.ddp.auto_compress import AutoCompress
 from effadam_hook.ddp.backward import at_end_of_backward
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.timing import slowest
+from effadam_hook.session.clock import Clock
 from effadam_hook.session.session import ExchangeSession
-from effadam_hook.session.stats import Clock
 
 __all__ = ["Engine"]
 
@@ -210,7 +210,7 @@ class Engine:
                 session.connection.watchdog.check()
             if self._compressing:
                 session.restore_unused()
-            session.mode.notice_end_of_backward()
+            session.mode.end_backward()
         except Exception as error:
             stopped = error is raised or session.connection.is_stopped
             if isinstance(error, EffAdamError) and stopped:

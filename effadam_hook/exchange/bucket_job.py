@@ -32,7 +32,7 @@ class BucketJob(Protocol):
 
     @property
     def averages_first(self) -> bool:
-        """Whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
+        """Return whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
         ...
 
     def encode(self) -> None:

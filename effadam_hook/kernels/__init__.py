@@ -1,7 +1,7 @@
-"""The three kernels that carry all the arithmetic, and the choice between their implementations.
+"""The three kernels, which contain all arithmetic, and the choice of their implementation.
 
-The best implementation for a device runs unless the environment variable ``EFFADAM_KERNELS`` names
-one: ``reference``, ``cpu`` or ``triton``. What is missing is never replaced silently.
+The fastest implementation for a device runs, unless the environment variable ``EFFADAM_KERNELS`` names
+one: ``reference``, ``cpu`` or ``triton``. If a faster one is missing, a warning names the remedy.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _NAMES = ("reference", "cpu", "triton")
 
 
 class Kernels(Protocol):
-    """An implementation; :mod:`effadam_hook.kernels.reference` defines what it does."""
+    """An implementation of the kernels; :mod:`effadam_hook.kernels.reference` defines the results."""
 
     @property
     def name(self) -> str:
-        """Name of the implementation, as ``summary()`` shows it."""
+        """Return the name of the implementation, as in ``summary()``."""
         ...
 
     def encode_(
@@ -48,7 +48,7 @@ class Kernels(Protocol):
         preconditioner: Preconditioner | None = None,
         adam: AdamSource | None = None,
     ) -> None:
-        """Worker side: quantize ``x + residual``, keep the error in ``residual``."""
+        """Quantize ``x + residual`` on a worker and keep the error in ``residual``."""
         ...
 
     def reduce_encode_(
@@ -63,7 +63,7 @@ class Kernels(Protocol):
         *,
         preconditioner: Preconditioner | None = None,
     ) -> None:
-        """Server side: average, add ``residual``, quantize again, keep the error in ``residual``."""
+        """Average on a server, add ``residual``, quantize again, and keep the error."""
         ...
 
     def decode(
@@ -75,18 +75,19 @@ class Kernels(Protocol):
         *,
         preconditioner: Preconditioner | None = None,
     ) -> None:
-        """Everywhere: write what a payload stands for."""
+        """Dequantize a payload, on all ranks."""
         ...
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An implementation, and why it is this one.
+    """An implementation, and the reason for which it was chosen.
 
     Attributes:
         kernels: The implementation.
-        reason: What it is, in words for ``summary()``.
-        remedy: What is missing and how to get it; None if this is the best for the device.
+        reason: Its name and the reason, as text.
+        remedy: The missing requirement of a faster implementation, and how to install it; None if there
+            is no faster one for the device.
     """
 
     kernels: Kernels
@@ -95,16 +96,16 @@ class Choice:
 
 
 def choose(device: torch.device) -> Choice:
-    """The implementation for a device, and why.
+    """Choose the implementation for a device, without warnings.
 
     Args:
-        device: Where the buckets live.
+        device: The device of the buckets.
 
     Returns:
-        The choice; without a warning, whatever it is.
+        The implementation and the reason.
 
     Raises:
-        ValueError: If ``EFFADAM_KERNELS`` names an implementation that there is not.
+        ValueError: If ``EFFADAM_KERNELS`` names an implementation that does not exist.
         ImportError: If it names one that cannot run here.
     """
     forced = os.environ.get(KERNELS_VARIABLE)
@@ -118,16 +119,16 @@ def choose(device: torch.device) -> Choice:
 
 
 def select(device: torch.device) -> Kernels:
-    """The best implementation for a device; warns once if it is not what it could be.
+    """Select the implementation for a device, and warn once if a faster one is missing.
 
     Args:
-        device: Where the buckets live.
+        device: The device of the buckets.
 
     Returns:
         An implementation of the three kernels.
 
     Raises:
-        ValueError: If ``EFFADAM_KERNELS`` names an implementation that there is not.
+        ValueError: If ``EFFADAM_KERNELS`` names an implementation that does not exist.
         ImportError: If it names one that cannot run here.
     """
     choice = choose(device)
@@ -143,17 +144,17 @@ def select(device: torch.device) -> Kernels:
 
 
 def describe(kernels: Kernels, device: torch.device) -> str:
-    """What runs, for ``summary()``: its name first, and why, where it is the reference.
+    """Describe an implementation in one line, for ``summary()``.
 
     Args:
         kernels: The implementation that runs.
-        device: Where the buckets live.
+        device: The device of the buckets.
 
     Returns:
-        One line; for the reference with the reason and the remedy, if there is one.
+        The name; for the reference followed by the remedy, or by the reason if there is no remedy.
     """
     if kernels is reference:
-        with contextlib.suppress(ImportError, ValueError):  # the variable has changed since
+        with contextlib.suppress(ImportError, ValueError):  # the variable has been changed since
             choice = choose(device)
             if choice.kernels is reference:
                 why = choice.remedy or choice.reason.removeprefix("reference: ")
@@ -203,19 +204,19 @@ def _for_cuda() -> Choice:
 
 
 def _force(name: str, device: torch.device) -> Choice:
-    why = f"as {KERNELS_VARIABLE} demands"
+    why = f"set by {KERNELS_VARIABLE}"
     if name == "reference":
         return Choice(reference, f"reference: {why}")
     if name not in _NAMES:
         raise ValueError(
-            f"Invalid {KERNELS_VARIABLE}: {name!r}. Must be one of {', '.join(_NAMES)}, or unset to "
-            "take the best."
+            f"Invalid {KERNELS_VARIABLE}: {name!r}. Must be one of {', '.join(_NAMES)}, or unset for "
+            "the fastest."
         )
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != {"cpu": "cpu", "triton": "cuda"}[name] and not interpreted:
         raise ImportError(
-            f"{KERNELS_VARIABLE}={name} was given, but the bucket is on {device}. Unset it, or set it "
-            "to 'reference'."
+            f"{KERNELS_VARIABLE}={name} was given, but the bucket is on {device}. Unset the variable, "
+            "or set it to 'reference'."
         )
     choice = _for_cpu() if name == "cpu" else _for_cuda()
     if choice.remedy is not None:

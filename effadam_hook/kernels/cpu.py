@@ -1,8 +1,8 @@
 """The three kernels for CPU tensors: checks of the arguments, and one call into compiled C.
 
-The C source in ``csrc`` knows nothing of torch; it is handed addresses, and the pieces of a wire as a
-table of integers. It reproduces :mod:`effadam_hook.kernels.reference` to the bit, whichever
-instruction set it chooses at run time.
+The C source in ``csrc`` does not depend on torch. It receives addresses, and the pieces of a wire as a
+table of integers. Its results are bit-identical to :mod:`effadam_hook.kernels.reference` with every
+instruction set, which is selected at run time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from effadam_hook.kernels.fusions import (
-    TABLE_CODES,
-    AdamSource,
-    Preconditioner,
-    check_arguments,
-    level_table,
-)
+from effadam_hook.kernels.arguments import check_arguments
+from effadam_hook.kernels.fusions import AdamSource, Preconditioner
+from effadam_hook.kernels.levels import TABLE_CODES, TABLE_THRESHOLDS, is_linear, level_table
 from effadam_hook.wire.layout import Wire
 from effadam_hook.wire.quantizers import Quantizer
 
@@ -34,7 +30,6 @@ _ABI_VERSION = 1
 _LIBRARY_VARIABLE = "EFFADAM_CPU_LIBRARY"
 _SUFFIXES = (".so", ".dylib", ".dll")
 _MAX_BLOCK = 4096
-_TABLE_THRESHOLDS = 8
 _STORES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _ENCODE, _REDUCE_ENCODE, _DECODE = range(3)
 
@@ -51,7 +46,7 @@ class _Quantizer(ctypes.Structure):
         ("top", ctypes.c_double),
         ("largest_scale", ctypes.c_double),
         ("levels", ctypes.c_float * TABLE_CODES),
-        ("thresholds", ctypes.c_float * _TABLE_THRESHOLDS),
+        ("thresholds", ctypes.c_float * TABLE_THRESHOLDS),
     )
 
 
@@ -92,7 +87,13 @@ class _Job(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _WireTables:
-    """A wire as C sees it: all chunks as one list of pieces, and each chunk alone."""
+    """A wire in the structures of C: all chunks as one list of pieces, and each chunk alone.
+
+    Attributes:
+        rows: The tables of pieces, to which the structures hold addresses.
+        whole: All chunks.
+        chunks: Each chunk.
+    """
 
     rows: tuple[array[int], ...]
     whole: _Wire
@@ -107,10 +108,14 @@ class CpuKernels:
 
     Args:
         library: The loaded shared library.
-        variant: Instruction set, one of :attr:`variants`; None takes the best.
+        variant: Instruction set, one of :attr:`variants`; None selects the fastest.
+
+    Attributes:
+        variants: Instruction sets that this build has and this processor supports, fastest first.
+        variant: The selected one.
 
     Raises:
-        ValueError: If this processor does not run the variant.
+        ValueError: If this processor does not support the variant.
     """
 
     name = "cpu"
@@ -123,7 +128,7 @@ class CpuKernels:
         if variant not in self.variants:
             raise ValueError(
                 f"Invalid variant: {variant!r}. Must be one of {', '.join(self.variants)}, "
-                "the instruction sets of this build that this processor runs."
+                "the instruction sets of this build that this processor supports."
             )
         self.variant = variant
         self._variant_index = self.variants.index(variant)
@@ -139,7 +144,7 @@ class CpuKernels:
         preconditioner: Preconditioner | None = None,
         adam: AdamSource | None = None,
     ) -> None:
-        """See :func:`effadam_hook.kernels.reference.encode_`."""
+        """Quantize ``x + residual``; see :func:`effadam_hook.kernels.reference.encode_`."""
         check_arguments(
             wire,
             dtype,
@@ -175,7 +180,7 @@ class CpuKernels:
         *,
         preconditioner: Preconditioner | None = None,
     ) -> None:
-        """See :func:`effadam_hook.kernels.reference.reduce_encode_`."""
+        """Average and quantize; see :func:`effadam_hook.kernels.reference.reduce_encode_`."""
         check_arguments(
             downlink,
             dtype,
@@ -207,7 +212,7 @@ class CpuKernels:
         *,
         preconditioner: Preconditioner | None = None,
     ) -> None:
-        """See :func:`effadam_hook.kernels.reference.decode`."""
+        """Dequantize; see :func:`effadam_hook.kernels.reference.decode`."""
         check_arguments(wire, dtype, bucket=out, payload=payload, preconditioner=preconditioner)
         job = _Job(
             task=_DECODE,
@@ -247,7 +252,7 @@ def libraries() -> list[Path]:
 
 @cache
 def load() -> ctypes.CDLL:
-    """The shared library that was built with the package.
+    """Load the shared library that was built with the package.
 
     The environment variable ``EFFADAM_CPU_LIBRARY`` names another build, such as one with sanitizers.
 
@@ -255,7 +260,7 @@ def load() -> ctypes.CDLL:
         The library.
 
     Raises:
-        ImportError: If there is none, or it does not fit this version or this system.
+        ImportError: If there is no library, or none fits this version and this system.
     """
     other = os.environ.get(_LIBRARY_VARIABLE)
     built = [Path(other)] if other else libraries()
@@ -290,10 +295,10 @@ def _variants(library: ctypes.CDLL) -> tuple[str, ...]:
 
 
 def _tables_of(wire: Wire) -> _WireTables:
-    plan = _tables.get(wire)
-    if plan is None:
-        plan = _tables[wire] = _make_tables(wire)
-    return plan
+    tables = _tables.get(wire)
+    if tables is None:
+        tables = _tables[wire] = _make_tables(wire)
+    return tables
 
 
 def _make_tables(wire: Wire) -> _WireTables:
@@ -326,7 +331,7 @@ def _describe(quantizer: Quantizer, scale_rule: str) -> _Quantizer:
     magnitudes = quantizer.magnitudes
     described.magnitudes = len(magnitudes)
     described.has_zero = int(quantizer.has_zero)
-    described.linear = int(magnitudes == tuple(range(len(magnitudes))))
+    described.linear = int(is_linear(quantizer))
     described.absmax = int(scale_rule == "absmax")
     described.spread = quantizer.spread or 0.0
     described.top = magnitudes[-1]

@@ -1,24 +1,24 @@
-"""The three kernels in plain torch: short, slow, and the law for every other implementation.
+"""The three kernels in plain torch: short, slow, and the definition of every result.
 
-Arithmetic is float32, or float64 where the bucket is float64. Every sum over a block runs over 16
-lanes (element ``i`` in lane ``i % 16``), then halves the lanes until one is left, so that another
-implementation can reproduce it to the bit. Blocks are independent of one another: what a block becomes
-does not depend on the bucket, the chunk or the server that it is in.
+The arithmetic is float32, or float64 if the bucket is float64. Every sum over a block runs over 16
+lanes (element ``i`` in lane ``i % 16``) and then halves the lanes until one is left, so that another
+implementation can reproduce it to the bit. Blocks are independent: the result of a block does not
+depend on the bucket, the chunk or the server to which it belongs.
 
-The outcomes that are easy to get wrong:
+Special cases:
 
-- A block whose largest magnitude is below 2**-100, zeros included, gets the scale 0: it decodes to
-  zeros and stays in the residual whole.
-- A block with an infinity or a NaN gets a NaN scale and so decodes to NaN everywhere; its residual is
-  left as it was, finite. Raw elements carry their own infinities and NaNs.
-- Finite input never becomes infinite. A scale is limited so that the top level is finite in bfloat16,
-  and so in float32. A sum ``x + residual`` of finite terms that overflows, and a quotient or product
-  with a preconditioner's divisor that does, becomes the largest finite value of its sign: the largest
-  bfloat16, 3.39e38, in float32 arithmetic. What saturation cuts off is lost, and is in no residual.
+- A block whose largest magnitude is below 2**-100, zeros included, has the scale 0. It decodes to
+  zeros, and all of it remains in the residual.
+- A block with an infinity or a NaN has a NaN scale and decodes to NaN everywhere. Its residual remains
+  unchanged and finite. Raw elements carry their own infinities and NaNs.
+- Finite input never becomes infinite. A scale is limited so that the top level is finite in bfloat16
+  and therefore in float32. If a sum ``x + residual`` of finite terms overflows, or a quotient or
+  product with a preconditioner's divisor, the result is the largest finite value of its sign: in
+  float32 arithmetic the largest bfloat16, 3.39e38. The part beyond it is lost; no residual has it.
 - The mean of raw elements overflows like that of a dense all-reduce. A value beyond the range of a
-  float16 bucket becomes an infinity there, which a ``GradScaler`` answers with a smaller scale. An Adam
-  update whose second moment overflows, at gradients above 1.8e19, is not finite.
-- A padding element, at the end of a partial block, is no part of any sum.
+  float16 bucket becomes an infinity there, to which a ``GradScaler`` responds with a smaller scale. An
+  Adam update whose second moment overflows, at gradients above 1.8e19, is not finite.
+- Padding elements, at the end of a partial block, are not part of any sum.
 """
 
 from __future__ import annotations
@@ -28,12 +28,8 @@ import math
 import torch
 from torch import Tensor
 
-from effadam_hook.kernels.fusions import (
-    AdamSource,
-    Preconditioner,
-    check_arguments,
-    compute_dtype,
-)
+from effadam_hook.kernels.arguments import check_arguments, compute_dtype
+from effadam_hook.kernels.fusions import AdamSource, Preconditioner
 from effadam_hook.wire.layout import Piece, Wire
 from effadam_hook.wire.quantizers import SCALE_BYTES, Quantizer
 
@@ -64,12 +60,12 @@ def encode_(
             no error feedback.
         payload: ``[servers, stride_bytes]`` uint8, overwritten except for its padding.
         dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
-        preconditioner: What blocks are divided by before they are quantized.
-        adam: What turns ``x`` into the update that is encoded in its place.
+        preconditioner: Second moments by whose root blocks are divided before they are quantized.
+        adam: Moments that turn ``x`` into the update that is encoded in its place.
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If a shape, a device or a memory layout is.
+        ValueError: If a shape, a device or a memory layout is wrong.
     """
     check_arguments(
         wire,
@@ -106,19 +102,19 @@ def reduce_encode_(
     """Average the workers' payloads, add the server's residual, and quantize again.
 
     Args:
-        uplink: Layout of what came in.
-        downlink: Layout of what goes out.
-        server: Which chunk this is.
+        uplink: Layout of ``payloads``.
+        downlink: Layout of ``payload``.
+        server: Index of the chunk.
         payloads: ``[world_size, stride_bytes]`` uint8, in the order of the ranks.
         residual: ``[chunk numel]``, float32 (float64 for a float64 bucket), updated in place; None
             means no error feedback.
         dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
         payload: ``[stride_bytes]`` uint8, overwritten except for its padding.
-        preconditioner: What blocks were divided by, and are divided by again.
+        preconditioner: Second moments by whose root blocks were divided, and are divided again.
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If a shape, a device or a memory layout is.
+        ValueError: If a shape, a device or a memory layout is wrong.
     """
     check_arguments(
         downlink,
@@ -152,18 +148,18 @@ def decode(
     *,
     preconditioner: Preconditioner | None = None,
 ) -> None:
-    """Write what a payload stands for.
+    """Dequantize a payload into ``out``.
 
     Args:
         wire: The downlink's layout.
         payload: ``[servers, stride_bytes]`` uint8.
         out: ``[numel]``, any floating dtype, overwritten.
         dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
-        preconditioner: What blocks were divided by.
+        preconditioner: Second moments by whose root blocks were divided.
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If a shape, a device or a memory layout is.
+        ValueError: If a shape, a device or a memory layout is wrong.
     """
     check_arguments(wire, dtype, bucket=out, payload=payload, preconditioner=preconditioner)
     for chunk, source in zip(wire.chunks, payload, strict=True):
@@ -175,7 +171,7 @@ def decode(
 
 
 class _Moments:
-    """The moments of one piece: their next values, kept only where everything is finite."""
+    """The moments of one piece, and their next values, which are stored if they are finite."""
 
     def __init__(self, adam: AdamSource, piece: Piece) -> None:
         here = slice(piece.start, piece.start + piece.numel)
@@ -184,7 +180,7 @@ class _Moments:
         self.next_exp_avg, self.next_exp_avg_sq = self.exp_avg, self.exp_avg_sq
 
     def update(self, g: Tensor) -> Tensor:
-        """The update that the gradient ``g`` makes, formulas in :class:`AdamSource`."""
+        """Return the update for the gradient ``g``, by the formulas of :class:`AdamSource`."""
         beta1, rest1, beta2, rest2, step_size, correction, eps = self.terms.unbind()
         v = self.exp_avg_sq * beta2 + (g * g) * rest2
         m = self.exp_avg * beta1 + g * rest1
@@ -195,14 +191,14 @@ class _Moments:
         return torch.where(nothing, 0.0, numerator / denominator)
 
     def keep(self, first: int, last: int, finite: Tensor) -> None:
-        """Take over the next values of ``[first, last)`` where ``finite``, bool, says so."""
+        """Store the next values of ``[first, last)`` for which ``finite``, bool, is True."""
         m, v = self.exp_avg[first:last], self.exp_avg_sq[first:last]
         m.copy_(torch.where(finite, self.next_exp_avg[first:last], m))
         v.copy_(torch.where(finite, self.next_exp_avg_sq[first:last], v))
 
 
 def _divisor(wire: Wire, piece: Piece, preconditioner: Preconditioner | None) -> Tensor | None:
-    """What a piece is divided by, ``[numel]``, see :class:`Preconditioner`; None for nothing."""
+    """Return the divisor of a piece, ``[numel]``, see :class:`Preconditioner`; None without one."""
     moment = None if preconditioner is None else preconditioner.second_moments[piece.slot]
     if moment is None or piece.raw:
         return None
@@ -217,23 +213,23 @@ def _divisor(wire: Wire, piece: Piece, preconditioner: Preconditioner | None) ->
 
 
 def _largest(dtype: torch.dtype) -> float:
-    """The magnitude at which results saturate; in float32 arithmetic, the largest that bfloat16 has."""
+    """Return the magnitude at which results saturate: the largest bfloat16 in float32 arithmetic."""
     return float(torch.finfo(torch.float64 if dtype == torch.float64 else torch.bfloat16).max)
 
 
 def _limit(x: Tensor) -> Tensor:
-    """The same within the largest magnitude; NaN stays NaN."""
+    """Clamp to the largest magnitude; NaN remains NaN."""
     largest = _largest(x.dtype)
     return x.clamp(-largest, largest)
 
 
 def _saturate(x: Tensor, finite: Tensor) -> Tensor:
-    """The same with infinities replaced where they are an overflow, as ``finite`` says, bool."""
+    """Clamp the infinities of results whose operand was finite, that is of overflows."""
     return torch.where(torch.isinf(x) & finite, _limit(x), x)
 
 
 def _runs(numel: int, block_size: int) -> list[tuple[int, int, int]]:
-    """First element, end and number of blocks: of the full blocks together, and of the partial one."""
+    """Return first element, end and number of blocks: of all full blocks, and of the partial one."""
     full = numel // block_size * block_size
     runs = ((0, full, numel // block_size), (full, numel, 1))
     return [run for run in runs if run[0] < run[1]]
@@ -261,7 +257,7 @@ def _encode_piece(
         total = _saturate(total + residual, torch.isfinite(total))
     scaled = total if divisor is None else _saturate(total / divisor, torch.isfinite(total))
     if moments is not None:
-        # An infinite v makes an update of zero: it must not pass for a finite one.
+        # An infinite v makes an update of zero, which must not count as finite.
         scaled = torch.where(torch.isfinite(moments.next_exp_avg_sq), scaled, float("inf"))
     size = wire.block_size
     scales = _scales(wire, piece, out)
@@ -287,7 +283,7 @@ def _encode_piece(
 def _decode_piece(
     wire: Wire, piece: Piece, payload: Tensor, dtype: torch.dtype, divisor: int = 1
 ) -> Tensor:
-    """One piece in the arithmetic's dtype, divided by ``divisor``: the scales, or the raw values."""
+    """Decode one piece to the dtype of the arithmetic; scales or raw values divided by ``divisor``."""
     compute = compute_dtype(dtype)
     if piece.raw:
         return _raw(piece, payload, dtype).to(compute) / divisor
@@ -322,16 +318,16 @@ def _quantize(
     """Quantize blocks ``[blocks, n]``, steps [1] to [4] of :mod:`effadam_hook.wire.quantizers`.
 
     Returns:
-        Scales ``[blocks]`` bfloat16, codes ``[blocks, n]`` int64, the decoded values ``[blocks, n]``,
-        and ``[blocks, 1]`` bool, whether the block is finite.
+        Scales ``[blocks]`` bfloat16, codes ``[blocks, n]`` int64, decoded values ``[blocks, n]``, and
+        ``[blocks, 1]`` bool, True for blocks that are finite.
     """
     magnitudes = torch.tensor(quantizer.magnitudes, dtype=x.dtype, device=x.device)
     top = quantizer.magnitudes[-1]
     largest = x.abs().amax(dim=1, keepdim=True)
     finite = torch.isfinite(largest)
-    idle = largest < _TINY
-    x = torch.where(finite & ~idle, x, 1.0)
-    largest = torch.where(finite & ~idle, largest, 1.0)
+    empty = largest < _TINY
+    x = torch.where(finite & ~empty, x, 1.0)
+    largest = torch.where(finite & ~empty, largest, 1.0)
 
     # [1] The exponent is limited so that its reciprocal is a normal number too.
     limit = 126 if x.dtype == torch.float32 else 1022
@@ -360,15 +356,15 @@ def _quantize(
     else:
         scale = (_lane_sum(y * q) / _lane_sum(q * q)) * power
     rounded = scale.clamp(max=quantizer.largest_scale).to(torch.float32).to(torch.bfloat16)
-    rounded = torch.where(idle, torch.zeros_like(rounded), rounded)
+    rounded = torch.where(empty, torch.zeros_like(rounded), rounded)
     decoded = rounded.to(x.dtype) * q
-    codes = torch.where(finite & ~idle, codes, torch.zeros_like(codes))
+    codes = torch.where(finite & ~empty, codes, torch.zeros_like(codes))
     rounded = torch.where(finite, rounded, torch.full_like(rounded, float("nan")))
     return rounded[:, 0], codes, decoded, finite
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """The square root, rounded correctly: with MKL, torch's own is off by one place now and then."""
+    """Return the correctly rounded square root; torch's float32 one is not always exact with MKL."""
     if x.dtype == torch.float32:
         return x.to(torch.float64).sqrt().to(torch.float32)
     if x.device.type != "cpu":
@@ -377,7 +373,7 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _lane_sum(x: Tensor) -> Tensor:
-    """Sums of the rows of ``[blocks, n]`` as ``[blocks, 1]``, in the order that is the law."""
+    """Sum the rows of ``[blocks, n]`` to ``[blocks, 1]``, in the order that defines the result."""
     padding = -x.shape[1] % _LANES
     rows = torch.nn.functional.pad(x, (0, padding)).view(x.shape[0], -1, _LANES)
     lanes = rows[:, 0]
@@ -390,7 +386,7 @@ def _lane_sum(x: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor, quantizer: Quantizer) -> Tensor:
-    """Codes ``[blocks, n]`` as bytes ``[blocks, code_bytes(n)]``."""
+    """Pack codes ``[blocks, n]`` into bytes ``[blocks, code_bytes(n)]``."""
     blocks, numel = codes.shape
     columns = -(-numel // quantizer.planes)
     padding = columns * quantizer.planes - numel
@@ -402,13 +398,13 @@ def _pack(codes: Tensor, quantizer: Quantizer) -> Tensor:
 
 
 def _unpack(packed: Tensor, numel: int, quantizer: Quantizer) -> Tensor:
-    """The inverse of :func:`_pack`: codes ``[blocks, numel]`` as int64."""
+    """Unpack codes ``[blocks, numel]`` as int64; the inverse of :func:`_pack`."""
     columns = -(-numel // quantizer.planes)
     rows = packed.to(torch.int64).view(len(packed), quantizer.plane_bytes, columns)
     word = rows[:, 0]
     for byte in range(1, quantizer.plane_bytes):
         word = word | (rows[:, byte] << (8 * byte))
-    # Floor division and modulo, so that the sign bit of a word of eight 8-bit codes does no harm.
+    # Floor division and modulo: a word of eight 8-bit codes may have the sign bit set.
     planes = (word[:, None] // _weights(quantizer, packed.device)) % _base(quantizer)
     return planes.reshape(len(packed), -1)[:, :numel]
 
@@ -418,7 +414,7 @@ def _base(quantizer: Quantizer) -> int:
 
 
 def _weights(quantizer: Quantizer, device: torch.device) -> Tensor:
-    """What a code counts for in its column's word, by plane: ``[planes, 1]``."""
+    """Return the weight of a code in its column's word, by plane: ``[planes, 1]``."""
     base = _base(quantizer)
     powers = [base**plane for plane in range(quantizer.planes)]
     return torch.tensor(powers, device=device)[:, None]

@@ -1,12 +1,13 @@
-"""The three kernels for CUDA, fused, in Triton: one program a block, one pass over memory.
+"""The three kernels for CUDA in Triton, fused: one program per block, one pass over memory.
 
-A block is held as a tile whose rows are the planes of its packing (:mod:`effadam_hook.wire.quantizers`), so
-that packing is a sum over a column and needs no exchange between threads. Decoding makes the bits of
-:mod:`effadam_hook.kernels.reference`. Encoding sums in another order, so that a scale may differ by one
-place of a bfloat16, and with it a code on a threshold; every implementation decodes the payload alike.
+A program holds its block as a tile whose rows are the planes of the packing (see
+:mod:`effadam_hook.wire.quantizers`). Packing is then a sum over a column and needs no exchange between
+threads. Decoding is bit-identical to :mod:`effadam_hook.kernels.reference`. Encoding uses another order
+of summation, so that a scale may differ by one unit in the last place of bfloat16, and with it a code
+at a threshold; all implementations decode a payload to the same values.
 
-Nothing here waits for the device or allocates on it after the first call for a wire: where each block
-lies is a table that stays on the device, and launches go to the current stream.
+After the first call for a wire, calls neither wait for the device nor allocate memory on it: a table of
+the positions of all blocks remains on the device, and launches go to the current stream.
 """
 
 from __future__ import annotations
@@ -20,13 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effadam_hook.kernels.fusions import (
-    TABLE_CODES,
-    AdamSource,
-    Preconditioner,
-    check_arguments,
-    level_table,
-)
+from effadam_hook.kernels.arguments import check_arguments
+from effadam_hook.kernels.fusions import AdamSource, Preconditioner
+from effadam_hook.kernels.levels import TABLE_CODES, TABLE_THRESHOLDS, is_linear, level_table
 from effadam_hook.wire.layout import Chunk, Wire
 from effadam_hook.wire.quantizers import Quantizer
 
@@ -35,7 +32,6 @@ __all__ = ["decode", "encode_", "name", "reduce_encode_"]
 name = "triton"
 
 _COLUMNS = tl.constexpr(9)
-_TABLE_THRESHOLDS = 8
 _RAW_TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -46,11 +42,11 @@ _RAW_TYPES = {
 
 @dataclass(frozen=True)
 class _Table:
-    """Where the blocks of a wire, or of one of its chunks, lie.
+    """Positions of the blocks of a wire, or of one of its chunks.
 
     Attributes:
         blocks: Number of programs.
-        owner: ``[blocks]`` int32, the piece of each block.
+        owner: ``[blocks]`` int32, the index of each block's piece.
         pieces: ``[pieces, 9]`` int64: the columns of ``Piece.row()`` and the piece's first block.
         levels: ``[16 + 8]`` float32: levels by code, then thresholds.
     """
@@ -76,7 +72,7 @@ def encode_(
     preconditioner: Preconditioner | None = None,
     adam: AdamSource | None = None,
 ) -> None:
-    """See :func:`effadam_hook.kernels.reference.encode_`."""
+    """Quantize ``x + residual``; see :func:`effadam_hook.kernels.reference.encode_`."""
     check_arguments(
         wire,
         dtype,
@@ -123,7 +119,7 @@ def reduce_encode_(
     *,
     preconditioner: Preconditioner | None = None,
 ) -> None:
-    """See :func:`effadam_hook.kernels.reference.reduce_encode_`."""
+    """Average and quantize; see :func:`effadam_hook.kernels.reference.reduce_encode_`."""
     check_arguments(
         downlink,
         dtype,
@@ -171,7 +167,7 @@ def decode(
     *,
     preconditioner: Preconditioner | None = None,
 ) -> None:
-    """See :func:`effadam_hook.kernels.reference.decode`."""
+    """Dequantize; see :func:`effadam_hook.kernels.reference.decode`."""
     check_arguments(wire, dtype, bucket=out, payload=payload, preconditioner=preconditioner)
     table = _table_of(wire, out.device, None)
     if table.blocks == 0:
@@ -200,7 +196,7 @@ def _on(device: torch.device) -> Any:
 
 
 def _planes(quantizer: Quantizer) -> int:
-    """Rows of a tile that are in use: those of the packing, or 8 where there is none."""
+    """Return the number of rows of a tile in use: the planes of the packing, or 8 for raw elements."""
     return 8 if quantizer.is_raw else quantizer.planes
 
 
@@ -215,7 +211,7 @@ def _constants(wire: Wire) -> dict[str, Any]:
         "PLANE_BYTES": quantizer.plane_bytes,
         "MAGNITUDES": len(magnitudes),
         "HAS_ZERO": int(quantizer.has_zero),
-        "LINEAR": int(magnitudes == tuple(range(len(magnitudes)))),
+        "LINEAR": int(is_linear(quantizer)),
         "ABSMAX": int(wire.scale_rule == "absmax"),
         "SPREAD": quantizer.spread or 0.0,
         "TOP": magnitudes[-1] if magnitudes else 1.0,
@@ -224,14 +220,14 @@ def _constants(wire: Wire) -> dict[str, Any]:
 
 
 def _launch(wire: Wire) -> dict[str, Any]:
-    # Eight elements a thread, so that every load is wide. Without fusion of multiply and add, what is
-    # kept back is what was not sent, to the bit.
+    # Eight elements per thread, so that every load is wide. Multiply and add are not fused, so that the
+    # residual is exactly the difference to what is sent.
     threads = triton.next_power_of_2(wire.block_size) // 8
     return {"num_warps": min(8, max(1, threads // 32)), "enable_fp_fusion": False}
 
 
 def _table_of(wire: Wire, device: torch.device, server: int | None) -> _Table:
-    """The table of one chunk, or of all as they follow one another in a payload."""
+    """Return the table of one chunk, or of all chunks in the order of a payload."""
     tables = _tables.setdefault(wire, {})
     key = (device, -1 if server is None else server)
     if key not in tables:
@@ -257,9 +253,9 @@ def _make_table(wire: Wire, chunks: list[tuple[Chunk, int]], device: torch.devic
         *levels,
         *[0.0] * (TABLE_CODES - len(levels)),
         *thresholds,
-        *[0.0] * (_TABLE_THRESHOLDS - len(thresholds)),
+        *[0.0] * (TABLE_THRESHOLDS - len(thresholds)),
     )
-    # Made on the CPU, whatever torch.set_default_device says.
+    # On the CPU, whatever the default device is.
     owner = torch.repeat_interleave(
         torch.arange(len(counts), dtype=torch.int32, device="cpu"),
         torch.tensor(counts, dtype=torch.int64, device="cpu"),
@@ -270,7 +266,7 @@ def _make_table(wire: Wire, chunks: list[tuple[Chunk, int]], device: torch.devic
 
 
 def _moments_of(preconditioner: Preconditioner | None, device: torch.device) -> Tensor | None:
-    """Addresses of the second moments by slot, 0 for none; they seldom change, so they are kept."""
+    """Return the addresses of the second moments by slot, 0 for none; cached, as they rarely change."""
     if preconditioner is None:
         return None
     moments = preconditioner.second_moments
@@ -285,7 +281,7 @@ def _moments_of(preconditioner: Preconditioner | None, device: torch.device) -> 
 
 @triton.jit
 def _divide(a, b, real: tl.constexpr):
-    """Correctly rounded, like the reference."""
+    """Divide with correct rounding, as the reference does."""
     if real == tl.float64:
         quotient = a / b
     else:
@@ -295,6 +291,7 @@ def _divide(a, b, real: tl.constexpr):
 
 @triton.jit
 def _root(a, real: tl.constexpr):
+    """Take the correctly rounded square root."""
     if real == tl.float64:
         root = tl.sqrt(a)
     else:
@@ -322,7 +319,7 @@ def _is_finite(bits, real: tl.constexpr):
 
 @triton.jit
 def _limit(a, real: tl.constexpr):
-    """Within the largest magnitude, see the reference; NaN stays NaN."""
+    """Clamp to the largest magnitude of the reference; NaN remains NaN."""
     if real == tl.float64:
         largest = 1.7976931348623157e308
     else:
@@ -333,7 +330,7 @@ def _limit(a, real: tl.constexpr):
 
 @triton.jit
 def _saturate(result, operand, real: tl.constexpr):
-    """A result of a finite operand, where an infinity is an overflow; of another, the same."""
+    """Clamp the result of a finite operand, whose infinity is an overflow."""
     finite = _is_finite(_magnitude_bits(operand, real), real)
     overflow = finite & (tl.abs(result) == float("inf"))
     return tl.where(overflow, _limit(result, real), result)
@@ -341,7 +338,7 @@ def _saturate(result, operand, real: tl.constexpr):
 
 @triton.jit
 def _scale_at(pointer):
-    """A bfloat16 as a float32."""
+    """Load a bfloat16 as a float32."""
     bits = tl.load(pointer.to(tl.pointer_type(tl.uint16))).to(tl.int32)
     return (bits << 16).to(tl.float32, bitcast=True)
 
@@ -376,7 +373,7 @@ def _read_levels(
     MAGNITUDES: tl.constexpr,
     LINEAR: tl.constexpr,
 ):
-    """The levels of the elements ``plane * width + column`` of a block."""
+    """Read the levels of the elements ``plane * width + column`` of a block."""
     if PLANE_BYTES == 8:
         code = tl.load(codes + plane * width + column, mask=live, other=0).to(tl.int32)
     else:
@@ -394,9 +391,9 @@ def _read_levels(
 
 @triton.jit
 def _divisor(moments, slot, offset, i, live, numel, real: tl.constexpr):
-    """See `Preconditioner`; 1 where the slot has no second moments."""
+    """Return the divisor of `Preconditioner`; 1 if the slot has no second moments."""
     address = tl.load(moments + slot)
-    # Masks of the tile's shape: the interpreter takes no broadcast of a single truth value.
+    # Masks of the tile's shape: the interpreter does not broadcast a single truth value.
     present = live & (tl.zeros_like(i) + address != 0)
     v = tl.load(address.to(tl.pointer_type(real)) + offset + i, mask=present, other=0.0)
     floor = _divide(tl.sum(v), numel.to(real), real) * tl.full((), 1e-3, real)
@@ -410,7 +407,7 @@ def _divisor(moments, slot, offset, i, live, numel, real: tl.constexpr):
 
 
 @triton.jit
-def _emit(
+def _quantize(
     value,
     plane,
     column,
@@ -431,7 +428,10 @@ def _emit(
     TOP: tl.constexpr,
     LARGEST_SCALE: tl.constexpr,
 ):
-    """Steps [1] to [4] of `quantizers` for a tile: what it decodes to, and where it is finite."""
+    """Quantize a tile, steps [1] to [4] of `wire.quantizers`, and write its scale and codes.
+
+    Returns the decoded values, and a mask of the elements to keep: those of a finite block.
+    """
     magnitudes = _magnitude_bits(value, real)
     largest_bits = tl.max(tl.where(live, magnitudes, 0))
     finite = _is_finite(largest_bits, real)
@@ -494,10 +494,77 @@ def _emit(
         for byte in tl.static_range(PLANE_BYTES):
             packed = ((word >> (8 * byte)) & 255).to(tl.uint8)
             tl.store(codes_out + byte * width + columns, packed, mask=columns < width)
-    sent = (scale_bits << 16).to(tl.float32, bitcast=True).to(real) * q
-    # A mask of the tile's shape: the interpreter takes no broadcast of a single truth value.
+    decoded = (scale_bits << 16).to(tl.float32, bitcast=True).to(real) * q
+    # A mask of the tile's shape: the interpreter does not broadcast a single truth value.
     kept = live & _is_finite(tl.zeros_like(magnitudes) + largest_bits, real)
-    return tl.where(usable, sent, 0.0), kept
+    return tl.where(usable, decoded, 0.0), kept
+
+
+@triton.jit
+def _encode_block(
+    total,
+    divisor,
+    residual,
+    at,
+    piece,
+    block,
+    payload,
+    data,
+    plane,
+    column,
+    width,
+    live,
+    numel,
+    table,
+    real: tl.constexpr,
+    SIZE: tl.constexpr,
+    PLANES: tl.constexpr,
+    PLANE_BYTES: tl.constexpr,
+    MAGNITUDES: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    LINEAR: tl.constexpr,
+    ABSMAX: tl.constexpr,
+    SPREAD: tl.constexpr,
+    TOP: tl.constexpr,
+    LARGEST_SCALE: tl.constexpr,
+):
+    """Quantize a tile plus its residual, in units of the divisor if there is one; keep the error.
+
+    Returns a mask of the elements to keep: those of a finite block.
+    """
+    if residual is not None:
+        term = total
+        total = _saturate(term + tl.load(residual + at, mask=live, other=0.0), term, real)
+    value = total
+    if divisor is not None:
+        value = _saturate(_divide(total, divisor, real), total, real)
+    code_bytes = (SIZE + PLANES - 1) // PLANES * PLANE_BYTES
+    sent, kept = _quantize(
+        value,
+        plane,
+        column,
+        width,
+        live,
+        numel,
+        payload + tl.load(piece + 4) + 2 * block,
+        data + block * code_bytes,
+        table,
+        real,
+        PLANES,
+        PLANE_BYTES,
+        MAGNITUDES,
+        HAS_ZERO,
+        LINEAR,
+        ABSMAX,
+        SPREAD,
+        TOP,
+        LARGEST_SCALE,
+    )
+    if divisor is not None:
+        sent = _limit(sent * divisor, real)
+    if residual is not None:
+        tl.store(residual + at, total - sent, mask=kept)
+    return kept
 
 
 @triton.jit
@@ -554,7 +621,7 @@ def _encode_kernel(
         total = _divide(
             tl.where(nothing, 0.0, numerator), tl.where(nothing, 1.0, denominator), real
         )
-        # An infinite v makes an update of zero: it must not pass for a finite one.
+        # An infinite v makes an update of zero, which must not count as finite.
         second_finite = _is_finite(_magnitude_bits(v, real), real)
         total = tl.where(second_finite, total, float("nan"))
 
@@ -568,25 +635,26 @@ def _encode_kernel(
         out = (data + first * RAW_BYTES).to(tl.pointer_type(RAW))
         tl.store(out + i, total.to(RAW), mask=live)
     elif MAGNITUDES > 0:
-        if residual is not None:
-            term = total
-            total = _saturate(term + tl.load(residual + at, mask=live, other=0.0), term, real)
-        value = total
+        divisor = None
         if moments is not None:
             divisor = _divisor(moments, slot, tl.load(piece + 7) + first, i, live, numel, real)
-            value = _saturate(_divide(total, divisor, real), total, real)
-        code_bytes = (SIZE + PLANES - 1) // PLANES * PLANE_BYTES
-        sent, kept = _emit(
-            value,
+        kept = _encode_block(
+            total,
+            divisor,
+            residual,
+            at,
+            piece,
+            block,
+            payload,
+            data,
             plane,
             column,
             width,
             live,
             numel,
-            payload + tl.load(piece + 4) + 2 * block,
-            data + block * code_bytes,
             table,
             real,
+            SIZE,
             PLANES,
             PLANE_BYTES,
             MAGNITUDES,
@@ -597,10 +665,6 @@ def _encode_kernel(
             TOP,
             LARGEST_SCALE,
         )
-        if moments is not None:
-            sent = _limit(sent * divisor, real)
-        if residual is not None:
-            tl.store(residual + at, total - sent, mask=kept)
         if exp_avg is not None:
             tl.store(exp_avg + at, m, mask=kept)
             tl.store(exp_avg_sq + at, v, mask=kept)
@@ -695,6 +759,7 @@ def _reduce_encode_kernel(
                 )
             total += _divide(scale, share.to(real), real) * level.to(real)
         chunk += stride
+    divisor = None
     if moments is not None:
         divisor = _divisor(moments, slot, tl.load(piece + 7) + first, i, live, numel, real)
         total = tl.where(source_raw, total, _limit(total * divisor, real))
@@ -704,24 +769,23 @@ def _reduce_encode_kernel(
         out = (data + first * RAW_BYTES).to(tl.pointer_type(RAW))
         tl.store(out + i, total.to(RAW), mask=live)
     elif MAGNITUDES > 0:
-        if residual is not None:
-            term = total
-            total = _saturate(term + tl.load(residual + at, mask=live, other=0.0), term, real)
-        value = total
-        if moments is not None:
-            value = _saturate(_divide(total, divisor, real), total, real)
-        code_bytes = (SIZE + PLANES - 1) // PLANES * PLANE_BYTES
-        sent, kept = _emit(
-            value,
+        _encode_block(
+            total,
+            divisor,
+            residual,
+            at,
+            piece,
+            block,
+            payload,
+            data,
             plane,
             column,
             width,
             live,
             numel,
-            payload + tl.load(piece + 4) + 2 * block,
-            data + block * code_bytes,
             table,
             real,
+            SIZE,
             PLANES,
             PLANE_BYTES,
             MAGNITUDES,
@@ -732,10 +796,6 @@ def _reduce_encode_kernel(
             TOP,
             LARGEST_SCALE,
         )
-        if moments is not None:
-            sent = _limit(sent * divisor, real)
-        if residual is not None:
-            tl.store(residual + at, total - sent, mask=kept)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The optimizer of update mode, and the schedules of generic Adam."""
+"""The optimizer of update mode, its arithmetic, and the schedules of generic Adam."""
 
 from effadam_hook.optim.efficient_adam import EfficientAdam
 

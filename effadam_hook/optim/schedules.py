@@ -1,7 +1,7 @@
 """Schedules of generic Adam, and a check of the conditions under which it converges.
 
-Generic Adam has a base learning rate α_t and second-moment weights θ_t (β2 by step). Convergence is
-guaranteed if
+Generic Adam has a base learning rate α_t and a weight θ_t of the second moment (β2 by step). It
+converges if
 
 1. ``0 ≤ β_t ≤ β < 1`` for the first moment's weight;
 2. θ_t lies in (0, 1) and does not decrease;
@@ -26,11 +26,11 @@ class Schedule(Protocol):
     """α_t and θ_t by step."""
 
     def alpha(self, step: int) -> float:
-        """The base learning rate of a step, from 1."""
+        """Return the base learning rate of a step, counted from 1."""
         ...
 
     def theta(self, step: int) -> float:
-        """The second moment's weight of a step, from 1."""
+        """Return the weight of the second moment in a step, counted from 1."""
         ...
 
 
@@ -42,9 +42,9 @@ class PowerSchedule:
 
     Attributes:
         alpha0: α at the first step, above 0.
-        s: How fast α falls, 0 or more.
+        s: Exponent with which α decreases, 0 or more.
         theta0: ``1 - θ`` at the first step, above 0 and at most 1.
-        r: How fast θ approaches 1, 0 or more.
+        r: Exponent with which θ approaches 1, 0 or more.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -66,22 +66,22 @@ class PowerSchedule:
                 raise ValueError(f"Invalid {name}: {value}. Must be {rule}.")
 
     def alpha(self, step: int) -> float:
-        """``alpha0 / step^s``."""
+        """Return ``alpha0 / step^s``."""
         return float(self.alpha0 / step**self.s)
 
     def theta(self, step: int) -> float:
-        """``1 - theta0 / step^r``."""
+        """Return ``1 - theta0 / step^r``."""
         return float(1 - self.theta0 / step**self.r)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition's outcome.
+    """The outcome of one condition.
 
     Attributes:
-        holds: Whether it holds, as far as the horizon shows.
-        value: The number that decided it.
-        meaning: What the number is, and its rule.
+        holds: Whether it holds up to the horizon.
+        value: The number on which the outcome depends.
+        meaning: A description of the number, and the rule that it must satisfy.
     """
 
     holds: bool
@@ -97,7 +97,7 @@ class ConvergenceReport:
         first_moment: β is below 1.
         second_moment: θ_t is in (0, 1) and does not decrease.
         almost_non_increasing: χ_t is almost non-increasing.
-        vanishing: The weighted sum of steps vanishes.
+        vanishing: The weighted sum of steps tends to 0.
     """
 
     first_moment: Condition
@@ -107,7 +107,7 @@ class ConvergenceReport:
 
     @property
     def holds(self) -> bool:
-        """Whether all four do."""
+        """Return whether all four conditions hold."""
         return all(condition.holds for condition in vars(self).values())
 
     def __str__(self) -> str:
@@ -120,15 +120,15 @@ class ConvergenceReport:
 
 
 def check_convergence(schedule: Schedule, horizon: int, beta: float = 0.9) -> ConvergenceReport:
-    """Say which conditions of generic Adam a schedule meets, with numbers.
+    """Check which conditions of generic Adam a schedule meets.
 
-    Conditions 3 and 4 are about limits; what can be computed is the trend up to ``horizon``. Condition
-    3 is taken to hold if the C it needs does not grow by more than 1 % over the second half of the
+    Conditions 3 and 4 concern limits; the check computes the trend up to ``horizon``. Condition 3
+    counts as met if the necessary C does not grow by more than 1 % over the second half of the
     horizon, condition 4 if its quantity falls by at least 1 % from half the horizon to the horizon.
 
     Args:
         schedule: α_t and θ_t.
-        horizon: Number of steps to look at, at least 16.
+        horizon: Number of steps to evaluate, at least 16.
         beta: The largest weight of the first moment.
 
     Returns:
@@ -152,7 +152,7 @@ def check_convergence(schedule: Schedule, horizon: int, beta: float = 0.9) -> Co
         spread = math.sqrt(max(1 - theta, 0.0))
         chi = alpha / spread if spread else math.inf
         running_min = min(running_min, chi)
-        # The smallest C for which the running minimum serves as a_t.
+        # The smallest C for which the running minimum is a valid a_t.
         constant = max(constant, chi / running_min)
         total += alpha * spread
         if step == half:

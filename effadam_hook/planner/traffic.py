@@ -26,15 +26,10 @@ from functools import lru_cache
 
 from effadam_hook.exchange.topology import TOPOLOGIES, Leg
 from effadam_hook.planner.method import Method
-from effadam_hook.wire.layout import (
-    REPLICA_CHECK_BYTES,
-    aligned,
-    cut,
-    part_numel,
-    share_of,
-    turn_of,
-)
+from effadam_hook.wire.layout import REPLICA_CHECK_BYTES, aligned
+from effadam_hook.wire.parts import cut, part_numel
 from effadam_hook.wire.quantizers import SCALE_BYTES, get_quantizer
+from effadam_hook.wire.shares import share_of, turn_of
 
 __all__ = [
     "ParameterSize",
@@ -145,9 +140,9 @@ def payload_bytes(
         block_size: Number of elements that share a scale.
 
     Returns:
-        Bytes, equal to those of :func:`effadam_hook.wire.layout.lay_out_bucket`. If parameters times servers
-        exceed 200,000, the chunks are assumed to be of equal size, as incomplete blocks are then
-        distributed evenly.
+        Bytes, equal to those of :func:`effadam_hook.wire.layout.lay_out_bucket`. If parameters times
+        servers exceed 200,000, the chunks are assumed to be of equal size, as incomplete blocks are
+        then distributed evenly.
     """
     return _payload_bytes(tuple(bucket), quantizer, servers, block_size)
 

@@ -19,7 +19,8 @@ from effadam_hook.exchange.topology import Topology
 from effadam_hook.feedback.residuals import Place, Residuals
 from effadam_hook.feedback.unused import UnusedInput, UnusedMean
 from effadam_hook.kernels import Kernels
-from effadam_hook.modes.all_modes import GradientContent
+from effadam_hook.kernels.arguments import compute_dtype
+from effadam_hook.modes import Content
 from effadam_hook.wire.layout import BucketLayout
 
 __all__ = ["BucketBuffers"]
@@ -55,7 +56,7 @@ class BucketBuffers:
         device: torch.device,
         worker: Residuals | None,
         server: Residuals | None,
-        content: GradientContent,
+        content: Content,
         parameters: Sequence[Tensor],
         check_every_step: bool,
         run_id: str = "",
@@ -70,7 +71,7 @@ class BucketBuffers:
         self._content = content
         self._parameters = list(parameters)
         self.bucket = torch.empty(0, dtype=dtype, device=device)
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        precise = compute_dtype(dtype)
 
         def payload(rows: int, stride_bytes: int) -> Tensor:
             return torch.zeros(rows, stride_bytes, dtype=torch.uint8, device=device)
@@ -111,7 +112,7 @@ class BucketBuffers:
 
     @property
     def averages_first(self) -> bool:
-        """Whether the bucket is averaged densely before the exchange of this step."""
+        """Return whether the bucket is averaged densely before the exchange of this step."""
         return self._content.averages_first
 
     def load(

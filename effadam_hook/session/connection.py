@@ -91,7 +91,7 @@ class Connection:
 
     @property
     def has_topology(self) -> bool:
-        """Whether the servers are known."""
+        """Return whether the servers are known."""
         return self._topology is not None or self._config.topology != AUTO
 
     @property

@@ -31,11 +31,11 @@ from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
-from effadam_hook.modes.all_modes import GradientMode, Mode
+from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.connection import Connection
-from effadam_hook.session.stats import Counters
+from effadam_hook.wire.counters import Counters
 
 __all__ = ["ExchangeSession", "exchange_all"]
 
@@ -251,7 +251,7 @@ class ExchangeSession:
         self.counters.count(size, size, size)
         if self._dense is None:
             self._dense = DenseExchange(self.group, self.connection.watchdog)
-        also = self.mode.averaged(tensors, flat)
+        also = self.mode.begin_dense(tensors, flat)
         return self._dense.submit(f"bucket {index}", flat, also)
 
     def refuse(self, index: int, flat: Tensor) -> Future[Tensor]:

@@ -31,7 +31,7 @@ _QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
 
 @dataclass
 class Tally:
-    """What was injected, and what became of it.
+    """Faults that were injected, and their outcome.
 
     Attributes:
         runs: Fuzzed runs.
@@ -176,7 +176,7 @@ def _judge(tally: Tally, case: Case, name: str, reports: list[Report]) -> None:
 
 
 def _kinds(case: Case) -> str:
-    """What is special about a case."""
+    """List the special properties of a case."""
     kinds = {
         "unused": case.unused,
         case.rebuild: case.resumed >= 0,

@@ -1,4 +1,4 @@
-"""What a fuzzed run consists of: everything is drawn from one seed, the same on every rank."""
+"""A fuzzed run: everything is drawn from one seed, the same on every rank."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _ENDINGS = (
 ENDINGS = {ending.name: ending for ending in _ENDINGS}
 
 LOSSES = ("rank killed", "rank stopped", "rank exits before its first backward")
-"""How a rank is lost, each in a run of its own."""
+"""Ways in which a rank is lost, each in a run of its own."""
 
 REBUILDS = (
     "resumed from each rank's own file",
@@ -73,7 +73,7 @@ REBUILDS = (
     "resumed under another wrapper",
     "resumed on more ranks",
 )
-"""How model and state are built anew in the middle of a run."""
+"""Ways in which model and state are rebuilt in the middle of a run."""
 
 WRAPPERS = ("", "_orig_mod", "_checkpoint_wrapped_module")
 """Attributes under which wrappers hold a module: those of torch.compile and of checkpointing."""
@@ -133,15 +133,15 @@ class Case:
 
     @property
     def updates(self) -> bool:
-        """Whether Adam updates travel."""
+        """Return whether Adam updates are exchanged."""
         return self.mode in ("update", "weights")
 
     def is_alone(self, step: int) -> bool:
-        """Whether every rank trains alone at a step, with the data of rank 0."""
+        """Return whether every rank trains alone at a step, with the data of rank 0."""
         return step < self.resumed and self.rebuild == "resumed on more ranks"
 
     def uses(self, step: int, rank: int, parameter: int) -> bool:
-        """Whether a rank's forward uses a parameter."""
+        """Return whether a rank's forward uses a parameter."""
         return parameter not in self.unused.get((step, 0 if self.is_alone(step) else rank), ())
 
 
@@ -252,7 +252,7 @@ def _draw_kinds(
     steps: int,
     world_size: int,
 ) -> dict[str, Any]:
-    """What happens in a run that goes on to its end; ``static_graph`` is DDP's."""
+    """Draw the events of a run that reaches its end; ``static_graph`` is DDP's."""
     gradient = mode == "gradient"
     kinds: dict[str, Any] = {
         "static_graph": False,
@@ -306,7 +306,7 @@ def _draw_unused(
 
 
 def gradients(case: Case, rank: int, step: int) -> list[Tensor | None]:
-    """What a rank's backward yields at a step.
+    """Draw the gradients of a rank at a step.
 
     Args:
         case: The run.

@@ -103,7 +103,7 @@ class InflightBucket:
 
     @property
     def is_over(self) -> bool:
-        """Whether the future is complete."""
+        """Return whether the future is complete."""
         return self._ended.locked()
 
     def succeed(self) -> None:

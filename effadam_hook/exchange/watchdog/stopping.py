@@ -50,7 +50,7 @@ class Stopping:
 
     @property
     def is_running(self) -> bool:
-        """Whether the exchange runs, so that waiting for other ranks is useful."""
+        """Return whether the exchange runs, so that waiting for other ranks is useful."""
         return self.failure is None and not self.is_closing
 
     def on_failure(self, action: Callable[[], None]) -> None:

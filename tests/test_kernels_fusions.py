@@ -1,4 +1,4 @@
-"""Preconditioned gradients and Adam updates, fused with the quantizer."""
+"""Preconditioned gradients and Adam updates in the kernels."""
 
 from __future__ import annotations
 
@@ -177,8 +177,8 @@ def test_preconditioning_loses_nothing(kernels: Kernels, dtype: torch.dtype) -> 
 
 
 @each
-def test_preconditioning_spends_the_levels_on_what_matters(kernels: Kernels) -> None:
-    """Relative to sqrt(v), the error is smaller than without, where v varies."""
+def test_preconditioning_lowers_the_error_relative_to_the_second_moment(kernels: Kernels) -> None:
+    """Compare the error relative to sqrt(v) with that without preconditioning, where v varies."""
     layout = layout_of((4096,), "lloyd2")
     v = torch.rand(4096) ** 8 + 1e-6
     x = torch.randn(4096) * v.sqrt()
@@ -192,10 +192,10 @@ def test_preconditioning_spends_the_levels_on_what_matters(kernels: Kernels) -> 
 
 
 @each
-def test_wrong_sources_are_refused(kernels: Kernels) -> None:
+def test_wrong_fusions_are_refused(kernels: Kernels) -> None:
     layout = layout_of((10, 6), "lloyd4")
     x, residual = torch.zeros(16), torch.zeros(16)
-    with pytest.raises(ValueError, match=r"Invalid second_moments: 1 of them\. Must be 2"):
+    with pytest.raises(ValueError, match=r"Invalid length of second_moments: 1\. Must be 2"):
         encode(kernels, layout.uplink, x, preconditioner=Preconditioner((None,)))
     short = Preconditioner((torch.zeros(9), None))
     with pytest.raises(ValueError, match=r"Invalid shape of second_moments\[0\]: \(9,\)"):
