@@ -1,7 +1,7 @@
 """The architecture: imports go one way, each hazard has one home, and the documents show the tree.
 
-The ladder below and the first lines of the modules are the source of the tables in ``CONTRIBUTING.md`` and
-``docs/architecture.md``. After a change of either::
+The ladder below and the first lines of the modules are the source of the tables in
+``CONTRIBUTING.md`` and ``docs/architecture.md``. After a change of either::
 
     python tests/test_architecture.py       # rewrites the tables
 """
@@ -197,7 +197,7 @@ def find_imports(tree: ast.Module, name: str, is_package: bool) -> Iterator[Impo
 
 
 def own_target(target: str, modules: Modules) -> str | None:
-    """The module of these packages that an imported name lives in, whether or not the file exists."""
+    """The module of these packages that an imported name lives in; its file may be missing."""
     if target.partition(".")[0] not in PACKAGES:
         return None
     parts = target.split(".")
