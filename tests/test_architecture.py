@@ -209,7 +209,7 @@ def own_target(target: str, modules: Modules) -> str | None:
 
 
 def is_within(name: str, entries: Iterable[str]) -> bool:
-    """Whether a module is one of the entries, or inside one; the top package stands for itself alone."""
+    """The module of these packages that an imported name lives in, even where its file is missing."""
     return any(
         name == entry or (name.startswith(f"{entry}.") and entry != "effadam_hook")
         for entry in entries
