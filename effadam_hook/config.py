@@ -1,4 +1,4 @@
-"""The validated, frozen configuration of an exchange, the same on every rank."""
+"""Validated and frozen options of an exchange, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from effadam_hook.exchange.topology import AUTO, TOPOLOGIES
+from effadam_hook.options import DEFAULTS, StateOptions
 from effadam_hook.wire.names import nearest_names
 from effadam_hook.wire.quantizers import SCALE_RULES, Quantizer, get_quantizer
 
@@ -22,31 +23,55 @@ _MOST_NAMES = 5
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that the ranks must agree on before they exchange anything.
+    """Options that must be equal on all ranks.
 
     Attributes:
-        worker_quantizer: Name of the uplink's quantizer.
-        server_quantizer: Name of the downlink's quantizer.
-        scale_rule: ``"least_squares"`` or ``"absmax"``.
-        block_size: Elements that share a scale: a power of two from 16 to 4096.
+        worker_quantizer: Name of the quantizer of the uplink.
+        server_quantizer: Name of the quantizer of the downlink.
+        scale_rule: Rule for the scale of a block, ``"least_squares"`` or ``"absmax"``.
+        block_size: Number of elements that share a scale, a power of two from 16 to 4096.
         topology: ``"rank0"``, ``"sharded"`` or ``"auto"``.
-        error_feedback: Whether what a quantizer dropped is added to its next input.
-        exact: Which parameters travel uncompressed. ``"1d"`` means those with at most one
-            dimension, ``"<N"`` those with fewer than N elements, anything else is a shell pattern
+        error_feedback: Whether the error of a quantizer is added to its next input.
+        exact: Rules for parameters that are sent uncompressed. ``"1d"`` selects those with at most one
+            dimension, ``"<N"`` those with fewer than N elements. All other rules are shell patterns
             for parameter names, such as ``"*.norm*"``. A pattern may match any name of a tied
-            parameter, with or without the components that wrappers insert, and must match at least
+            parameter, with or without the components that wrappers insert. It must match at least
             one parameter of the model.
-        warmup_steps: Backward passes with a dense all-reduce before compression starts.
+        warmup_steps: Number of backward passes with a dense all-reduce before compression starts.
     """
 
-    worker_quantizer: str = "lloyd4"
-    server_quantizer: str = "lloyd4"
-    scale_rule: str = "least_squares"
-    block_size: int = 256
-    topology: str = "rank0"
-    error_feedback: bool = True
-    exact: tuple[str, ...] = ("1d",)
-    warmup_steps: int = 0
+    worker_quantizer: str = DEFAULTS["quantizer"]
+    server_quantizer: str = DEFAULTS["quantizer"]
+    scale_rule: str = DEFAULTS["scale_rule"]
+    block_size: int = DEFAULTS["block_size"]
+    topology: str = DEFAULTS["topology"]
+    error_feedback: bool = DEFAULTS["error_feedback"]
+    exact: tuple[str, ...] = tuple(DEFAULTS["exact"])
+    warmup_steps: int = DEFAULTS["warmup_steps"]
+
+    @classmethod
+    def from_options(cls, options: StateOptions) -> Config:
+        """Create the configuration from a user's options.
+
+        Args:
+            options: All options of the state.
+
+        Raises:
+            ValueError: If the value of an option is invalid.
+            TypeError: If an option has the wrong type.
+        """
+        quantizer, exact = options["quantizer"], options["exact"]
+        uplink, downlink = options["worker_quantizer"], options["server_quantizer"]
+        return cls(
+            worker_quantizer=quantizer if uplink is None else uplink,
+            server_quantizer=quantizer if downlink is None else downlink,
+            scale_rule=options["scale_rule"],
+            block_size=options["block_size"],
+            topology=options["topology"],
+            error_feedback=options["error_feedback"],
+            exact=tuple(exact) if isinstance(exact, list) else exact,
+            warmup_steps=options["warmup_steps"],
+        )
 
     def __post_init__(self) -> None:
         get_quantizer(self.worker_quantizer)
@@ -80,29 +105,26 @@ class Config:
 
     @property
     def uplink(self) -> Quantizer:
-        """The quantizer from workers to servers."""
+        """Return the quantizer from workers to servers."""
         return get_quantizer(self.worker_quantizer)
 
     @property
     def downlink(self) -> Quantizer:
-        """The quantizer from servers to workers."""
+        """Return the quantizer from servers to workers."""
         return get_quantizer(self.server_quantizer)
 
     @property
     def name_patterns(self) -> tuple[str, ...]:
-        """The rules of ``exact`` that are patterns for parameter names."""
+        """Return the rules of ``exact`` that are patterns for parameter names."""
         return tuple(rule for rule in self.exact if rule != "1d" and not rule.startswith("<"))
 
     def is_exact(self, names: Collection[str], ndim: int, numel: int) -> bool:
-        """Whether a parameter travels uncompressed.
+        """Return whether a rule of ``exact`` selects a parameter.
 
         Args:
             names: All names of the parameter; a pattern may match any of them.
-            ndim: Its number of dimensions.
-            numel: Its number of elements.
-
-        Returns:
-            True if any rule of ``exact`` takes it in.
+            ndim: Number of dimensions of the parameter.
+            numel: Number of elements of the parameter.
         """
         return any(
             ndim <= 1
@@ -120,7 +142,7 @@ class Config:
             names: All names of the model's parameters.
 
         Raises:
-            ValueError: If a pattern matches none of them.
+            ValueError: If a pattern matches no name.
         """
         for rule in self.name_patterns:
             if any(fnmatchcase(name, rule) for name in names):
@@ -134,7 +156,7 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for comparison between ranks and for saved states."""
+        """Return plain values, for comparison between ranks and for saved states."""
         return {**asdict(self), "exact": list(self.exact)}
 
 

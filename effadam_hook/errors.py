@@ -1,8 +1,8 @@
-"""The exceptions of this package.
+"""Exceptions of this package.
 
-Wrong arguments raise the usual :class:`ValueError` or :class:`TypeError`. What goes wrong between
-ranks, or between a running program and a saved state, raises :class:`EffAdamError` or one of its
-children, so that a training loop can tell them from its own errors.
+Invalid arguments raise :class:`ValueError` or :class:`TypeError`. Errors between ranks, and between
+a running program and a saved state, raise :class:`EffAdamError` or a subclass, so that a training
+loop can distinguish them from its own errors.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ __all__ = [
 
 
 class EffAdamError(RuntimeError):
-    """Something went wrong in the exchange between ranks, or in the use of its state."""
+    """Error in the exchange between ranks, or in the use of its state."""
 
 
 class UnsupportedBackendError(EffAdamError):
-    """The process group's backend cannot carry compressed buckets."""
+    """Backend of a process group that cannot exchange compressed buckets."""
 
 
 class DisagreementError(EffAdamError):
-    """The ranks do not run the same configuration, versions or model."""
+    """Difference between the options, versions or models of the ranks."""
 
 
 class StateMismatchError(EffAdamError):
-    """A saved state does not fit the running one; the running one was left untouched."""
+    """Saved state that does not fit the running one, which is unchanged."""
 
 
 class CommandError(RuntimeError):
-    """The ``effadam`` command or a benchmark cannot run as requested; the message is for the user."""
+    """Request that the ``effadam`` command or a benchmark cannot fulfil."""
 
 
 class UserCodeError(RuntimeError):
-    """The user's own code raised within the command; the cause is the original error."""
+    """Error in the user's code within the command; the cause is the original error."""

@@ -1,13 +1,55 @@
-"""Options of the hook: names, types and descriptions, for everything that accepts them."""
+"""Options of the hook: names, types, defaults and descriptions, for everything that accepts them.
+
+A function or class accepts the options as ``**options: Unpack[HookOptions]``. :func:`accepts_options`
+writes them into its signature and docstring, where ``help()``, editors and LightningCLI read them, and
+:func:`complete_options` refuses unknown names and adds the defaults. A further option is one attribute,
+one description and one default in this file.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
-from typing import TypedDict, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_type_hints
 
-__all__ = ["HookOptions", "StateOptions", "describe_options", "document_options"]
+__all__ = [
+    "DEFAULTS",
+    "HookOptions",
+    "QuantizerName",
+    "ScaleRuleName",
+    "StateOptions",
+    "TopologyName",
+    "accepts_options",
+    "complete_options",
+    "describe_options",
+    "state_options",
+    "unknown_option",
+]
 
-_PLACEHOLDER = re.compile(r"^(?P<indent> *)\{options\}$", re.M)
+QuantizerName = Literal[
+    "uniform8",
+    "uniform4",
+    "uniform3",
+    "log4",
+    "log3",
+    "lloyd4",
+    "lloyd3",
+    "lloyd2",
+    "ternary",
+    "sign",
+    "none",
+]
+"""Keys of :data:`effadam_hook.wire.quantizers.QUANTIZERS`."""
+
+TopologyName = Literal["rank0", "sharded", "auto"]
+"""Values of :data:`effadam_hook.config.TOPOLOGY_NAMES`."""
+
+ScaleRuleName = Literal["least_squares", "absmax"]
+"""Values of :data:`effadam_hook.wire.quantizers.SCALE_RULES`."""
+
+_PLACEHOLDER = re.compile(r"^(?P<indent> *)\*\*options: .*$", re.M)
 _T = TypeVar("_T")
 
 
@@ -39,16 +81,16 @@ class StateOptions(TypedDict, total=False):
             their state; None for the time-out of the process group. Default: ``None``.
     """
 
-    quantizer: str
-    worker_quantizer: str | None
-    server_quantizer: str | None
+    quantizer: QuantizerName
+    worker_quantizer: QuantizerName | None
+    server_quantizer: QuantizerName | None
     block_size: int
-    topology: str
+    topology: TopologyName
     error_feedback: bool
     exact: tuple[str, ...] | list[str]
     warmup_steps: int
     enabled: bool
-    scale_rule: str
+    scale_rule: ScaleRuleName
     wait_timeout_s: float | None
 
 
@@ -75,20 +117,82 @@ class HookOptions(StateOptions, total=False):
     quantize_weights: bool
 
 
-def describe_options(options: type = HookOptions) -> dict[str, str]:
+DEFAULTS: HookOptions = {
+    "quantizer": "lloyd4",
+    "worker_quantizer": None,
+    "server_quantizer": None,
+    "block_size": 256,
+    "topology": "rank0",
+    "error_feedback": True,
+    "exact": ("1d",),
+    "warmup_steps": 0,
+    "enabled": True,
+    "scale_rule": "least_squares",
+    "wait_timeout_s": None,
+    "auto": False,
+    "precondition": False,
+    "quantize_weights": False,
+}
+"""Default of every option."""
+
+
+def complete_options(given: Mapping[str, Any], kind: type[_T], beside: Collection[str] = ()) -> _T:
+    """Add the defaults to options.
+
+    Args:
+        given: Options by name.
+        kind: :class:`HookOptions` or :class:`StateOptions`.
+        beside: Names of further parameters of the caller, for the suggestion.
+
+    Returns:
+        All options of this kind.
+
+    Raises:
+        TypeError: If an option is unknown.
+    """
+    names = _hints(kind)
+    for name in given:
+        if name not in names:
+            raise unknown_option(name, [*names, *beside])
+    values: Mapping[str, Any] = DEFAULTS
+    return cast(_T, {**{name: values[name] for name in names}, **given})
+
+
+def state_options(options: HookOptions) -> StateOptions:
+    """Return the options of the state among those of the hook."""
+    names = _hints(StateOptions)
+    return cast(StateOptions, {name: value for name, value in options.items() if name in names})
+
+
+def unknown_option(name: str, known: Collection[str], rule: str = "") -> TypeError:
+    """Return the error for an unknown option.
+
+    Args:
+        name: Name that was given.
+        known: Names that exist.
+        rule: Sentence for the message if no known name is similar; the list of the names by default.
+    """
+    close = get_close_matches(name, sorted(known), n=1)
+    if close:
+        return TypeError(f"Unknown option {name!r}. Did you mean {close[0]!r}?")
+    rule = rule or f"Must be one of {', '.join(known)}."
+    return TypeError(f"Unknown option {name!r}. {rule}")
+
+
+def describe_options(kind: type = HookOptions) -> dict[str, str]:
     """Return the descriptions of options.
 
     Args:
-        options: :class:`HookOptions` or :class:`StateOptions`.
+        kind: :class:`HookOptions` or :class:`StateOptions`.
 
     Returns:
         The descriptions from the docstrings, by name. Lines keep their indentation relative to the
         name. Empty if Python runs without docstrings.
     """
-    kinds = (StateOptions, HookOptions) if options is HookOptions else (options,)
+    kinds = (StateOptions, HookOptions) if kind is HookOptions else (kind,)
     entries: dict[str, str] = {}
-    for kind in kinds:
-        _, _, attributes = (kind.__doc__ or "").partition("Attributes:\n")
+    for one in kinds:
+        _, _, attributes = (one.__doc__ or "").partition("Attributes:\n")
         for entry in re.split(r"\n(?= {8}\w)", attributes.rstrip()):
             name, colon, text = entry.strip().partition(": ")
             if colon:
@@ -96,20 +200,58 @@ def describe_options(options: type = HookOptions) -> dict[str, str]:
     return entries
 
 
-def document_options(documented: _T) -> _T:
-    """Replace the line ``{options}`` of a docstring by the descriptions of :class:`HookOptions`.
+def accepts_options(kind: type) -> Callable[[_T], _T]:
+    """Write options into the signature and the docstring of a function or class.
+
+    In the signature the options are keywords with types and defaults; they replace ``**options``, and
+    precede other keyword arguments such as ``**ddp_options``. In the docstring their descriptions
+    replace the line that begins with ``**options:``.
 
     Args:
-        documented: Class or function with such a docstring.
+        kind: :class:`HookOptions` or :class:`StateOptions`.
 
     Returns:
-        The same object.
+        A decorator, which returns the function or class itself.
     """
-    text = documented.__doc__
+
+    def decorate(accepting: _T) -> _T:
+        target: Any = accepting
+        function = vars(target)["__init__"] if isinstance(target, type) else target
+        _extend_signature(function, kind)
+        target.__doc__ = _with_descriptions(target.__doc__, kind)
+        return accepting
+
+    return decorate
+
+
+def _extend_signature(function: Any, kind: type) -> None:
+    hints, values = _hints(kind), cast(Mapping[str, Any], DEFAULTS)
+    signature = inspect.signature(function)
+    own = [one for name, one in signature.parameters.items() if name != "options"]
+    last = [one for one in own if one.kind is one.VAR_KEYWORD]
+    listed = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=values[name], annotation=hint
+        )
+        for name, hint in hints.items()
+    ]
+    first = [one for one in own if one not in last]
+    function.__signature__ = signature.replace(parameters=[*first, *listed, *last])
+    annotations = {
+        name: hint for name, hint in function.__annotations__.items() if name != "options"
+    }
+    function.__annotations__ = {**annotations, **hints}
+
+
+def _with_descriptions(text: str | None, kind: type) -> str | None:
     match = _PLACEHOLDER.search(text) if text else None
-    if text and match:
-        entries = [f"{name}: {entry}" for name, entry in describe_options().items()]
-        lines = "\n".join(entries).splitlines()
-        described = "\n".join(match["indent"] + line for line in lines)
-        documented.__doc__ = text[: match.start()] + described + text[match.end() :]
-    return documented
+    if not text or not match:
+        return text
+    entries = [f"{name}: {entry}" for name, entry in describe_options(kind).items()]
+    lines = "\n".join(entries).splitlines()
+    described = "\n".join(match["indent"] + line for line in lines)
+    return text[: match.start()] + described + text[match.end() :]
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)

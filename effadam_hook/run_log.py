@@ -1,10 +1,9 @@
-"""A run's log: one JSON object a line, which ``effadam report`` reads.
+"""Log of a run: one JSON object per line, which ``effadam report`` reads.
 
-The keys of a line are ``step``, ``loss`` and those of
-:meth:`EfficientAdamState.stats() <effadam_hook.state.EfficientAdamState.stats>`, where ``steps`` counts
-backward passes with communication; others may be added. Numbers that are not finite are written as
-``null``, which every JSON reader understands; scalars and arrays of torch and numpy as the plain
-numbers and lists that they hold.
+The keys of a line are ``step``, ``loss`` and those of :meth:`EfficientAdamState.stats()
+<effadam_hook.state.EfficientAdamState.stats>`, where ``steps`` counts backward passes with
+communication. Further keys may be added. Numbers that are not finite are written as ``null``, which
+every JSON reader accepts. Scalars and arrays of torch and numpy are written as numbers and lists.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ _DEEPEST = 16
 
 
 class RunLog:
-    """Writes a log, line by line, so that a run that is killed leaves all its lines.
+    """Writer of a log. Every line is flushed, so that a killed run leaves all its lines.
 
     Args:
-        path: The file; begun anew unless ``append``.
-        enabled: False writes nothing: ``enabled=rank == 0`` leaves the log to one rank.
-        append: Whether to continue a file that is there, as a resumed run does.
+        path: File to write; overwritten unless ``append``.
+        enabled: Whether to write. With ``enabled=rank == 0`` only one rank writes.
+        append: Whether to continue an existing file, for resumed runs.
 
     Example:
         >>> with RunLog("run.jsonl", enabled=dist.get_rank() == 0) as log:
@@ -52,12 +51,12 @@ class RunLog:
             step: The optimizer step, from 1.
             loss: The training loss: a number, or a scalar of torch or numpy; None if there is none.
             **values: Further values, such as ``**state.stats()``: None, numbers, strings, scalars and
-                arrays of torch or numpy, lists and dictionaries of those. A tensor on a GPU makes the
-                host wait for it.
+                arrays of torch or numpy, lists and dictionaries of those. The host waits for tensors
+                on a GPU.
 
         Raises:
-            TypeError: If a value is of another kind, or ``step`` is no number.
-            ValueError: If a value is nested more than 16 deep.
+            TypeError: If a value has another type, or ``step`` is not a number.
+            ValueError: If a value has more than 16 levels.
         """
         if self._file is None:
             return
@@ -88,7 +87,7 @@ class RunLog:
 
 
 def _plain(key: str, value: Any, depth: int = 0) -> Any:
-    """The value in what JSON knows; ``key`` is for messages."""
+    """Convert a value to the types of JSON; ``key`` is for messages."""
     if depth > _DEEPEST:
         raise ValueError(
             f"Invalid value of {key!r}: nested more than {_DEEPEST} deep. Write less of it."
@@ -103,7 +102,7 @@ def _plain(key: str, value: Any, depth: int = 0) -> Any:
         return {str(name): _plain(key, item, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(key, item, depth + 1) for item in value]
-    if hasattr(value, "tolist"):  # of torch and of numpy, none of which has to be imported here
+    if hasattr(value, "tolist"):  # torch and numpy, neither of which is imported here
         return _plain(key, value.tolist(), depth + 1)
     raise TypeError(
         f"Invalid value of {key!r}: {type(value).__name__}. Must be None, a number, a string, a "
@@ -121,7 +120,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _is_broken_off(path: Path) -> bool:
-    """Return whether the last line is incomplete, as after a run that was killed while it wrote."""
+    """Return whether the last line is incomplete, as after a run that was killed while writing."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

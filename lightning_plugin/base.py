@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from effadam_hook.options import HookOptions, document_options
+from effadam_hook.options import HookOptions, accepts_options, complete_options
 from lightning_plugin.families import Adaptable
 from lightning_plugin.options import check_ddp_options, check_hook_options
 
@@ -16,7 +16,7 @@ else:
 __all__ = ["ExchangeStrategy"]
 
 
-@document_options
+@accepts_options(HookOptions)
 class ExchangeStrategy(Adaptable, Base):
     """DDP with the two-way quantized exchange instead of the all-reduce.
 
@@ -24,7 +24,7 @@ class ExchangeStrategy(Adaptable, Base):
     ``DDPStrategy`` and of torch's ``DistributedDataParallel``.
 
     Args:
-        {options}
+        **options: Options of :class:`effadam_hook.options.HookOptions`.
         **ddp_options: Arguments of Lightning's ``DDPStrategy`` and ``DistributedDataParallel``, such as
             ``find_unused_parameters``, ``process_group_backend`` or ``start_method``.
 
@@ -33,42 +33,11 @@ class ExchangeStrategy(Adaptable, Base):
         TypeError: If an option is unknown or has the wrong type.
     """
 
-    # Explicit keywords instead of HookOptions, as LightningCLI lists them with their defaults.
-    def __init__(
-        self,
-        *,
-        quantizer: str = "lloyd4",
-        worker_quantizer: str | None = None,
-        server_quantizer: str | None = None,
-        block_size: int = 256,
-        topology: str = "rank0",
-        error_feedback: bool = True,
-        exact: tuple[str, ...] | list[str] = ("1d",),
-        warmup_steps: int = 0,
-        enabled: bool = True,
-        scale_rule: str = "least_squares",
-        wait_timeout_s: float | None = None,
-        auto: bool = False,
-        precondition: bool = False,
-        quantize_weights: bool = False,
-        **ddp_options: Any,
-    ) -> None:
-        options = HookOptions(
-            quantizer=quantizer,
-            worker_quantizer=worker_quantizer,
-            server_quantizer=server_quantizer,
-            block_size=block_size,
-            topology=topology,
-            error_feedback=error_feedback,
-            exact=exact,
-            warmup_steps=warmup_steps,
-            enabled=enabled,
-            scale_rule=scale_rule,
-            wait_timeout_s=wait_timeout_s,
-            auto=auto,
-            precondition=precondition,
-            quantize_weights=quantize_weights,
-        )
+    # A strategy has the options of the hook among those of DDP; accepts_options lists them by name.
+    def __init__(self, **ddp_options: Any) -> None:
+        names = HookOptions.__annotations__
+        given = {name: ddp_options.pop(name) for name in names if name in ddp_options}
+        options = complete_options(given, HookOptions)
         check_hook_options(options)
         check_ddp_options(ddp_options, self.lightning_base)
         self._arguments = {**options, **ddp_options}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.optim.wrappers import unwrapped
-from effadam_hook.options import HookOptions
+from effadam_hook.options import HookOptions, state_options, unknown_option
 
 __all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer", "needs_optimizer"]
 
@@ -42,7 +41,7 @@ def check_hook_options(options: HookOptions) -> None:
         TypeError: If an option has the wrong type.
     """
     given: dict[str, Any] = {**options}
-    EfficientAdamState(**{name: value for name, value in given.items() if name not in _ATTACH_ONLY})
+    EfficientAdamState(**state_options(options))
     if options["auto"]:
         check_auto(options["enabled"], options["quantize_weights"])
     for name in _ATTACH_ONLY:
@@ -71,11 +70,11 @@ def check_ddp_options(options: Mapping[str, Any], strategy: type) -> None:
     known = _names(strategy) | _names(DistributedDataParallel) - {"module", "device_ids"}
     for name in options:
         if name not in known:
-            close = get_close_matches(name, sorted(known | HookOptions.__annotations__.keys()), n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise TypeError(
-                f"Unknown option {name!r}. Must be one of the strategy's own, of Lightning's "
-                f"DDPStrategy, or of torch's DistributedDataParallel.{hint}"
+            raise unknown_option(
+                name,
+                known | HookOptions.__annotations__.keys(),
+                "Must be one of the strategy's own, of Lightning's DDPStrategy, or of torch's "
+                "DistributedDataParallel.",
             )
 
 

@@ -36,6 +36,7 @@ LADDER = (
     ("effadam_hook.ddp",),
     ("effadam_hook.state",),
     ("effadam_hook.hook",),
+    ("effadam_hook.attach",),
     ("effadam_hook",),
     ("effadam_hook.planner",),
     ("effadam_hook.cli",),
@@ -54,9 +55,12 @@ TORCH_FREE = {
     "effadam_hook.planner.predict",
     "effadam_hook.planner.timeline",
     "effadam_hook.planner.traffic",
+    "effadam_hook.wire.counters",
     "effadam_hook.wire.layout",
     "effadam_hook.wire.names",
+    "effadam_hook.wire.parts",
     "effadam_hook.wire.quantizers",
+    "effadam_hook.wire.shares",
 }
 
 # Everything that all ranks of a group must call in the same order.
@@ -219,7 +223,8 @@ def imports_go_one_way(modules: Modules) -> Iterator[str]:
 
 
 def core_needs_only_torch(modules: Modules) -> Iterator[str]:
-    allowed = {"effadam_hook", "torch", *sys.stdlib_module_names}
+    # torch requires typing_extensions.
+    allowed = {"effadam_hook", "torch", "typing_extensions", *sys.stdlib_module_names}
     for module in modules.values():
         if not module.name.startswith("effadam_hook"):
             continue

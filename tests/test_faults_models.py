@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from effadam_hook import EfficientAdamState, StateMismatchError, attach, efficient_adam_hook
-from effadam_hook.wire.layout import Slot, lay_out_bucket, share_of
+from effadam_hook.wire.layout import Slot, lay_out_bucket
 from effadam_hook.wire.quantizers import get_quantizer
+from effadam_hook.wire.shares import share_of
 from harness import run_ranks
 from training import ChosenGradients, ddp, drawn_gradients, loss_of
 

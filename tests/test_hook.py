@@ -19,7 +19,7 @@ from effadam_hook import (
     attach,
     efficient_adam_hook,
 )
-from effadam_hook.wire import layout
+from effadam_hook.wire import parts
 from harness import run_ranks
 from training import (
     SHAPES,
@@ -91,9 +91,9 @@ def train_with(
     world_size: int,
     hook_options: dict[str, Any],
     ddp_options: dict[str, Any],
-    part_numel: int = layout.PART_NUMEL,
+    part_numel: int = parts.PART_NUMEL,
 ) -> tuple[list[Tensor], int, dict[str, float]]:
-    layout.PART_NUMEL = part_numel
+    parts.PART_NUMEL = part_numel
     weights, state = train_mlp(rank, world_size, 12, hook_options, ddp_options)
     return weights, len(state.session.buckets), state.stats()
 

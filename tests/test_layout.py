@@ -9,15 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effadam_hook.wire.layout import (
-    REPLICA_CHECK_BYTES,
-    Slot,
-    cut,
-    lay_out_bucket,
-    share_of,
-    turn_of,
-)
+from effadam_hook.wire.layout import REPLICA_CHECK_BYTES, Slot, lay_out_bucket
+from effadam_hook.wire.parts import cut
 from effadam_hook.wire.quantizers import QUANTIZERS, get_quantizer
+from effadam_hook.wire.shares import share_of, turn_of
 from kernel_cases import layout_of
 
 names = st.sampled_from(list(QUANTIZERS))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from effadam_hook import EfficientAdam
-from effadam_hook.feedback.checkpoint import merge_saved
+from effadam_hook.feedback.checkpoint import RankState
+from effadam_hook.feedback.reshard import merge
 from harness import Died, run_ranks
 from lightning_training import (
     FAMILIES,
@@ -131,6 +132,10 @@ def load_and_look(
     return seen, weights(module)
 
 
+def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    return merge([RankState.from_dict(state) for state in states]).to_dict()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4)])
 def test_other_numbers_of_ranks_keep_the_means(
@@ -139,10 +144,10 @@ def test_other_numbers_of_ranks_keep_the_means(
     run_ranks(save_after_one_epoch, before, str(tmp_path), mode)
     for topology in TOPOLOGIES:
         path = tmp_path / f"{topology}-{before}.ckpt"
-        saved = merge_saved(torch.load(path, weights_only=True)[KEY]["model"]["ranks"])
+        saved = merged(torch.load(path, weights_only=True)[KEY]["model"]["ranks"])
         results = run_ranks(load_and_look, after, str(path), topology, mode)
         assert all(same(one, results[0][1]) for _, one in results)
-        loaded = merge_saved([state for state, _ in results])
+        loaded = merged([state for state, _ in results])
         assert loaded["worker"].keys() == saved["worker"].keys()
         for name, residual in saved["worker"].items():
             assert torch.equal(loaded["worker"][name], residual)

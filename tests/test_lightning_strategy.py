@@ -95,8 +95,12 @@ def test_wrong_options_are_errors_at_once(kind: Any) -> None:
         ({"enabled": "yes"}, TypeError, "Invalid enabled"),
         ({"precondition": 1}, TypeError, "Invalid precondition: 1"),
         ({"precondition": True, "quantize_weights": True}, ValueError, "At most one"),
-        ({"quantiser": "lloyd4"}, TypeError, "Did you mean quantizer?"),
-        ({"bucket_cap": 3}, TypeError, "Did you mean bucket_cap_mb?"),
+        (
+            {"quantiser": "lloyd4"},
+            TypeError,
+            "Unknown option 'quantiser'. Did you mean 'quantizer'?",
+        ),
+        ({"bucket_cap": 3}, TypeError, "Did you mean 'bucket_cap_mb'?"),
     ):
         with pytest.raises(error) as raised:
             kind(**options)

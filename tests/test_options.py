@@ -1,12 +1,27 @@
-"""The options of the hook: one definition, equal to the signatures and documented."""
+"""Options of the hook: one definition, which all signatures have, and which is documented."""
 
 from __future__ import annotations
 
 import inspect
-from typing import get_type_hints
+from functools import partial
+from typing import Any, get_args, get_type_hints
+
+import pytest
 
 from effadam_hook import EfficientAdamState, attach
-from effadam_hook.options import HookOptions, StateOptions, describe_options, document_options
+from effadam_hook.config import TOPOLOGY_NAMES, Config
+from effadam_hook.options import (
+    DEFAULTS,
+    HookOptions,
+    QuantizerName,
+    ScaleRuleName,
+    StateOptions,
+    TopologyName,
+    accepts_options,
+    describe_options,
+    state_options,
+)
+from effadam_hook.wire.quantizers import QUANTIZERS, SCALE_RULES
 
 # Objects of the running program, which no configuration file can hold.
 OBJECTS = {"ddp_model", "optimizer", "grad_scaler", "process_group", "options"}
@@ -42,26 +57,50 @@ def test_every_option_is_documented_with_its_default() -> None:
         assert text.endswith(f"Default: ``{shown}``.".replace("'", '"')), name
 
 
-def test_descriptions_replace_the_placeholder_with_its_indentation() -> None:
-    @document_options
-    def configure() -> None:
+def test_names_are_those_of_the_registries() -> None:
+    assert get_args(QuantizerName) == tuple(QUANTIZERS)
+    assert get_args(TopologyName) == TOPOLOGY_NAMES
+    assert get_args(ScaleRuleName) == SCALE_RULES
+
+
+def test_defaults_are_complete_and_valid() -> None:
+    assert DEFAULTS.keys() == get_type_hints(HookOptions).keys()
+    assert Config.from_options(state_options(DEFAULTS)) == Config()
+
+
+@pytest.mark.parametrize("accepting", [EfficientAdamState, partial(attach, None)])
+def test_an_unknown_option_is_an_error_with_a_suggestion(accepting: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"^Unknown option 'quantiser'\. Did you mean 'quantizer'\?$"
+    ):
+        accepting(quantiser="lloyd4")
+    with pytest.raises(TypeError, match=r"^Unknown option 'zzz'\. Must be one of quantizer, .*, "):
+        accepting(zzz=1)
+
+
+def test_signature_and_docstring_list_the_options() -> None:
+    @accepts_options(HookOptions)
+    def configure(first: int, *, second: int = 2, **ddp_options: int) -> None:
         """Do it.
 
         Args:
-            {options}
+            first: Not an option.
+            **options: Options of :class:`effadam_hook.options.HookOptions`.
             last: Not an option.
         """
 
+    names = list(inspect.signature(configure).parameters)
+    assert names == ["first", "second", *get_type_hints(HookOptions), "ddp_options"]
+    assert get_type_hints(configure)["topology"] == TopologyName
     lines = inspect.cleandoc(configure.__doc__ or "").splitlines()
-    assert lines[3].startswith("    quantizer: Name of the quantizer")
-    assert lines[4].startswith("        :data:`effadam_hook")
+    assert lines[4].startswith("    quantizer: Name of the quantizer")
+    assert lines[5].startswith("        :data:`effadam_hook")
     assert lines[-1] == "    last: Not an option."
-    assert not any("{options}" in line for line in lines)
+    assert not any("**options" in line for line in lines)
 
 
 def test_a_docstring_without_the_placeholder_remains() -> None:
-    def undocumented() -> None:
+    def undocumented(**options: int) -> None:
         pass
 
-    assert document_options(undocumented).__doc__ is None
-    assert document_options(test_a_docstring_without_the_placeholder_remains) is not None
+    assert accepts_options(StateOptions)(undocumented).__doc__ is None

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from data.make_states import BLOCK_SIZE, CASES, ENDS_AT, SAVED_AT, Net, make_optimizer, options_of
 from data.make_states import train as train_as_saved
 from effadam_hook import EfficientAdam, EfficientAdamState, StateMismatchError, attach
-from effadam_hook.feedback.checkpoint import check_saved, deal_out
+from effadam_hook.feedback.checkpoint import RankState
 from effadam_hook.feedback.checksum import checksum_of, with_checksum
+from effadam_hook.feedback.reshard import Role, reassign
 from harness import run_ranks
 from training import ddp
 
@@ -200,8 +201,10 @@ def test_a_share_that_moves_to_the_worker_moves_n_times() -> None:
     for sign, units in ((1, "gradients"), (-1, "updates and weights")):
         before = [{**state, "units": units} for state in old]
         after = [
-            deal_out(state, serves=serves, servers=1, block_size=BLOCK_SIZE, sign=sign)
-            for state, serves in zip(before, (None, 0), strict=True)
+            reassign(
+                RankState.from_dict(state), Role(rank, 2, serves, 1, BLOCK_SIZE), sign
+            ).to_dict()
+            for (rank, state), serves in zip(enumerate(before), (None, 0), strict=True)
         ]
         assert not after[0]["server"]
         assert same_totals(conserved(after), conserved(before))
@@ -318,14 +321,14 @@ def test_the_checksum_survives_what_files_do_and_nothing_else() -> None:
 
 def test_a_state_of_version_2_needs_its_checksum_and_newer_ones_are_refused() -> None:
     old = torch.load(DATA / "state_0_1_0_rank0.state", weights_only=True)["full"]["ranks"][0]
-    check_saved(old)
-    check_saved(with_checksum({**old, "version": 2}))
+    RankState.from_dict(old)
+    RankState.from_dict(with_checksum({**old, "version": 2}))
     with pytest.raises(StateMismatchError, match="damaged"):
-        check_saved({**old, "version": 2})
+        RankState.from_dict({**old, "version": 2})
     with pytest.raises(StateMismatchError, match=r"version 3\. Must be at most 2.*install"):
-        check_saved(with_checksum({**old, "version": 3, "new": 1}))
+        RankState.from_dict(with_checksum({**old, "version": 3, "new": 1}))
     with pytest.raises(StateMismatchError, match="damaged"):
-        check_saved({**with_checksum({**old, "version": 2}), "version": 1})
+        RankState.from_dict({**with_checksum({**old, "version": 2}), "version": 1})
 
 
 # Nothing chosen yet

@@ -108,7 +108,8 @@ def prepare(method: Method, model: nn.Module, lr: float = 1e-4) -> Prepared:
         ddp.register_comm_hook(powersgd, powerSGD_hook.powerSGD_hook)
     elif method.is_effadam:
         extra: dict[str, Any] = {"optimizer": optimizer} if method.kind == "update" else {}
-        state = attach(ddp, quantizer=method.quantizer, topology=method.topology, **extra)
+        extra |= {"quantizer": method.quantizer, "topology": method.topology}
+        state = attach(ddp, **extra)
         close = state.close
     scope = ddp.no_sync if method.kind == "none" else contextlib.nullcontext
     return Prepared(ddp, optimizer, scope, close, state)

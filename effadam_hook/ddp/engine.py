@@ -28,8 +28,8 @@ from effadam_hook.ddp.auto_compress import AutoCompress
 from effadam_hook.ddp.backward import at_end_of_backward
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.timing import slowest
+from effadam_hook.session.clock import Clock
 from effadam_hook.session.session import ExchangeSession
-from effadam_hook.session.stats import Clock
 
 __all__ = ["Engine"]
 

@@ -31,7 +31,7 @@ from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import Hold, InflightBucket
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
 from effadam_hook.exchange.worker_thread import WorkerThread
-from effadam_hook.wire.layout import part_numel
+from effadam_hook.wire.parts import part_numel
 
 __all__ = ["GlooExchange"]
 

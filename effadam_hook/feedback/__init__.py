@@ -1,1 +1,1 @@
-"""What has not been sent yet, by parameter: residuals, and what is saved of them."""
+"""Error feedback by parameter: residuals, and the saved state of a rank."""

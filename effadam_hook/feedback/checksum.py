@@ -1,9 +1,9 @@
-"""Checksum of a saved state, so that a damaged file is noticed before it is trusted.
+"""Checksum of a saved state, which reveals a damaged file before its values are used.
 
-A bit that flips in a residual or a counter leaves a number that is as plausible as the right one. The
-checksum covers the bytes of every tensor and every plain value. It does not depend on the order of a
-dictionary's keys, on the device of a tensor, or on whether a sequence is a list or a tuple, so that it
-is the same after ``torch.save`` and ``torch.load`` with any ``map_location``.
+A flipped bit in a residual or a counter gives another plausible number. The checksum covers the bytes
+of every tensor and every plain value. It does not depend on the order of dictionary keys, on the device
+of tensors, or on the type of a sequence (list or tuple), so that ``torch.save`` and ``torch.load`` with
+any ``map_location`` preserve it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CHECKSUM_KEY", "checksum_of", "with_checksum"]
+__all__ = ["CHECKSUM_KEY", "checksum_of", "foreign_entry", "with_checksum"]
 
 CHECKSUM_KEY = "checksum"
-"""Where a saved state holds its own checksum."""
+"""Key of the checksum in a saved state."""
+
+_DEEPEST, _MOST_BITS = 16, 64
 
 
 def with_checksum(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def with_checksum(state: Mapping[str, Any]) -> dict[str, Any]:
         state: Tensors and plain values by name, nested.
 
     Returns:
-        A dictionary with the same contents and the checksum of all of them.
+        A dictionary with the same contents and their checksum.
 
     Raises:
         TypeError: If a value is neither a tensor nor a plain value.
@@ -49,11 +51,48 @@ def checksum_of(state: Mapping[str, Any]) -> int:
     Raises:
         TypeError: If a value is neither a tensor nor a plain value.
     """
-    return _continued(0, {key: value for key, value in state.items() if key != CHECKSUM_KEY})
+    foreign = foreign_entry(state)
+    if foreign is not None:
+        raise TypeError(
+            f"Invalid value in a saved state: {type(foreign[1]).__name__}. Must be a tensor, a number, "
+            "a text, True, False or None, or a dictionary or list of such values."
+        )
+    return _extended(0, {key: value for key, value in state.items() if key != CHECKSUM_KEY})
 
 
-def _continued(crc: int, value: Any) -> int:
-    """The checksum of what has been seen so far and of one more value."""
+def foreign_entry(value: Any, key: str = "", depth: int = 0) -> tuple[str, object] | None:
+    """Find an entry that a saved state cannot hold.
+
+    Args:
+        value: Value to search, with all nested values.
+        key: Key of the value, for the result.
+        depth: Number of levels above the value.
+
+    Returns:
+        The dotted key and the value of the first entry that is neither a dense tensor nor a plain value
+        (an integer has at most 64 bits); None if there is none.
+    """
+    if isinstance(value, Tensor):
+        dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+        return None if dense and not (value.is_conj() or value.is_neg()) else (key, value)
+    entries: list[tuple[str, Any]] = []
+    if depth > _DEEPEST:
+        return key, value
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            entries += [(key, name), (f"{key}.{name}" if key else str(name), item)]
+    elif isinstance(value, (list, tuple)):
+        entries = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
+    elif isinstance(value, int):
+        return (key, value) if value.bit_length() > _MOST_BITS else None
+    elif value is not None and not isinstance(value, (float, str)):
+        return key, value
+    found = (foreign_entry(item, name, depth + 1) for name, item in entries)
+    return next((entry for entry in found if entry is not None), None)
+
+
+def _extended(crc: int, value: Any) -> int:
+    """Extend a checksum by one more value."""
     if isinstance(value, Tensor):
         crc = zlib.crc32(f"tensor {value.dtype} {tuple(value.shape)};".encode(), crc)
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -61,16 +100,11 @@ def _continued(crc: int, value: Any) -> int:
     if isinstance(value, Mapping):
         crc = zlib.crc32(f"mapping {len(value)};".encode(), crc)
         for key in sorted(value, key=repr):
-            crc = _continued(_continued(crc, key), value[key])
+            crc = _extended(_extended(crc, key), value[key])
         return crc
     if isinstance(value, (list, tuple)):
         crc = zlib.crc32(f"sequence {len(value)};".encode(), crc)
         for item in value:
-            crc = _continued(crc, item)
+            crc = _extended(crc, item)
         return crc
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return zlib.crc32(f"{type(value).__name__} {value!r};".encode(), crc)
-    raise TypeError(
-        f"Invalid value in a saved state: {type(value).__name__}. Must be a tensor, a number, a text, "
-        "True, False or None, or a dictionary or list of such values."
-    )
+    return zlib.crc32(f"{type(value).__name__} {value!r};".encode(), crc)

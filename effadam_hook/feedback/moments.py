@@ -1,14 +1,16 @@
-"""Check the moments and books of one parameter before an optimizer takes them over.
+"""Moments and step counts of a parameter: checks, and conversion from torch's Adam.
 
-A state of :class:`~effadam_hook.optim.efficient_adam.EfficientAdam` holds, for every parameter, the two moments of
-Adam and these plain values:
+The state of an :class:`~effadam_hook.optim.efficient_adam.EfficientAdam` contains, for every parameter,
+the two moments of Adam and these plain values:
 
-- ``step``: steps taken, as Adam counts them;
-- ``decay``: the product of the β2 used so far, 1 minus which corrects the bias of the second moment;
-- ``refreshed``: the step that last changed the second moment;
-- ``estimate_until``, ``unused``: see :class:`~effadam_hook.optim.efficient_adam.EfficientAdam`; mostly absent.
+- ``step``: number of steps, as in Adam;
+- ``decay``: product of all β2 used so far. The bias correction of the second moment divides by
+  1 - ``decay``;
+- ``refreshed``: last step that changed the second moment;
+- ``estimate_until``, ``unused``: see :class:`~effadam_hook.optim.efficient_adam.EfficientAdam`; usually
+  absent.
 
-``torch.optim.AdamW`` has the moments and ``step`` only. The rest follows from them.
+The state of ``torch.optim.AdamW`` contains the moments and ``step``. The other values follow from them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from effadam_hook.kernels.arguments import compute_dtype
 __all__ = ["ADAM_ONLY_OPTIONS", "MOMENTS", "adopt_group", "adopt_state", "check_moments"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of an optimizer state's moments, as in :class:`torch.optim.Adam`."""
+"""Keys of the moments in an optimizer state, as in :class:`torch.optim.Adam`."""
 
 ADAM_ONLY_OPTIONS = frozenset(
     "amsgrad maximize foreach capturable differentiable fused decoupled_weight_decay".split()
@@ -35,15 +37,15 @@ ADAM_ONLY_OPTIONS = frozenset(
 
 _COUNTS = ("step", "refreshed", "unused", "estimate_until")
 _KNOWN = frozenset((*MOMENTS, *_COUNTS, "decay"))
-_LARGEST_COUNT = 1 << 53  # the largest integers that a float counts one by one
+_LARGEST_COUNT = 1 << 53  # up to here a float represents every integer
 
 
 def check_moments(name: str, entry: Mapping[str, Any]) -> None:
-    """Check every value that a saved state holds for a parameter.
+    """Check all saved values of a parameter.
 
     Args:
-        name: The parameter's name, for messages.
-        entry: Moments and plain values, as ``EfficientAdam.save_moments`` writes them.
+        name: Name of the parameter, for messages.
+        entry: Moments and plain values.
 
     Raises:
         StateMismatchError: If a value is missing, unknown, of the wrong type or out of its range.
@@ -91,17 +93,17 @@ def _invalid(key: str, name: str, value: object, rule: str) -> StateMismatchErro
 
 
 def adopt_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a saved parameter group, of EfficientAdam or of torch's Adam, into one of EfficientAdam.
+    """Convert a saved parameter group of EfficientAdam or of torch's Adam to one of EfficientAdam.
 
     Args:
-        group: One of a state's ``param_groups``.
+        group: An entry of ``param_groups``.
 
     Returns:
-        A copy without the options that EfficientAdam does not have, and with plain numbers.
+        A copy with plain numbers, without the options that EfficientAdam does not have.
 
     Raises:
-        StateMismatchError: If the group is that of another kind of optimizer, or asks for something
-            that EfficientAdam does not do.
+        StateMismatchError: If the group is that of another optimizer, or has an option that
+            EfficientAdam does not support.
     """
     missing = [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]
     if missing:
@@ -138,7 +140,7 @@ def adopt_group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(key: str, value: Any) -> float:
-    """A hyperparameter as a plain number: capturable optimizers keep some in tensors."""
+    """Return a hyperparameter as a plain number; capturable optimizers store some in tensors."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
@@ -151,19 +153,19 @@ def _number(key: str, value: Any) -> float:
 def adopt_state(
     name: str, entry: Any, parameter: Tensor, group: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Turn the state of one parameter, of EfficientAdam or of torch's Adam, into one of EfficientAdam.
+    """Convert the saved state of a parameter of EfficientAdam or of torch's Adam.
 
     Args:
-        name: What messages call the parameter.
-        entry: Its saved state.
-        parameter: The parameter that it is loaded for.
-        group: Its saved group, adopted.
+        name: Name of the parameter, for messages.
+        entry: Saved state of the parameter.
+        parameter: The parameter.
+        group: Parameter group, as :func:`adopt_group` returns it.
 
     Returns:
-        A copy that :func:`check_moments` passes; moments in float32 or float64.
+        A copy that satisfies :func:`check_moments`, with moments in float32 or float64.
 
     Raises:
-        StateMismatchError: If it is not the state of such an optimizer, or not of this parameter.
+        StateMismatchError: If it is not the state of such an optimizer, or has another shape.
     """
     if not isinstance(entry, Mapping) or not entry.keys() >= {*MOMENTS, "step"}:
         held = ", ".join(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
@@ -196,7 +198,7 @@ def adopt_state(
 
 
 def _count(name: str, step: Any) -> int:
-    """A number of steps, which torch's Adam keeps as a float tensor."""
+    """Return a number of steps as an integer; torch's Adam stores it as a float tensor."""
     value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
     whole = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not whole or not 0 <= value <= _LARGEST_COUNT or value != int(value):  # NaN included

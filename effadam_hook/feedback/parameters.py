@@ -1,4 +1,4 @@
-"""Parameter identities: names that are stable across buckets, wrappers and runs."""
+"""Identities of parameters: names that do not depend on buckets, wrappers and runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from effadam_hook.errors import EffAdamError
 from effadam_hook.wire.names import canonical_name, canonical_names
 
 __all__ = [
-    "Parameter",
+    "ParameterIdentity",
     "ParameterTable",
     "flat_view",
     "identify",
@@ -22,16 +22,16 @@ __all__ = [
 
 
 def flat_view(tensor: Tensor) -> Tensor:
-    """A tensor's elements in the order in which DDP lays them out in a bucket.
+    """Return the elements of a tensor in the order that DDP uses in a bucket.
 
-    That is the order in memory where there are neither gaps nor overlaps, ``channels_last``
-    included, and the logical order otherwise.
+    This is the order in memory for tensors without gaps and overlaps, ``channels_last`` included, and
+    the logical order otherwise.
 
     Args:
-        tensor: Of any shape.
+        tensor: Tensor of any shape.
 
     Returns:
-        ``[numel]``, a view where DDP's order is that in memory.
+        ``[numel]``, a view if DDP uses the order in memory.
     """
     tensor = tensor.detach()
     if _is_dense(tensor):
@@ -40,7 +40,7 @@ def flat_view(tensor: Tensor) -> Tensor:
 
 
 def shaped_view(flat: Tensor, like: Tensor) -> Tensor:
-    """A stretch of a bucket in the shape of its parameter; the inverse of :func:`flat_view`.
+    """Return a slice of a bucket in the shape of its parameter; the inverse of :func:`flat_view`.
 
     Args:
         flat: ``[numel]``.
@@ -55,7 +55,7 @@ def shaped_view(flat: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether some order of the dimensions makes the tensor contiguous."""
+    """Return whether some order of the dimensions makes the tensor contiguous."""
     if tensor.numel() == 0:
         return False
     expected = 1
@@ -68,25 +68,26 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A parameter's identity.
+class ParameterIdentity:
+    """Identity of a parameter.
 
     Attributes:
-        name: Its canonical name in the model, or its number where the model is not known.
-        aliases: All of its names: canonical ones and those of ``named_parameters()``, more than one
-            of each for a tied parameter.
+        name: Canonical name in the model, or a number if the model is not known.
+        aliases: All names: canonical names and those of ``named_parameters()``. A tied parameter has
+            several of each.
     """
 
     name: str
     aliases: tuple[str, ...]
 
 
-def identify(named: Iterable[tuple[str, Tensor]]) -> list[tuple[Parameter, Tensor]]:
-    """Find the identities of a model's parameters.
+def identify(named: Iterable[tuple[str, Tensor]]) -> list[tuple[ParameterIdentity, Tensor]]:
+    """Return the identities of the parameters of a model.
 
     Args:
-        named: Names and parameters in the model's order. A tied parameter comes once under each of
-            its names with ``named_parameters(remove_duplicate=False)``; the first is its identity.
+        named: Names and parameters in the order of the model, as
+            ``named_parameters(remove_duplicate=False)`` returns them. A tied parameter occurs once
+            under each of its names; the first name is its identity.
 
     Returns:
         Identities and parameters in the same order, each parameter once.
@@ -101,26 +102,26 @@ def identify(named: Iterable[tuple[str, Tensor]]) -> list[tuple[Parameter, Tenso
     for key, own in names.items():
         name = canonical[own[0]]
         aliases = dict.fromkeys([name, *own, *map(canonical_name, own)])
-        identities.append((Parameter(name, tuple(aliases)), tensors[key]))
+        identities.append((ParameterIdentity(name, tuple(aliases)), tensors[key]))
     return identities
 
 
 class ParameterTable:
-    """Finds a parameter's identity by its tensor.
+    """Identities of parameters by tensor.
 
-    With the model's names (:meth:`bind`) identities are canonical names, see
-    :mod:`effadam_hook.wire.names`. Without, parameters are numbered as DDP first shows them, which is the
-    same on every rank and in every run of the same program.
+    With the names of the model (:meth:`bind`) identities are canonical names, see
+    :mod:`effadam_hook.wire.names`. Without them, parameters are numbered in the order of their first
+    buckets, which is equal on all ranks and in all runs of the same program.
     """
 
     def __init__(self) -> None:
         self.bound = False
-        # By id; holding the tensor keeps its id from being used again.
-        self._known: dict[int, tuple[Tensor, Parameter]] = {}
+        # By id; a reference to the tensor prevents that its id is used again.
+        self._known: dict[int, tuple[Tensor, ParameterIdentity]] = {}
         self._names: dict[str, str] = {}
 
     def first_name(self) -> str:
-        """The name of the first parameter; empty where names are not known."""
+        """Return the name of the first parameter; empty if names are not known."""
         if not self.bound:
             return ""
         return next((parameter.name for _, parameter in self._known.values()), "")
@@ -129,10 +130,10 @@ class ParameterTable:
         """Take the names of a model.
 
         Args:
-            named: As for :func:`identify`: the parameters that DDP may show.
+            named: Names and parameters that DDP may exchange, as for :func:`identify`.
 
         Raises:
-            EffAdamError: If numbers have been given to parameters already.
+            EffAdamError: If parameters have been numbered already.
             ValueError: If two parameters have the same name.
         """
         if self._known:
@@ -156,17 +157,14 @@ class ParameterTable:
         self._names.update(zip(names, names, strict=True))
         self.bound = True
 
-    def find(self, tensor: Tensor) -> Parameter:
-        """The identity of a parameter.
+    def find(self, tensor: Tensor) -> ParameterIdentity:
+        """Return the identity of a parameter.
 
         Args:
-            tensor: The parameter itself.
-
-        Returns:
-            Its names.
+            tensor: The parameter.
 
         Raises:
-            EffAdamError: If it belongs to another model than the one bound.
+            EffAdamError: If it belongs to another model than the bound one.
         """
         known = self._known.get(id(tensor))
         if known is not None:
@@ -177,33 +175,33 @@ class ParameterTable:
                 "state was bound to. Use one state per DDP model."
             )
         number = str(len(self._known))
-        self._known[id(tensor)] = (tensor, Parameter(number, (number,)))
+        self._known[id(tensor)] = (tensor, ParameterIdentity(number, (number,)))
         return self._known[id(tensor)][1]
 
     def resolve(self, name: str) -> str:
-        """Translate a name from elsewhere into the identity that it has in this model.
+        """Translate a saved name into the name in this model.
 
         Args:
-            name: A name of a saved state: canonical, with wrapper components, or any name of a tied
+            name: Name in a saved state: canonical, with wrapper components, or any name of a tied
                 parameter.
 
         Returns:
-            The parameter's name here; the name itself if it is no parameter's.
+            The name of the parameter in this model; ``name`` if there is no such parameter.
         """
         return self._names.get(name) or self._names.get(canonical_name(name), name)
 
     def aliases(self) -> list[str]:
-        """All names of all parameters."""
+        """Return all names of all parameters."""
         return [alias for _, parameter in self._known.values() for alias in parameter.aliases]
 
     def numels(self) -> dict[str, int]:
-        """Number of elements by name."""
+        """Return the number of elements by name."""
         return {parameter.name: tensor.numel() for tensor, parameter in self._known.values()}
 
     def describe(self) -> dict[str, list[object]]:
-        """Position, shape and dtype by name, as plain values, for comparison between ranks.
+        """Return position, shape and dtype by name, as plain values, for comparison between ranks.
 
-        Only trainable parameters count: DDP exchanges nothing for the others, so that ranks may differ
+        Only trainable parameters are included: DDP does not exchange the others, and ranks may differ
         in them.
         """
         return {
@@ -212,17 +210,17 @@ class ParameterTable:
         }
 
     def device(self) -> torch.device:
-        """Where the parameters are; the CPU before any is known."""
+        """Return the device of the parameters; the CPU before any is known."""
         for tensor, _ in self._exchanged():
             return tensor.device
         return torch.device("cpu")
 
-    def _exchanged(self) -> list[tuple[Tensor, Parameter]]:
-        """What DDP exchanges; without names, whatever DDP has shown."""
+    def _exchanged(self) -> list[tuple[Tensor, ParameterIdentity]]:
+        """Return the parameters that DDP exchanges; without names, those of all buckets so far."""
         known = self._known.values()
         return [entry for entry in known if not self.bound or is_exchanged(entry[0])]
 
 
 def is_exchanged(parameter: Tensor) -> bool:
-    """Whether a parameter is trainable and not marked as one that DDP ignores."""
+    """Return whether a parameter is trainable and not marked as one that DDP ignores."""
     return parameter.requires_grad and not getattr(parameter, "_ddp_ignored", False)

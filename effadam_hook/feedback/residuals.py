@@ -1,11 +1,11 @@
-"""What the quantizers have not sent yet, kept by parameter.
+"""Residuals of the quantizers, stored by parameter.
 
-DDP changes its buckets while it runs: the first iterations may see one bucket with everything, later
-ones see several, and every resume starts over. A residual that belongs to a bucket is lost or
-misread each time. Here it belongs to a parameter, and a bucket only borrows: :meth:`adopt` lays the
-parameters' residuals out in one flat tensor, as the kernels want it, brings along what each of them
-held, and from then on the parameter's residual *is* its view of that tensor. The old flat tensor goes
-away with the last parameter that leaves it.
+DDP changes its buckets while it runs: the first iterations may have one bucket with all parameters,
+later ones have several, and a resumed run starts again with one. Residuals that belonged to buckets
+would be lost or misread at each change. They therefore belong to parameters.
+:meth:`Residuals.adopt` lays out the residuals of a bucket's parameters in one flat tensor, as the
+kernels require, and copies their values. From then on the residual of a parameter *is* its view of
+that tensor. The previous flat tensor is freed when no parameter has a view of it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["Place", "Residuals"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter's residual lies in a flat tensor.
+    """Place of a parameter's residual in a flat tensor.
 
     Attributes:
-        name: The parameter's name.
+        name: Name of the parameter.
         start: First element in the flat tensor.
         numel: Number of elements.
     """
@@ -37,9 +37,9 @@ class Place:
 
 
 class Residuals:
-    """Per-parameter residuals of one side, worker's or server's.
+    """Residuals of the worker, or of the server, by parameter.
 
-    A server's residual of a parameter covers that server's share of it only.
+    The residual of a server covers the server's share of the parameter.
     """
 
     def __init__(self) -> None:
@@ -48,19 +48,19 @@ class Residuals:
     def adopt(
         self, places: Iterable[Place], numel: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Lay residuals out for a bucket and bring along what they hold.
+        """Lay out residuals for a bucket, with their values.
 
         Args:
-            places: Where each parameter goes.
-            numel: Elements of the flat tensor.
-            dtype: Its dtype.
-            device: Its device.
+            places: Place of each parameter.
+            numel: Number of elements of the flat tensor.
+            dtype: Dtype of the flat tensor.
+            device: Device of the flat tensor.
 
         Returns:
-            The flat tensor ``[numel]``, zero where a parameter had no residual yet.
+            The flat tensor ``[numel]``, zero for parameters without a residual.
 
         Raises:
-            StateMismatchError: If a parameter's residual has another number of elements than its place.
+            StateMismatchError: If a residual has another number of elements than its place.
         """
         flat = torch.zeros(numel, dtype=dtype, device=device)
         for place in places:
@@ -77,11 +77,11 @@ class Residuals:
         return flat
 
     def load(self, values: Mapping[str, Tensor], device: torch.device) -> None:
-        """Replace all residuals, in place where a bucket has adopted them.
+        """Replace all residuals, in place if a bucket has adopted them.
 
         Args:
-            values: One-dimensional tensors by parameter name; parameters not named become zero.
-            device: Where residuals go that no bucket has adopted yet.
+            values: One-dimensional tensors by parameter name; all other residuals become zero.
+            device: Device for residuals that no bucket has adopted yet.
         """
         for name, view in self._views.items():
             if name not in values:
@@ -100,11 +100,11 @@ class Residuals:
         return len(self._views)
 
     def get(self, name: str) -> Tensor | None:
-        """The residual of a parameter, ``[numel]``, or None if it has none yet."""
+        """Return the residual of a parameter, ``[numel]``; None if it has none."""
         return self._views.get(name)
 
     def norm(self) -> float:
-        """The 2-norm over all parameters. Waits for the device."""
+        """Return the 2-norm over all parameters. Waits for the device."""
         if not self._views:
             return 0.0
         squares = [view.double().square().sum() for view in self._views.values()]

@@ -1,12 +1,13 @@
-"""Parameters that took no part in a step: they send nothing, and keep their residuals.
+"""Unused parameters of a step, which send nothing and keep their residuals.
 
-A parameter that no output used, or all of whose rows were masked, has a gradient of exactly zero. So
-has everything on a rank that ``join()`` keeps company after its data has ended. If the residual were
-sent nevertheless, DDP would throw it away with the unused parameter's gradient, a rank without data
-would go on pulling the mean towards gradients from long ago, and a quantizer without a level at zero
-would make up a gradient. So the residual is put aside while the kernel runs, and put back after it.
+The gradient of a parameter is exactly zero if no output depends on it, or if all of its rows are
+masked. On a rank that ``join()`` keeps shadowing after its data has run out, all gradients are
+zero. If residuals were sent in these cases, DDP would discard them with the gradients of unused
+parameters, a rank without data would contribute old gradients to the mean, and a quantizer without
+a level at zero would send a gradient that does not exist. The residuals are therefore set to zero
+for the kernel, and restored after it.
 
-Looking costs next to nothing: a few elements of each parameter, and more only where those are zero.
+The check reads a few elements of each parameter, and the others only if those are zero.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _RUN = 1 << 16
 
 @dataclass(frozen=True)
 class _Span:
-    """Where one parameter lies in a tensor that is looked at, and in the residual."""
+    """Range of one parameter in the tensor to be checked, and in the residual."""
 
     first: int
     last: int
@@ -50,8 +51,8 @@ class _Unused:
     def _find(self, probed: Tensor, is_zero: Callable[[_Span], bool]) -> list[_Span]:
         if not self._spans:
             return []
-        # Through Python's own memory view: an operator of torch takes longer than all the rest. DDP
-        # hands over the same buffer each time, and the view keeps its address from being reused.
+        # Through a memory view, as an operator of torch takes longer than the whole check. DDP passes
+        # the same buffer in every step, and the view prevents that its address is used again.
         if probed.data_ptr() != self._address:
             self._address = probed.data_ptr()
             self._data = memoryview(probed.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -64,10 +65,10 @@ class _Unused:
 
 
 class UnusedInput(_Unused):
-    """Finds the parameters of a bucket whose gradient is exactly zero.
+    """Parameters of a bucket whose gradient is exactly zero.
 
     Args:
-        wire: The uplink's layout.
+        wire: Layout of the uplink.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -82,24 +83,24 @@ class UnusedInput(_Unused):
 
     @contextlib.contextmanager
     def put_aside(self, bucket: Tensor, residual: Tensor) -> Iterator[None]:
-        """Hide the residuals of idle parameters from the kernel.
+        """Set the residuals of unused parameters to zero within a context.
 
         Args:
             bucket: ``[numel]``, the gradients.
             residual: ``[numel]``.
         """
-        idle = self._find(bucket, lambda span: not _any(bucket, span.first, span.last))
-        with _hidden(residual, idle):
+        unused = self._find(bucket, lambda span: not _any(bucket, span.first, span.last))
+        with _hidden(residual, unused):
             yield
 
 
 class UnusedMean(_Unused):
-    """Finds the parameters of a chunk of which no worker has sent anything.
+    """Parameters of a chunk for which no worker has sent anything.
 
     Args:
-        uplink: Layout of what the workers send.
-        downlink: Layout of what the server sends.
-        server: Which chunk it is.
+        uplink: Layout of the uplink.
+        downlink: Layout of the downlink.
+        server: Index of the chunk.
     """
 
     def __init__(self, uplink: Wire, downlink: Wire, server: int) -> None:
@@ -108,7 +109,7 @@ class UnusedMean(_Unused):
         for piece, sent in pieces:
             if sent.raw:
                 continue
-            # Nothing was sent where all scales are zero, or all elements if they travel raw.
+            # Nothing was sent if all scales are zero, or all elements of a raw piece.
             at, size = piece.scales_at, -(-piece.numel // uplink.block_size) * SCALE_BYTES
             if piece.raw:
                 at, size = piece.data_at, piece.numel * uplink.itemsize
@@ -117,17 +118,17 @@ class UnusedMean(_Unused):
 
     @contextlib.contextmanager
     def put_aside(self, received: Tensor, residual: Tensor) -> Iterator[None]:
-        """Hide the residuals of idle parameters from the kernel.
+        """Set the residuals of unused parameters to zero within a context.
 
         Args:
             received: ``[world_size, stride_bytes]`` uint8.
             residual: ``[chunk numel]``.
         """
-        idle = self._find(
+        unused = self._find(
             received,
             lambda span: not any(_any(row, span.first, span.last) for row in received),
         )
-        with _hidden(residual, idle):
+        with _hidden(residual, unused):
             yield
 
 

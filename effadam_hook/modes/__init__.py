@@ -1,4 +1,4 @@
-"""The modes: what the buckets exchange.
+"""Modes of the exchange: gradients, preconditioned gradients, updates, or updates and weights.
 
 The two-way exchange is the same in every mode. A mode selects the operation that the kernels fuse with
 the quantizer, and the destination of the decoded result.

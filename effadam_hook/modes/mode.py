@@ -80,8 +80,8 @@ class Mode:
     Attributes:
         name: The name, for summaries and for the comparison between ranks.
         units: The units of the residuals, for checkpoints.
-        server_sign: The sign of a server's residual relative to a worker's: 1, or -1 if a worker sends
-            what is subtracted from the content of the server's residual.
+        server_sign: The sign of a server's residual relative to a worker's: -1 if workers send updates
+            and servers send weights, from which updates are subtracted; 1 otherwise.
         scales_with_loss: Whether residuals are in units of the scaled loss.
         max_grad_norm: Bound on the 2-norm of a worker's gradient; None for no bound.
         generation: A number that changes when buckets must create their contents anew.
@@ -154,7 +154,7 @@ class Mode:
         return 0
 
     def save(self) -> dict[str, dict[str, Any]]:
-        """Return what this rank needs besides the residuals to resume.
+        """Return the state of this rank besides the residuals, for a checkpoint.
 
         Returns:
             By parameter name, flat tensors and numbers.

@@ -26,15 +26,10 @@ from functools import lru_cache
 
 from effadam_hook.exchange.topology import TOPOLOGIES, Leg
 from effadam_hook.planner.method import Method
-from effadam_hook.wire.layout import (
-    REPLICA_CHECK_BYTES,
-    aligned,
-    cut,
-    part_numel,
-    share_of,
-    turn_of,
-)
+from effadam_hook.wire.layout import REPLICA_CHECK_BYTES, aligned
+from effadam_hook.wire.parts import cut, part_numel
 from effadam_hook.wire.quantizers import SCALE_BYTES, get_quantizer
+from effadam_hook.wire.shares import share_of, turn_of
 
 __all__ = [
     "ParameterSize",

@@ -16,7 +16,8 @@ from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.kernels import Kernels
 from effadam_hook.modes import Mode
 from effadam_hook.session.buffers import BucketBuffers
-from effadam_hook.wire.layout import Slot, cut, lay_out_bucket
+from effadam_hook.wire.layout import Slot, lay_out_bucket
+from effadam_hook.wire.parts import cut
 
 __all__ = ["Buckets"]
 

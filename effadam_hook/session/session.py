@@ -35,7 +35,7 @@ from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.connection import Connection
-from effadam_hook.session.stats import Counters
+from effadam_hook.wire.counters import Counters
 
 __all__ = ["ExchangeSession", "exchange_all"]
 

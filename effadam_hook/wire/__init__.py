@@ -1,1 +1,1 @@
-"""What travels: quantizers, layouts and names. Integers and strings, no torch."""
+"""The contents of payloads: quantizers, layouts, shares, names and counters, without torch."""

@@ -1,35 +1,36 @@
-"""Where every element of a bucket lies in the payloads that carry it. Integers only, no torch.
+"""Layout of a bucket in the payloads that carry it. Integers only, no torch.
 
-A *bucket* is DDP's flat buffer with one *slot* per parameter. Every parameter is cut into blocks from
-its own first element, so no block straddles two parameters, and the blocks of a parameter are dealt
-to the servers in contiguous runs, the same runs in whatever bucket the parameter turns up: when DDP
-rebuilds its buckets, nothing changes hands. What one server gets of one bucket is a *chunk*, made of
-*pieces*, at most one per parameter::
+A *bucket* is DDP's flat buffer with one *slot* per parameter. Every parameter is divided into
+blocks from its own first element, so that no block straddles two parameters. The blocks of a
+parameter are divided among the servers in contiguous runs, which are the same in every bucket that
+holds the parameter (:mod:`effadam_hook.wire.shares`). The part of a bucket that belongs to one
+server is a *chunk*. It consists of *pieces*, at most one per parameter::
 
     bucket    | weight.0 ............ | bias.0 | weight.1 ............ |
     pieces    | server 0 | server 1 |  s 0    | server 1  | server 0 |      (two servers)
 
-    chunk     | raw elements | scales | codes | padding | seal |
+    chunk     | raw elements | scales | codes | padding | replica check |
     payload   | chunk of server 0 | chunk of server 1 |
 
-With one server (topology "rank0") there is one chunk and the pieces are whole parameters. Chunks have
-a common stride, so a payload is a ``[servers, stride_bytes]`` matrix of bytes and what a server has
-gathered is ``[world_size, stride_bytes]``.
+With one server (topology "rank0") there is one chunk, and the pieces are whole parameters. Chunks have
+a common stride: a payload is a ``[servers, stride_bytes]`` matrix of bytes, and the payloads that a
+server gathers form a ``[world_size, stride_bytes]`` matrix.
 
-Raw elements (exact parameters, or all of them with the quantizer ``none``) travel in the bucket's own
-dtype and come first, where they are aligned; then two bytes of scale per block; then the codes. The
-seal, at the end of the stride, is the exchange's: with it the ranks see that they mean the same.
+Raw elements (exact parameters, or all of them with the quantizer ``none``) have the dtype of the bucket
+and come first, where they are aligned. Two bytes of scale per block follow, then the codes. The last
+bytes of the stride belong to the exchange, which compares replicas with them
+(:mod:`effadam_hook.exchange.replica_check`).
 """
 
 from __future__ import annotations
 
-import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from effadam_hook.wire.quantizers import SCALE_BYTES, Quantizer
+from effadam_hook.wire.shares import share_of, turn_of
 
 __all__ = [
     "REPLICA_CHECK_BYTES",
@@ -39,27 +40,23 @@ __all__ = [
     "Slot",
     "Wire",
     "aligned",
-    "cut",
     "lay_out_bucket",
-    "part_numel",
-    "share_of",
-    "turn_of",
 ]
 
 _ALIGN_BYTES = 8
 REPLICA_CHECK_BYTES = 16
-"""Bytes at the end of a chunk that the kernels leave alone."""
+"""Bytes at the end of a chunk that kernels neither read nor write."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's place in a bucket.
+    """Place of a parameter in a bucket.
 
     Attributes:
-        name: The parameter's name, its identity across buckets and runs.
+        name: Name of the parameter, its identity across buckets and runs.
         start: First element in the bucket.
         numel: Number of elements.
-        exact: Whether it travels uncompressed.
+        exact: Whether the parameter is sent uncompressed.
     """
 
     name: str
@@ -70,17 +67,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Piece:
-    """One server's share of one parameter, in one direction.
+    """Share of one server in one parameter, in one direction.
 
     Attributes:
-        slot: Index of the parameter's slot.
+        slot: Index of the slot of the parameter.
         offset: First element in the parameter.
         start: First element in the bucket.
         local: First element in the server's chunk.
         numel: Number of elements; all but the last block are full.
-        raw: Whether the elements travel as they are.
-        scales_at: Byte in the chunk of the first scale (quantized pieces).
-        data_at: Byte in the chunk of the first code, or of the first raw element.
+        raw: Whether the elements are sent without quantization.
+        scales_at: Offset of the first scale in the chunk, in bytes (quantized pieces).
+        data_at: Offset of the first code, or of the first raw element, in the chunk, in bytes.
     """
 
     slot: int
@@ -93,7 +90,7 @@ class Piece:
     data_at: int
 
     def row(self) -> tuple[int, int, int, int, int, int, int, int]:
-        """What compiled kernels know of a piece, in their order."""
+        """Return the fields that compiled kernels read, in their order."""
         return (
             self.start,
             self.local,
@@ -108,12 +105,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one server holds of a bucket.
+    """Part of a bucket that belongs to one server.
 
     Attributes:
         numel: Number of elements.
-        pieces: Its pieces, in the order of the bucket's slots.
-        used_bytes: Bytes before the padding.
+        pieces: The pieces, in the order of the bucket's slots.
+        used_bytes: Number of bytes before the padding.
     """
 
     numel: int
@@ -123,15 +120,15 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Wire:
-    """The layout of one direction's payload.
+    """Layout of the payload of one direction.
 
     Attributes:
-        quantizer: What turns blocks into codes.
-        scale_rule: How a block finds its scale.
-        block_size: Elements that share a scale.
-        itemsize: Bytes of a raw element.
-        chunks: One per server.
-        stride_bytes: Bytes from one chunk to the next in a payload.
+        quantizer: Quantizer of the blocks.
+        scale_rule: Rule for the scale of a block.
+        block_size: Number of elements that share a scale.
+        itemsize: Size of a raw element in bytes.
+        chunks: One chunk per server.
+        stride_bytes: Distance between chunks in a payload, in bytes.
     """
 
     quantizer: Quantizer
@@ -143,17 +140,17 @@ class Wire:
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of a whole payload, padding included."""
+        """Return the size of a whole payload in bytes, padding included."""
         return len(self.chunks) * self.stride_bytes
 
     @cached_property
     def numel(self) -> int:
-        """Elements of the bucket."""
+        """Return the number of elements of the bucket."""
         return sum(chunk.numel for chunk in self.chunks)
 
     @cached_property
     def slot_numels(self) -> tuple[int, ...]:
-        """Elements of each slot's parameter, up to the last slot that has any."""
+        """Return the number of elements of each slot, up to the last slot that has any."""
         pieces = [piece for chunk in self.chunks for piece in chunk.pieces]
         numels = [0] * (1 + max((piece.slot for piece in pieces), default=-1))
         for piece in pieces:
@@ -161,7 +158,7 @@ class Wire:
         return tuple(numels)
 
     def as_raw(self) -> Wire:
-        """The same chunks uncompressed: every element raw, in the chunk's order, from byte 0."""
+        """Return the same chunks uncompressed: raw elements in the order of the chunk, from byte 0."""
         chunks = tuple(
             Chunk(
                 chunk.numel,
@@ -178,7 +175,7 @@ class Wire:
 
     @cached_property
     def tables(self) -> tuple[array[int], ...]:
-        """Per chunk, eight 64-bit integers a piece, in the order of :meth:`Piece.row`."""
+        """Return eight 64-bit integers per piece for each chunk, in the order of :meth:`Piece.row`."""
         return tuple(
             array("q", (value for piece in chunk.pieces for value in piece.row()))
             for chunk in self.chunks
@@ -187,87 +184,19 @@ class Wire:
 
 @dataclass(frozen=True, eq=False)
 class BucketLayout:
-    """A bucket's slots and the wires of both directions.
+    """Slots of a bucket, and the wires of both directions.
 
     Attributes:
-        slots: The parameters, in the bucket's order.
-        numel: Elements of the bucket.
-        uplink: From workers to servers.
-        downlink: From servers to workers. Its pieces pair with the uplink's.
+        slots: The parameters, in the order of the bucket.
+        numel: Number of elements of the bucket.
+        uplink: Wire from workers to servers.
+        downlink: Wire from servers to workers. Its pieces correspond to those of the uplink.
     """
 
     slots: tuple[Slot, ...]
     numel: int
     uplink: Wire
     downlink: Wire
-
-
-def share_of(numel: int, turn: int, block_size: int, server: int, servers: int) -> tuple[int, int]:
-    """The contiguous run of a parameter's elements that a server is responsible for.
-
-    Depends on nothing but the parameter and the number of servers. Runs are whole blocks and differ
-    by at most one block; ``turn`` turns the assignment, so that odd blocks spread over the servers.
-
-    Args:
-        numel: Elements of the parameter.
-        turn: Any whole number that belongs to the parameter, see :func:`turn_of`.
-        block_size: Elements of a full block.
-        server: Which server, from 0.
-        servers: How many there are.
-
-    Returns:
-        First element and number of elements, the latter possibly 0.
-    """
-    blocks = -(-numel // block_size)
-    position = (server - turn) % servers
-    first = position * blocks // servers * block_size
-    last = min((position + 1) * blocks // servers * block_size, numel)
-    return first, max(0, last - first)
-
-
-def turn_of(name: str) -> int:
-    """A number that belongs to a parameter wherever it stands in the model.
-
-    Args:
-        name: The parameter's canonical name.
-
-    Returns:
-        The CRC-32 of the name.
-    """
-    return zlib.crc32(name.encode())
-
-
-PART_NUMEL = 1 << 19
-"""Two megabytes of float32: some milliseconds on the wire, where a collective costs less than one."""
-
-
-def part_numel(world_size: int) -> int:
-    """Elements that make a part of a bucket worth its overhead, where parts overlap.
-
-    Args:
-        world_size: Number of ranks. With more of them every peer's share of a part is smaller.
-    """
-    return PART_NUMEL * max(1, world_size // 8)
-
-
-def cut(numels: Sequence[int], least: int | None) -> list[slice]:
-    """Cut a bucket between parameters into parts that can be exchanged one after the other.
-
-    Args:
-        numels: Elements of each parameter, in the bucket's order.
-        least: A part is complete as soon as it has so many elements; None leaves one part.
-
-    Returns:
-        Which parameters make up each part. A remainder of less than half a part stays with the last.
-    """
-    starts, here, left = [0], 0, sum(numels)
-    for index, numel in enumerate(numels):
-        if least is not None and here >= least and 2 * left >= least:
-            starts.append(index)
-            here = 0
-        here += numel
-        left -= numel
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(numels)], strict=True)]
 
 
 def lay_out_bucket(
@@ -283,16 +212,16 @@ def lay_out_bucket(
     """Lay out both directions of a bucket.
 
     Args:
-        slots: The parameters in the bucket's order, without gaps.
+        slots: The parameters in the order of the bucket, without gaps.
         uplink: Quantizer from workers to servers.
         downlink: Quantizer from servers to workers.
-        scale_rule: How a block finds its scale.
-        block_size: Elements of a full block.
+        scale_rule: Rule for the scale of a block.
+        block_size: Number of elements of a full block.
         servers: Number of servers.
-        itemsize: Bytes of one element of the bucket.
+        itemsize: Size of an element of the bucket in bytes.
 
     Returns:
-        The layout; the same for the same arguments on every rank.
+        The layout. It depends on the arguments only, so that it is equal on all ranks.
 
     Raises:
         ValueError: If the slots leave gaps or overlap.
@@ -319,7 +248,7 @@ def lay_out_bucket(
 
 
 def aligned(size_bytes: int) -> int:
-    """The size with the padding that keeps what follows it aligned."""
+    """Return the size with the padding that aligns the following data."""
     return -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
@@ -346,7 +275,7 @@ def _lay_out_chunk(
             scale_bytes += -(-numel // block_size) * SCALE_BYTES
 
     raw_at = 0
-    # Raw elements of 2 bytes may end anywhere even, so scales stay aligned to their own size.
+    # Raw elements have 2 bytes or more, so that scales are aligned to their own size.
     scales_at = raw_bytes
     codes_at = raw_bytes + scale_bytes
     pieces: list[Piece] = []

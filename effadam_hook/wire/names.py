@@ -1,9 +1,8 @@
-"""Canonical parameter names: the same whatever wraps a model or a part of it.
+"""Canonical parameter names, which do not depend on the wrappers of a model or of its parts.
 
-``torch.compile``, checkpoint wrappers, FSDP and DDP insert a component of their own into the dotted
-names of ``named_parameters()``. A rule, a saved residual or a message that went by those names would
-lose its parameter as soon as a wrapper is put on or taken off. The canonical name is the name without
-these components.
+``torch.compile``, checkpoint wrappers, FSDP and DDP insert components into the dotted names of
+``named_parameters()``. Rules, saved residuals and messages that used those names would lose their
+parameters when a wrapper is added or removed. The canonical name is the name without these components.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ __all__ = ["canonical_name", "canonical_names", "nearest_names"]
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """Components of torch.compile, of activation checkpointing and of FSDP."""
 _DDP = "module"
-"""The first component under DDP; anywhere else it may be a module of the model."""
+"""First component under DDP. In any other place it may be a module of the model."""
 
 
 def canonical_name(name: str) -> str:
     """Remove the components that wrappers insert into a parameter's name.
 
     Args:
-        name: A name as ``named_parameters()`` gives it.
+        name: A name of ``named_parameters()``.
 
     Returns:
-        The name without wrapper components; the name itself if nothing else is in it.
+        The name without wrapper components; the name itself if it has no other component.
 
     Example:
         >>> canonical_name("module._orig_mod.head._checkpoint_wrapped_module.weight")
@@ -39,34 +38,36 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_names(names: Collection[str]) -> dict[str, str]:
-    """Find the canonical names of different parameters of one model.
+    """Return the canonical names of the parameters of one model.
 
     Args:
         names: One name for each parameter.
 
     Returns:
-        The canonical name by name. Parameters whose canonical names would be equal keep their own.
+        The canonical names by name. Parameters whose canonical names would be equal keep their names.
     """
     found = {name: canonical_name(name) for name in names}
     counts: dict[str, int] = {}
     for canonical in found.values():
         counts[canonical] = counts.get(canonical, 0) + 1
     unique = {name: other if counts[other] == 1 else name for name, other in found.items()}
-    if len(set(unique.values())) < len(unique):  # a name that was kept is another's canonical one
+    if len(set(unique.values())) < len(
+        unique
+    ):  # a kept name is the canonical name of another parameter
         return {name: name for name in names}
     return unique
 
 
 def nearest_names(pattern: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """Find the names that a misspelt pattern may have meant.
+    """Return the names that are nearest to a misspelt pattern.
 
     Args:
         pattern: A shell pattern or a name.
-        names: The names that exist.
-        most: How many to return.
+        names: The valid names.
+        most: Maximum number of names to return.
 
     Returns:
-        The nearest names, the best first; empty if none is near.
+        The nearest names, best first; empty if no name is near.
     """
     literal = pattern.strip("*?.")
     owners: dict[str, str] = {}

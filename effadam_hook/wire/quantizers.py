@@ -1,26 +1,28 @@
-"""What a quantizer is: its levels, how a block finds its scale, and the bytes its codes take.
+"""Quantizers: levels, the rule for the scale of a block, and the packing of codes.
 
 A *block* of at most ``block_size`` neighbouring elements of one parameter shares one *scale*. Each
 element is sent as a *code*, the index of a *level*, and is decoded as ``scale * level``. Levels are
-fixed and symmetric about zero, and every one is a multiple of 2**-13 below 2**7, so that the product
-with a scale, which travels as bfloat16, is exact in float32: decoding has one possible outcome on
-every device.
+fixed and symmetric about zero. Every level is a multiple of 2**-13 below 2**7, and scales are sent as
+bfloat16, so that the product is exact in float32: decoding has the same result on every device.
 
-From a block to its codes, in order:
+A block is encoded in four steps:
 
-[1] ``k`` is the power of two below ``max|x|``, and ``y = x / 2**k``: nothing can over- or underflow.
-[2] A provisional scale ``p`` places the levels: from the root mean square of ``y`` (``spread``) where
-    the levels were made for a distribution, from ``max|y|`` where they were made for a range.
-[3] Each code is the level nearest to ``y / p``; a tie goes to the smaller magnitude.
-[4] The final scale is the least-squares one, ``<y, q> / <q, q>``, with which no choice of codes can
-    increase the norm of the error beyond that of the block itself; or ``max|y| / top level``.
+[1] ``k`` is the exponent of the power of two below ``max|x|``, and ``y = x / 2**k``, which prevents
+    overflow and underflow.
+[2] A provisional scale ``p`` places the levels. It is derived from the root mean square of ``y``
+    (``spread``) if the levels are made for a distribution, and from ``max|y|`` if they are made for a
+    range.
+[3] Each code is that of the level nearest to ``y / p``; ties go to the smaller magnitude.
+[4] The final scale is the least-squares scale ``<y, q> / <q, q>``, for which the norm of the error does
+    not exceed that of the block, whatever the codes; or ``max|y| / top level`` (absmax).
 
 The codes of a block are packed in planes: code ``i`` of ``n`` belongs to plane ``i // P`` and
-column ``i % P`` with ``P = ceil(n / planes)``. A column of eight ``b``-bit codes makes ``b`` bytes,
-stored ``P`` apart; a column of five ternary codes makes one byte in base 3. Planes let one vector
-instruction pack many codes on any device without shuffling.
+column ``i % P`` with ``P = ceil(n / planes)``. A column of eight ``b``-bit codes takes ``b`` bytes,
+stored at a distance of ``P``; a column of five ternary codes takes one byte in base 3. With planes, one
+vector instruction packs many codes without shuffling, on any device.
 
-This module is integers and floats only; the arithmetic on tensors is in :mod:`effadam_hook.kernels`.
+This module contains integers and floats only. The arithmetic on tensors is in
+:mod:`effadam_hook.kernels`.
 """
 
 from __future__ import annotations
@@ -32,25 +34,25 @@ from dataclasses import dataclass
 __all__ = ["QUANTIZERS", "SCALE_BYTES", "SCALE_RULES", "Quantizer", "get_quantizer"]
 
 SCALE_BYTES = 2
-"""Bytes of a scale on the wire: one bfloat16, which has the range of float32."""
+"""Size of a scale in a payload: one bfloat16, which has the range of float32."""
 
 _BFLOAT16_MAX = (2 - 2.0**-7) * 2.0**127
 
 SCALE_RULES = ("least_squares", "absmax")
-"""How the final scale of a block is found."""
+"""Rules for the final scale of a block."""
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A family of levels and its packing.
+    """Levels and their packing.
 
     Attributes:
-        name: The public name.
-        magnitudes: The levels that are not negative, ascending. A leading 0 is shared by both signs.
-        planes: Codes packed together into one column: 8, or 5 for ternary codes.
-        plane_bytes: Bytes that a column takes.
-        spread: The provisional scale over the root mean square of the block, or None when the
-            provisional scale is the block's largest magnitude over the top level.
+        name: Public name.
+        magnitudes: The non-negative levels, ascending. A leading 0 is common to both signs.
+        planes: Number of codes in a column: 8, or 5 for ternary codes.
+        plane_bytes: Size of a column in bytes.
+        spread: Ratio of the provisional scale to the root mean square of the block. None if the
+            provisional scale is the largest magnitude of the block divided by the top level.
     """
 
     name: str
@@ -61,49 +63,49 @@ class Quantizer:
 
     @property
     def is_raw(self) -> bool:
-        """Whether values travel as they are, without codes or scales."""
+        """Return whether values are sent unchanged, without codes and scales."""
         return not self.magnitudes
 
     @property
     def has_zero(self) -> bool:
-        """Whether zero is a level. Without it, an element that is always zero sends ± one level."""
+        """Return whether zero is a level. Without it, zeros are sent as plus or minus one level."""
         return bool(self.magnitudes) and self.magnitudes[0] == 0.0
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """All levels, ascending: a code is an index into them. Empty for ``none``."""
+        """Return all levels, ascending. A code is an index of this tuple. Empty for ``none``."""
         positive = self.magnitudes[1:] if self.has_zero else self.magnitudes
         zero = (0.0,) if self.has_zero else ()
         return (*(-m for m in reversed(positive)), *zero, *positive)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Midpoints of neighbouring magnitudes; a ratio on one takes the smaller magnitude."""
+        """Return the midpoints of neighbouring magnitudes; ties go to the smaller magnitude."""
         return tuple(
             (a + b) / 2 for a, b in zip(self.magnitudes, self.magnitudes[1:], strict=False)
         )
 
     @property
     def largest_scale(self) -> float:
-        """The largest bfloat16 whose product with the top level is finite in bfloat16, unrounded."""
+        """Return the largest bfloat16 whose product with the top level is within bfloat16's range."""
         (bits,) = struct.unpack("<I", struct.pack("<f", _BFLOAT16_MAX / self.magnitudes[-1]))
         (scale,) = struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))
         return float(scale)
 
     @property
     def bits(self) -> float:
-        """Bits of one code on the wire, scales apart."""
+        """Return the number of bits of a code, without scales."""
         return 32.0 if self.is_raw else 8 * self.plane_bytes / self.planes
 
     def code_bytes(self, numel: int) -> int:
-        """Bytes that the codes of one block of ``numel`` elements take."""
+        """Return the size of the codes of a block of ``numel`` elements in bytes."""
         return self.plane_bytes * math.ceil(numel / self.planes)
 
     def is_contraction(self, scale_rule: str) -> bool:
-        """Whether ``|x - decode(encode(x))| <= |x|`` holds for every block, up to rounding.
+        """Return whether ``|x - decode(encode(x))| <= |x|`` holds for every block, up to rounding.
 
-        True of every quantizer with the least-squares scale. With the absmax scale it needs a level
-        at zero, so that no element moves by more than its own magnitude.
+        It holds for every quantizer with the least-squares scale. With the absmax scale it requires a
+        level at zero, so that no element changes by more than its own magnitude.
         """
         return self.is_raw or scale_rule == "least_squares" or self.has_zero
 
@@ -129,20 +131,17 @@ _FAMILY = (
 )
 
 QUANTIZERS: dict[str, Quantizer] = {quantizer.name: quantizer for quantizer in _FAMILY}
-"""Every quantizer by its public name."""
+"""All quantizers by name."""
 
 
 def get_quantizer(name: str) -> Quantizer:
-    """Look up a quantizer.
+    """Return a quantizer.
 
     Args:
-        name: One of :data:`QUANTIZERS`.
-
-    Returns:
-        The quantizer of that name.
+        name: A key of :data:`QUANTIZERS`.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no quantizer has this name.
     """
     try:
         return QUANTIZERS[name]

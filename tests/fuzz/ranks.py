@@ -25,7 +25,7 @@ from effadam_hook.ddp.accumulation import AccumulationCheck
 from effadam_hook.exchange.watchdog import watchdog
 from effadam_hook.session import buckets, connection
 from effadam_hook.session.buffers import BucketBuffers
-from effadam_hook.wire import layout
+from effadam_hook.wire import parts
 from fuzz.cases import WRAPPERS, Case, Model, draw, gradients
 
 __all__ = ["Report", "lose_a_rank", "run_batch"]
@@ -106,7 +106,7 @@ def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[R
         case = draw(seed, world_size, ending)
         report = Report()
         reports.append(report)
-        layout.PART_NUMEL = case.part_numel
+        parts.PART_NUMEL = case.part_numel
         # What can end a run as an error, with -W error, must not be said in vain.
         with warnings.catch_warnings(), _replaced(case, rank):
             warnings.filterwarnings("error", "Gradients of the last backward were still there")

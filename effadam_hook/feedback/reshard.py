@@ -1,0 +1,192 @@
+"""Saved states of other ranks and other shares.
+
+For another number of ranks the states of all ranks are merged. Every new worker starts with the mean of
+the old workers' residuals, which the invariants of the algorithm are about, and the servers' residuals
+are concatenated and dealt to the new servers.
+
+The elements that a rank serves may change on the same number of ranks too, as they do with another
+topology or block size, and after version 1, whose shares depended on the order of the parameters:
+
+- a state of all ranks is dealt exactly;
+- in the state of one rank, the elements that the rank no longer serves move into its worker residual,
+  as the other ranks' states are not available. The conserved sum is ẽ + (1/N) Σ e_i, so that they move
+  N times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from effadam_hook.errors import StateMismatchError
+from effadam_hook.feedback.checkpoint import RankState, Share
+from effadam_hook.feedback.moments import MOMENTS
+from effadam_hook.feedback.schema import reject
+from effadam_hook.wire.shares import share_of, turn_of
+
+__all__ = ["Role", "deal", "merge", "reassign"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """Role of a rank in a run.
+
+    Attributes:
+        rank: Rank in the process group.
+        world_size: Number of ranks.
+        serves: Index of the server that this rank is; None if it is none.
+        servers: Number of servers.
+        block_size: Number of elements that share a scale.
+    """
+
+    rank: int
+    world_size: int
+    serves: int | None
+    servers: int
+    block_size: int
+
+    def share(self, name: str, numel: int) -> tuple[int, int]:
+        """Return the first element and the number of elements that this rank serves of a parameter.
+
+        Args:
+            name: Name of the parameter.
+            numel: Its number of elements.
+        """
+        if self.serves is None:
+            return 0, 0
+        return share_of(numel, turn_of(name), self.block_size, self.serves, self.servers)
+
+
+def merge(states: Sequence[RankState]) -> RankState:
+    """Merge the states of all ranks into one from which any number of ranks can start.
+
+    Args:
+        states: States of all ranks, in their order.
+
+    Returns:
+        The state of a single rank and server: the mean of the workers' residuals and moments, and the
+        servers' residuals of whole parameters.
+
+    Raises:
+        StateMismatchError: If the states are not those of all ranks of one run.
+    """
+    for rank, state in enumerate(states):
+        if state.rank != rank or state.world_size != len(states):
+            raise StateMismatchError(
+                f"State {rank} of {len(states)} is that of rank {state.rank} of "
+                f"{state.world_size}. Must be the states of all ranks, in order."
+            )
+    ranks = len(states)
+    worker = {
+        name: _mean(
+            "worker residual", name, [s.worker[name] for s in states if name in s.worker], ranks
+        )
+        for name in _names(state.worker for state in states)
+    }
+    server = {
+        name: _whole(name, [s.server[name] for s in states if name in s.server], worker[name])
+        for name in _names(state.server for state in states)
+    }
+    moments = {}
+    for name in _names(state.moments for state in states):
+        entries = [state.moments[name] for state in states if name in state.moments]
+        if len(entries) < ranks:
+            raise StateMismatchError(
+                f"The saved moments of {name!r} are those of {len(entries)} of {ranks} ranks. Must be "
+                "the states of all ranks at one step: use another checkpoint."
+            )
+        means = {key: _mean(key, name, [e[key] for e in entries], ranks) for key in MOMENTS}
+        moments[name] = {**entries[0], **means}
+    return replace(
+        states[0],
+        rank=0,
+        world_size=1,
+        servers=1,
+        worker=worker,
+        server={name: Share(0, whole) for name, whole in server.items()},
+        moments=moments,
+    )
+
+
+def _names(tables: Iterable[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(name for table in tables for name in table))
+
+
+def _mean(what: str, name: str, held: Sequence[Tensor], ranks: int) -> Tensor:
+    """Return the mean over all ranks; a rank without a tensor counts as zero."""
+    sizes = sorted({values.numel() for values in held})
+    if len(sizes) > 1:
+        raise StateMismatchError(
+            f"The saved {what} of {name!r} has {sizes[0]} elements on one rank and {sizes[-1]} on "
+            "another. Must be the states of all ranks of one run."
+        )
+    return (torch.stack([values.double() for values in held]).sum(dim=0) / ranks).to(held[0].dtype)
+
+
+def _whole(name: str, shares: Sequence[Share], worker: Tensor) -> Tensor:
+    """Concatenate the servers' residuals of a parameter."""
+    ordered = sorted(shares, key=lambda share: share.start)
+    starts = [share.start for share in ordered]
+    ends = [share.end for share in ordered]
+    if starts != [0, *ends[:-1]] or ends[-1] != worker.numel():
+        reject(
+            f"server_start.{name}", starts, "those of shares without gaps, of the whole parameter"
+        )
+    return torch.cat([share.values for share in ordered])
+
+
+def deal(merged: RankState, role: Role) -> RankState:
+    """Give a rank its part of a merged state.
+
+    Args:
+        merged: State with the server residuals of whole parameters, as :func:`merge` returns it.
+        role: Role of the rank in the new run.
+    """
+    server = {}
+    for name, whole in merged.server.items():
+        first, numel = role.share(name, whole.values.numel())
+        if numel:
+            server[name] = Share(first, whole.values[first : first + numel])
+    return replace(
+        merged,
+        rank=role.rank,
+        world_size=role.world_size,
+        servers=role.servers,
+        block_size=role.block_size,
+        server=server,
+    )
+
+
+def reassign(state: RankState, role: Role, sign: int) -> RankState:
+    """Fit the state of a rank to the elements that the rank serves now, without loss.
+
+    Args:
+        state: State of the same rank, of the same number of ranks.
+        role: Role of the rank now.
+        sign: 1 if a server's residual adds to a worker's, -1 if it subtracts.
+
+    Returns:
+        The state with the present shares. Residuals of other elements are in the worker residual.
+    """
+    worker = dict(state.worker)
+    server: dict[str, Share] = {}
+    for name, residual in state.worker.items():
+        first, numel = role.share(name, residual.numel())
+        held = state.server.get(name)
+        if held is not None and (held.start, held.values.numel()) == (first, numel):
+            server[name] = held
+            continue
+        whole = torch.zeros_like(residual)
+        if held is not None:
+            whole[held.start : held.end] = held.values
+        if numel:
+            server[name] = Share(first, whole[first : first + numel].clone())
+        if held is not None:
+            whole[first : first + numel] = 0
+            worker[name] = residual + whole * (sign * state.world_size)
+    return replace(
+        state, servers=role.servers, block_size=role.block_size, worker=worker, server=server
+    )

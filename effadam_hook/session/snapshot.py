@@ -1,0 +1,143 @@
+"""Saving and restoring of a session: residuals, moments and counters of this rank."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from effadam_hook.errors import StateMismatchError
+from effadam_hook.exchange.topology import Topology, make_topology
+from effadam_hook.feedback.checkpoint import RankState, Share, holds_all_ranks, read_states
+from effadam_hook.feedback.reshard import Role, deal, merge, reassign
+from effadam_hook.session.session import ExchangeSession
+
+__all__ = ["capture", "restore"]
+
+
+def capture(session: ExchangeSession) -> RankState:
+    """Return the state of this rank.
+
+    Args:
+        session: The session.
+
+    Returns:
+        The state, with copies of all tensors on the CPU. Residuals have the scale of the unscaled loss.
+    """
+    connection, topology, scale = session.connection, session.topology, session.loss_scale
+    role = _role(session, topology)
+    worker = {name: (view / scale).cpu() for name, view in session.worker}
+    server = {name: (view / scale).cpu() for name, view in session.server}
+    return RankState(
+        rank=role.rank,
+        world_size=role.world_size,
+        topology=topology.name if connection.has_topology else connection.loaded_topology,
+        servers=role.servers,
+        block_size=role.block_size,
+        counters=replace(session.counters),
+        units=session.mode.units,
+        worker=worker,
+        server={
+            name: Share(role.share(name, worker[name].numel())[0], values)
+            for name, values in server.items()
+        },
+        moments={
+            name: {key: v.cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
+            for name, values in session.mode.save().items()
+        },
+        config=session.config.to_dict(),
+    )
+
+
+def restore(session: ExchangeSession, saved: Any) -> None:
+    """Continue from a saved state, of this rank or of all ranks.
+
+    Args:
+        session: The session; unchanged if an error is raised.
+        saved: A dictionary of :meth:`EfficientAdamState.state_dict` or
+            :meth:`EfficientAdamState.full_state_dict`.
+
+    Raises:
+        StateMismatchError: If the state is damaged, or does not fit the model, the mode or the ranks.
+    """
+    state = _state_of_this_rank(session, saved)
+    if not session.connection.has_topology:
+        session.connection.loaded_topology = state.topology
+    session.mode.load(state.moments)
+    session.loss_scale = 1.0
+    session.counters = replace(state.counters)
+    if session.config.error_feedback:
+        device = session.parameters.device()
+        session.worker.load(state.worker, device)
+        server = {name: share.values for name, share in state.server.items()}
+        session.server.load(server, device)
+    elif state.worker:
+        warnings.warn(
+            "The saved state has residuals, and error_feedback is off: they are dropped.",
+            stacklevel=3,
+        )
+
+
+def _role(session: ExchangeSession, topology: Topology) -> Role:
+    return Role(
+        rank=session.group.rank(),
+        world_size=session.group.size(),
+        serves=topology.serves,
+        servers=topology.servers,
+        block_size=session.config.block_size,
+    )
+
+
+def _state_of_this_rank(session: ExchangeSession, saved: Any) -> RankState:
+    """Read a saved state, check it against the session, and return this rank's part."""
+    parameters, mode = session.parameters, session.mode
+    states = [state.renamed(parameters.resolve) for state in read_states(saved)]
+    topology = session.topology
+    if not session.connection.has_topology and states[0].topology:
+        topology = make_topology(states[0].topology, session.group)
+    role = _role(session, topology)
+    own = _dealt(states, role) if holds_all_ranks(saved) else _own(states[0], role)
+    _check_parameters(session, own)
+    if own.units and own.units != mode.units:
+        raise StateMismatchError(
+            f"The saved residuals are those of {own.units}, and this state exchanges {mode.units}. "
+            "Load a state of the same mode, or none: residuals then start at zero."
+        )
+    if not holds_all_ranks(saved):
+        own = reassign(own, role, mode.server_sign)
+    own.check_residuals(session.worker, session.server)
+    return own
+
+
+def _dealt(states: list[RankState], role: Role) -> RankState:
+    """Deal the states of all ranks to this rank; on as many ranks, every worker keeps its own."""
+    merged = merge(states)
+    if len(states) == role.world_size:
+        merged = replace(states[role.rank], server=merged.server)
+    return deal(merged, role)
+
+
+def _own(state: RankState, role: Role) -> RankState:
+    if (state.rank, state.world_size) != (role.rank, role.world_size):
+        raise StateMismatchError(
+            f"The saved state is that of rank {state.rank} of {state.world_size}; this is rank "
+            f"{role.rank} of {role.world_size}. Load each rank's own state, or one of all ranks from "
+            "full_state_dict()."
+        )
+    return state
+
+
+def _check_parameters(session: ExchangeSession, state: RankState) -> None:
+    parameters = session.parameters
+    if parameters.bound:
+        if numels := parameters.numels():
+            state.check_model(numels)
+        return
+    named = [name for name in state.worker if not name.isdecimal()]
+    if named:
+        raise StateMismatchError(
+            f"The saved state names parameters, such as {named[0]!r}, and this state knows none: "
+            "use attach(ddp_model, ...), or state.bind(...) before loading."
+        )
