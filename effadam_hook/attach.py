@@ -12,6 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from effadam_hook.config.options import (
+    HookOptions,
+    accepts_options,
+    complete_options,
+    state_options,
+)
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.errors import EffAdamError
 from effadam_hook.feedback.parameters import identify
@@ -19,7 +25,6 @@ from effadam_hook.hook import efficient_adam_hook
 from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
 from effadam_hook.optim.efficient_adam import EfficientAdam
 from effadam_hook.optim.wrappers import unwrapped
-from effadam_hook.options import HookOptions, accepts_options, complete_options, state_options
 from effadam_hook.state import EfficientAdamState
 
 if TYPE_CHECKING:
@@ -53,7 +58,7 @@ def attach(
         process_group: Process group of the exchange; that of ``ddp_model`` by default.
         intra_node_group: Process group of the ranks of this node, see :class:`EfficientAdamState`.
         device_mesh: Mesh (nodes, ranks of a node), see :class:`EfficientAdamState`.
-        **options: Options of :class:`effadam_hook.options.HookOptions`.
+        **options: Options of :class:`effadam_hook.config.options.HookOptions`.
 
     Returns:
         The registered state.

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 
 from effadam_hook.config import Config
+from effadam_hook.config.options import StateOptions, accepts_options, complete_options
 from effadam_hook.ddp.auto_compress import AutoCompress
 from effadam_hook.ddp.engine import Engine
 from effadam_hook.ddp.summary import stats_of, summarize
@@ -23,7 +24,6 @@ from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.feedback.checkpoint import join_ranks
 from effadam_hook.feedback.parameters import is_exchanged
 from effadam_hook.modes import Mode
-from effadam_hook.options import StateOptions, accepts_options, complete_options
 from effadam_hook.session.session import ExchangeSession
 from effadam_hook.session.snapshot import capture, restore
 from effadam_hook.wire.names import canonical_name
@@ -47,7 +47,7 @@ class EfficientAdamState:
             to find the nodes by the hosts of the ranks.
         device_mesh: Two-dimensional ``DeviceMesh`` (nodes, ranks of a node), instead of
             ``intra_node_group``.
-        **options: Options of :class:`effadam_hook.options.StateOptions`.
+        **options: Options of :class:`effadam_hook.config.options.StateOptions`.
 
     Raises:
         ValueError: If the value of an option is invalid.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from effadam_hook.options import HookOptions, accepts_options, complete_options
+from effadam_hook.config.options import HookOptions, accepts_options, complete_options
 from lightning_plugin.families import Adaptable
 from lightning_plugin.options import check_ddp_options, check_hook_options
 
@@ -24,7 +24,7 @@ class ExchangeStrategy(Adaptable, Base):
     ``DDPStrategy`` and of torch's ``DistributedDataParallel``.
 
     Args:
-        **options: Options of :class:`effadam_hook.options.HookOptions`.
+        **options: Options of :class:`effadam_hook.config.options.HookOptions`.
         **ddp_options: Arguments of Lightning's ``DDPStrategy`` and ``DistributedDataParallel``, such as
             ``find_unused_parameters``, ``process_group_backend`` or ``start_method``.
 

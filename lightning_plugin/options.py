@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
+from effadam_hook.config.options import HookOptions, state_options, unknown_option
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.optim.wrappers import unwrapped
-from effadam_hook.options import HookOptions, state_options, unknown_option
 
 __all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer", "needs_optimizer"]
 

@@ -43,10 +43,10 @@ MODEL = "model"
 class StrategyMixin(ExchangeStrategy, Base):
     """DDP for a Trainer, with the two-way quantized exchange instead of the all-reduce.
 
-    Accepts all options of :class:`effadam_hook.options.HookOptions`, and every argument of Lightning's
-    ``DDPStrategy`` and of torch's ``DistributedDataParallel``. The communication hook is registered on
-    CPU as well as on CUDA. If ``configure_optimizers`` returns an :class:`effadam_hook.EfficientAdam`,
-    updates are exchanged instead of gradients.
+    Accepts all options of :class:`effadam_hook.config.options.HookOptions`, and every argument of
+    Lightning's ``DDPStrategy`` and of torch's ``DistributedDataParallel``. The communication hook is
+    registered on CPU as well as on CUDA. If ``configure_optimizers`` returns an
+    :class:`effadam_hook.EfficientAdam`, updates are exchanged instead of gradients.
 
     Example:
         >>> trainer = Trainer(strategy=EfficientAdamStrategy(quantizer="lloyd4"), devices=2)

@@ -48,7 +48,7 @@ LADDER = (
     ),
     Step(
         "options, logs of runs",
-        ("effadam_hook.config", "effadam_hook.options", "effadam_hook.run_log"),
+        ("effadam_hook.config", "effadam_hook.run_log"),
     ),
     Step(
         "the arithmetic; residuals by parameter, and their checkpoints",

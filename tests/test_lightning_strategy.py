@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from effadam_hook import EfficientAdamState, attach
-from effadam_hook.options import HookOptions, describe_options
+from effadam_hook.config.options import HookOptions, describe_options
 from lightning_training import FAMILIES, load_family
 
 pytest.importorskip("lightning")

@@ -10,7 +10,7 @@ import pytest
 
 from effadam_hook import EfficientAdamState, attach
 from effadam_hook.config import TOPOLOGY_NAMES, Config
-from effadam_hook.options import (
+from effadam_hook.config.options import (
     DEFAULTS,
     HookOptions,
     QuantizerName,
@@ -88,7 +88,7 @@ def test_signature_and_docstring_list_the_options() -> None:
 
         Args:
             first: Not an option.
-            **options: Options of :class:`effadam_hook.options.HookOptions`.
+            **options: Options of :class:`effadam_hook.config.options.HookOptions`.
             last: Not an option.
         """
 

@@ -1,4 +1,10 @@
 /* Plain C: whatever the compiler makes of it for the baseline of the architecture (SSE2, NEON). */
+
+/* Few x86-64 processors run this variant: half the code is worth more there than the last percent. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O2")
+#endif
+
 #include <math.h>
 #include <stddef.h>
 

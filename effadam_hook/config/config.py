@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from effadam_hook.config.options import DEFAULTS, StateOptions
 from effadam_hook.exchange.topology import AUTO, TOPOLOGIES
-from effadam_hook.options import DEFAULTS, StateOptions
 from effadam_hook.wire.names import nearest_names
 from effadam_hook.wire.quantizers import SCALE_RULES, Quantizer, get_quantizer
 
