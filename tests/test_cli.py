@@ -859,6 +859,27 @@ class FarProbe(FakeProbe):
         return self.time_link(size * 3 // 4, repeats, depth)
 
 
+def time_a_late_transfer(rank: int, world_size: int) -> float:
+    start = dist.batch_isend_irecv
+
+    def late(transfers: list[dist.P2POp]) -> list[dist.Work]:
+        if rank == 1:
+            time.sleep(1.2)
+        return start(transfers)
+
+    assert dist.group.WORLD is not None
+    probe = Probe(dist.group.WORLD, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", late)
+        return probe.time_link(1 << 20, 2, depth=2).best_s
+
+
+def test_the_link_is_timed_although_a_rank_is_late() -> None:
+    first, *others = run_ranks(time_a_late_transfer, 3, timeout=60)
+    assert first > 0.5
+    assert others == [first, first]
+
+
 @pytest.mark.parametrize(("bytes_s", "delay_s"), [(1e6, 0.04), (25e6, 0.2), (1e8, 0.1)])
 def test_a_delay_is_not_taken_for_a_slow_link_nor_messages_for_bytes(
     bytes_s: float, delay_s: float

@@ -92,7 +92,9 @@ class Probe:
             ]
             return lambda: list(dist.batch_isend_irecv(pair))
 
-        return self._time([transfer() for _ in range(depth)], repeats)
+        # Gloo closes the connection of a send or receive when a wait for it times out, so that these
+        # cannot be waited for in slices.
+        return self._time([transfer() for _ in range(depth)], repeats, dist.Work.wait)
 
     def time_leg(self, name: str, size: int, repeats: int, depth: int = 1) -> Timing:
         """Time a collective.
@@ -212,22 +214,27 @@ class Probe:
     def _bytes(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.uint8, device=self._device)
 
-    def _time(self, starts: Sequence[Start], repeats: int) -> Timing:
+    def _time(
+        self, starts: Sequence[Start], repeats: int, wait: Callable[[dist.Work], object] = finish
+    ) -> Timing:
         took: list[list[float]] = []
         for _ in range(repeats + 1):
             self.share(None)
-            took.append([each / len(starts) for each in self._run(starts)])
+            took.append([each / len(starts) for each in self._run(starts, wait)])
         timings = self.share(took[1:])  # the first one makes connections
         slowest = [max(each[0] for each in ranks) for ranks in zip(*timings, strict=True)]
         cpu_s = statistics.fmean(each[1] for rank in timings for each in rank)
         return Timing(statistics.median(slowest), min(slowest), cpu_s)
 
-    def _run(self, starts: Sequence[Start]) -> tuple[float, float]:
+    def _run(
+        self, starts: Sequence[Start], wait: Callable[[dist.Work], object]
+    ) -> tuple[float, float]:
         """Return the seconds and the processor seconds of all transfers on this rank."""
         cpu = time.process_time()
         begin = time.perf_counter()
         for work in [work for start in starts for work in start()]:
-            finish(work)
+            if work is not None:
+                wait(work)
         self.synchronize()
         return time.perf_counter() - begin, time.process_time() - cpu
 
