@@ -1,11 +1,18 @@
-"""Imports go one way, and each hazard has one home. Holds whatever part of the packages exists."""
+"""The architecture: imports go one way, each hazard has one home, and the documents show the tree.
+
+The ladder below and the first lines of the modules are the source of the tables in
+``CONTRIBUTING.md`` and ``docs/architecture.md``. After a change of either::
+
+    python tests/test_architecture.py       # rewrites the tables
+"""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,33 +21,51 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("effadam_hook", "lightning_plugin")
 
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the ladder: a description, and modules or packages by their dotted names."""
+
+    description: str
+    names: tuple[str, ...]
+
+
 # A module may import from its own step and from those above it in this list, types included, and
-# never in a circle, types excepted.
-# A new module takes its place here.
+# never in a circle, types excepted. A new module takes its place here; a package stands for all of its
+# modules that have no step of their own.
 LADDER = (
-    ("effadam_hook.errors", "effadam_hook._version"),
-    ("effadam_hook.wire",),
-    (
-        "effadam_hook.exchange.bucket_job",
-        "effadam_hook.exchange.collectives",
-        "effadam_hook.exchange.timing",
-        "effadam_hook.exchange.topology",
-        "effadam_hook.exchange.waiting",
+    Step("exceptions, versions", ("effadam_hook.errors", "effadam_hook._version")),
+    Step("contents of a payload, in integers and strings", ("effadam_hook.wire",)),
+    Step(
+        "topologies and the calls of collectives: interfaces that options and arithmetic refer to",
+        (
+            "effadam_hook.exchange.bucket_job",
+            "effadam_hook.exchange.collectives",
+            "effadam_hook.exchange.timing",
+            "effadam_hook.exchange.topology",
+            "effadam_hook.exchange.waiting",
+        ),
     ),
-    ("effadam_hook.config", "effadam_hook.options", "effadam_hook.run_log"),
-    ("effadam_hook.kernels", "effadam_hook.feedback"),
-    ("effadam_hook.optim",),
-    ("effadam_hook.modes",),
-    ("effadam_hook.exchange",),
-    ("effadam_hook.session",),
-    ("effadam_hook.ddp",),
-    ("effadam_hook.state",),
-    ("effadam_hook.hook",),
-    ("effadam_hook.attach",),
-    ("effadam_hook",),
-    ("effadam_hook.planner",),
-    ("effadam_hook.cli",),
-    ("lightning_plugin",),
+    Step(
+        "options, logs of runs",
+        ("effadam_hook.config", "effadam_hook.options", "effadam_hook.run_log"),
+    ),
+    Step(
+        "the arithmetic; residuals by parameter, and their checkpoints",
+        ("effadam_hook.kernels", "effadam_hook.feedback"),
+    ),
+    Step("the optimizer of update mode", ("effadam_hook.optim",)),
+    Step("the vectors that are exchanged", ("effadam_hook.modes",)),
+    Step("who sends what to whom, in which order", ("effadam_hook.exchange",)),
+    Step("the exchange of one model, without DDP", ("effadam_hook.session",)),
+    Step("the backward passes of DDP", ("effadam_hook.ddp",)),
+    Step("the state that a user holds", ("effadam_hook.state",)),
+    Step("the hook", ("effadam_hook.hook",)),
+    Step("its registration", ("effadam_hook.attach",)),
+    Step("the public names", ("effadam_hook",)),
+    Step("predictions", ("effadam_hook.planner",)),
+    Step("the `effadam` command", ("effadam_hook.cli",)),
+    Step("strategies for Lightning", ("lightning_plugin",)),
 )
 OUTSIDE = {"examples", "benchmarks", "tests", "harness", "conftest"}
 
@@ -55,12 +80,7 @@ TORCH_FREE = {
     "effadam_hook.planner.predict",
     "effadam_hook.planner.timeline",
     "effadam_hook.planner.traffic",
-    "effadam_hook.wire.counters",
-    "effadam_hook.wire.layout",
-    "effadam_hook.wire.names",
-    "effadam_hook.wire.parts",
-    "effadam_hook.wire.quantizers",
-    "effadam_hook.wire.shares",
+    "effadam_hook.wire",
 }
 
 # Everything that all ranks of a group must call in the same order.
@@ -177,7 +197,7 @@ def find_imports(tree: ast.Module, name: str, is_package: bool) -> Iterator[Impo
 
 
 def own_target(target: str, modules: Modules) -> str | None:
-    """The module of ours that an imported name lives in, whether or not the file exists."""
+    """The module of these packages that an imported name lives in; its file may be missing."""
     if target.partition(".")[0] not in PACKAGES:
         return None
     parts = target.split(".")
@@ -188,14 +208,17 @@ def own_target(target: str, modules: Modules) -> str | None:
     return target
 
 
+def is_within(name: str, entries: Iterable[str]) -> bool:
+    """The module of these packages that an imported name lives in, even where its file is missing."""
+    return any(
+        name == entry or (name.startswith(f"{entry}.") and entry != "effadam_hook")
+        for entry in entries
+    )
+
+
 def step(name: str) -> int | None:
     """The place of a module on the ladder, counted from the ground."""
-    for index, names in enumerate(LADDER):
-        for entry in names:
-            inside = name.startswith(f"{entry}.") and entry != "effadam_hook"
-            if name == entry or inside:
-                return index
-    return None
+    return next((i for i, rung in enumerate(LADDER) if is_within(name, rung.names)), None)
 
 
 def imports_go_one_way(modules: Modules) -> Iterator[str]:
@@ -234,7 +257,7 @@ def core_needs_only_torch(modules: Modules) -> Iterator[str]:
                 yield f"{module.at(imported.line)} imports {imported.root} at top level"
             if imported.root in {"lightning", "pytorch_lightning"}:
                 yield f"{module.at(imported.line)} knows {imported.root}"
-            if imported.root == "torch" and module.name in TORCH_FREE:
+            if imported.root == "torch" and is_within(module.name, TORCH_FREE):
                 yield f"{module.at(imported.line)} imports torch, in a module of plain integers"
 
 
@@ -436,3 +459,79 @@ def test_the_rule_catches_a_violation(
     found = list(rule(plant(tmp_path, {**CLEAN, f"effadam_hook/{file}.py": source})))
     assert len(found) == 1, found
     assert said in found[0]
+
+
+# The documents
+
+
+def ladder_table() -> str:
+    """The ladder as a Markdown table, of the modules that exist."""
+    rows = ["| step | modules | contents |", "|---:|---|---|"]
+    number = 0
+    for rung in LADDER:
+        shown = [f"`{path}`" for name in rung.names if (path := path_of(name))]
+        if shown:
+            number += 1
+            rows.append(f"| {number} | {', '.join(shown)} | {rung.description} |")
+    rows.append(f"| {number + 1} | `examples/`, `benchmarks/`, `tests/` | programs |")
+    return "\n".join(rows)
+
+
+def path_of(name: str) -> str:
+    """A module's path below its package, with a slash at the end of a folder's; empty without one."""
+    path = ROOT.joinpath(*name.split("."))
+    shown = "/".join(name.split(".")[1:]) or f"{name}/"
+    if name == "effadam_hook":
+        return "__init__.py"
+    if path.is_dir():
+        return shown.rstrip("/") + "/"
+    return f"{shown}.py" if path.with_suffix(".py").is_file() else ""
+
+
+def file_table() -> str:
+    """Every file with the first line of its docstring, folder by folder."""
+    rows = ["| file | contents |", "|---|---|"]
+    for package in PACKAGES:
+        paths = (ROOT / package).rglob("*.py")
+        for path in sorted(paths, key=lambda path: (path.parent, path.name != "__init__.py", path)):
+            text = path.relative_to(ROOT).as_posix()
+            summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+            summary = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", summary.replace("``", "`")).rstrip(".")
+            name = f"**`{path.parent.relative_to(ROOT).as_posix()}/`**"
+            rows.append(f"| {name if path.name == '__init__.py' else f'`{text}`'} | {summary} |")
+    return "\n".join(rows)
+
+
+TABLES = (
+    ("CONTRIBUTING.md", "ladder", ladder_table),
+    ("docs/architecture.md", "ladder", ladder_table),
+    ("docs/architecture.md", "files", file_table),
+)
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """A document with a table between its markers."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    assert found, f"the document has no {begin} ... {end}"
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
+@pytest.mark.parametrize(
+    ("document", "name", "table"), TABLES, ids=[f"{where}:{name}" for where, name, _ in TABLES]
+)
+def test_the_documents_show_the_tree(document: str, name: str, table: Callable[[], str]) -> None:
+    text = (ROOT / document).read_text()
+    assert text == with_table(text, name, table()), "run: python tests/test_architecture.py"
+
+
+def test_every_package_of_the_ladder_has_one_step() -> None:
+    names = [name for rung in LADDER for name in rung.names]
+    assert len(names) == len(set(names))
+
+
+if __name__ == "__main__":
+    for document, name, table in TABLES:
+        path = ROOT / document
+        path.write_text(with_table(path.read_text(), name, table()))

@@ -33,7 +33,7 @@ def test_a_trial_times_dense_steps_and_then_compressed_ones() -> None:
             now += 9.0 if first else 1.0 + compressed[-1]
     assert compressed == [False] * 8 + [True] * 8
     assert auto_compress.medians_s() == (1.0, 2.0)
-    assert auto_compress.pays is None and auto_compress.outcome == "being tried out"
+    assert auto_compress.pays is None and auto_compress.outcome == "being measured"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def decide_oneself(rank: int, world_size: int, choice: bool) -> tuple[bool, str,
 def test_setting_enabled_ends_a_trial_and_holds(choice: bool) -> None:
     for enabled, summary, ratio in run_ranks(decide_oneself, 2, choice):
         assert enabled is choice
-        assert "auto         broken off, as enabled was set" in summary
+        assert "auto         ended without a decision, as enabled was set" in summary
         assert (ratio > 2) == choice
 
 

@@ -96,7 +96,7 @@ def test_models_taken_in_different_orders_are_a_deadlock_over_any_number_of_rank
     )
     error = diagnosis_of(*two)
     assert isinstance(error, DisagreementError)
-    assert "rank 0 is in bucket 5 of a, to which rank 1 has not come" in str(error)
+    assert "rank 0 is in bucket 5 of a, which rank 1 has not reached" in str(error)
     three = (
         process(0, {1: bucket("a", 0)}, a=1, b=0, c=0),
         process(1, {1: bucket("b", 0)}, a=0, b=1, c=0),
@@ -130,7 +130,7 @@ def test_a_rank_in_a_collective_for_which_a_bucket_waits_is_a_deadlock_once_nobo
     assert diagnosis_of(waiting, through) is None  # nothing is known of rank 2
     error = diagnosis_of(waiting, through, also)
     assert error is not None and not isinstance(error, DisagreementError)
-    assert "rank 1 is in barrier() at train.py:31, to which ranks 0, 2 have not come" in str(error)
+    assert "rank 1 is in barrier() at train.py:31, which ranks 0, 2 have not reached" in str(error)
     # A sender that is heard by somebody goes on.
     from_1 = Wait("is in broadcast()", ranks=(1,))
     assert diagnosis_of(waiting, process(1, {1: None}, a=3), process(2, {1: from_1}, a=3)) is None

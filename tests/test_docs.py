@@ -197,6 +197,9 @@ def test_files_and_make_targets_that_are_named_exist(document: Path) -> None:
         r"`((?:examples|benchmarks|tests|docs|effadam_hook)/[\w/.]+\.\w+)`", text
     ):
         assert (ROOT / name).is_file(), name
+    folders = "|".join(path.name for path in (ROOT / "effadam_hook").iterdir() if path.is_dir())
+    for name in re.findall(rf"`((?:{folders})/[\w/.]+\.\w+)`", text):
+        assert (ROOT / "effadam_hook" / name).is_file(), name
 
 
 @in_every_document

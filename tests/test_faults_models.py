@@ -1,4 +1,4 @@
-"""Models and ways of training that a hook must survive, and saved states that it must not believe."""
+"""Models and kinds of training that a hook must support, and saved states that it must refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that die, stop, fail, leave or do something else: the others are told, soon, and can end."""
+"""Ranks that die, stop, fail, leave or differ: the others raise within seconds, and can end."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def at_phase(phase: str, action: Callable[[], None]) -> None:
     name = {"hook": "load"}.get(phase, phase)
     method = getattr(BucketBuffers, name)
 
-    def patched(plan: BucketBuffers, *args: Any, **kwargs: Any) -> Any:
-        counted(plan.label)
-        return method(plan, *args, **kwargs)
+    def patched(buffers: BucketBuffers, *args: Any, **kwargs: Any) -> Any:
+        counted(buffers.label)
+        return method(buffers, *args, **kwargs)
 
     setattr(BucketBuffers, name, patched)
 
@@ -394,7 +394,7 @@ def test_exchanges_that_follow_one_another_leave_no_group_behind() -> None:
             assert all(torch.equal(a, b) for a, b in zip(grads, results[0], strict=True))
 
 
-def time_out_of_worker_threads(rank: int, world_size: int, folder: str) -> list[float]:
+def time_outs_of_groups(rank: int, world_size: int, folder: str) -> list[float]:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
@@ -410,7 +410,5 @@ def time_out_of_worker_threads(rank: int, world_size: int, folder: str) -> list[
     return [group.options._timeout.total_seconds() for group in groups]
 
 
-def test_the_lanes_groups_have_the_time_out_of_ddps(tmp_path: Path) -> None:
-    assert (
-        run_ranks(time_out_of_worker_threads, 2, str(tmp_path), backend=None) == [[77.0, 77.0]] * 2
-    )
+def test_the_groups_of_the_stages_have_the_time_out_of_ddps(tmp_path: Path) -> None:
+    assert run_ranks(time_outs_of_groups, 2, str(tmp_path), backend=None) == [[77.0, 77.0]] * 2

@@ -1,4 +1,4 @@
-"""Values that a naive hook chokes on: overflows, scale changes, extreme ranges, nothing at all."""
+"""Values that break a naive hook: overflows, changes of the loss scale, extreme ranges, zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that wait outside a bucket, in another model, or in vain: all are told, soon."""
+"""Ranks that wait outside a bucket, in another model, or in vain: all raise within seconds."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def fail_in_hook(
 
     if rank == ODD:
         owner, name = {
-            "plan": (buckets, "BucketBuffers"),
+            "buffers": (buckets, "BucketBuffers"),
             "kernels": (connection, "select"),
             "describe": (session.ParameterTable, "describe"),
             "load": (buckets.BucketBuffers, "load"),
@@ -145,8 +145,8 @@ def fail_in_hook(
 @pytest.mark.parametrize(
     ("where", "is_attached"),
     [
-        *((where, True) for where in ("plan", "kernels", "load", "accumulation", "after")),
-        *((where, False) for where in ("plan", "accumulation", "describe")),
+        *((where, True) for where in ("buffers", "kernels", "load", "accumulation", "after")),
+        *((where, False) for where in ("buffers", "accumulation", "describe")),
     ],
 )
 def test_any_error_in_the_hook_reaches_all_ranks_and_leaves_ddp_usable(
@@ -160,7 +160,7 @@ def test_any_error_in_the_hook_reaches_all_ranks_and_leaves_ddp_usable(
         assert "no memory left" in again or where == "describe", again
 
 
-def test_an_interrupt_in_the_hook_is_raised_at_once_and_told_to_the_others() -> None:
+def test_an_interrupt_in_the_hook_is_raised_at_once_and_reported_to_the_others() -> None:
     results = run_ranks(fail_in_hook, 3, "interrupt", True, timeout=40)
     assert results[ODD][0].startswith("KeyboardInterrupt") and results[ODD][1] < 1
     for rank in (0, 2):
@@ -272,7 +272,7 @@ def resume_elsewhere(
         ("update", {"topology": "sharded"}, True),
     ],
 )
-def test_ranks_that_continue_from_different_steps_are_told(
+def test_ranks_that_continue_from_different_steps_all_raise(
     mode: str, options: dict[str, Any], late: bool
 ) -> None:
     for message, seconds in run_ranks(resume_elsewhere, 3, mode, options, late, timeout=40):

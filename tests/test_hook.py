@@ -388,7 +388,7 @@ def fail_in_a_worker_thread(rank: int, world_size: int) -> list[str]:
     return messages
 
 
-def test_an_error_in_a_lane_reaches_backward_with_rank_bucket_and_phase() -> None:
+def test_an_error_in_a_worker_thread_reaches_backward_with_rank_bucket_and_phase() -> None:
     for rank, (first, second) in enumerate(run_ranks(fail_in_a_worker_thread, 2)):
         assert f"Rank {rank}, bucket 1, decode: no space left" in first
         assert "the exchange has stopped" in second

@@ -70,7 +70,9 @@ class AutoCompress:
     def outcome(self) -> str:
         """The state of the measurement, for people."""
         if self.pays is None:
-            return "broken off, as enabled was set" if self.is_over else "being tried out"
+            return (
+                "ended without a decision, as enabled was set" if self.is_over else "being measured"
+            )
         return f"{'compressed' if self.pays else 'dense'}: {self.reason}"
 
     def break_off(self) -> None:

@@ -103,7 +103,7 @@ def check_steps(
     if others:
         ranks = ", ".join(others)
         raise DisagreementError(
-            f"Rank {ranks} has come here with another model than rank {group.rank()}. Run the backward "
+            f"Rank {ranks} opens another model here than rank {group.rank()}. Run the backward "
             "passes of several models in the same order on all ranks, or give each model a process "
             "group of its own where threads run them."
         )

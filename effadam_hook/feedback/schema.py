@@ -11,12 +11,11 @@ from torch import Tensor
 
 from effadam_hook._version import STATE_VERSION, __version__
 from effadam_hook.errors import StateMismatchError
-from effadam_hook.feedback.checksum import CHECKSUM_KEY, checksum_of, foreign_entry
+from effadam_hook.feedback.checksum import CHECKSUM_KEY, MOST_BITS, checksum_of, foreign_entry
 from effadam_hook.feedback.moments import MOMENTS, check_moments
 
 __all__ = ["StateReader", "check_version", "reject"]
 
-_MOST_BITS = 64
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -178,8 +177,8 @@ def reject(key: str, value: object, rule: str, damage: str = "") -> NoReturn:
         rule: Description of valid values, after "must be".
         damage: Further sentence for the message.
     """
-    is_long = isinstance(value, int) and value.bit_length() > _MOST_BITS  # repr() may refuse it
-    shown = "an integer of more than 64 bits" if is_long else _SHORT.repr(value)
+    is_long = isinstance(value, int) and value.bit_length() > MOST_BITS
+    shown = f"an integer of more than {MOST_BITS} bits" if is_long else _SHORT.repr(value)
     message = (
         f"The saved state has {key} = {shown}, which state_dict() never writes: it must be {rule}. The "
         "state is damaged: use another checkpoint."

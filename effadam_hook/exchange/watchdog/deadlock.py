@@ -140,7 +140,7 @@ def _error(processes: Mapping[int, Process], stuck: Stuck) -> EffAdamError:
         missing = _missing(processes, stuck, (rank, thread), wait)
         others = ", ".join(map(str, missing))
         verb = f"ranks {others} have" if len(missing) > 1 else f"rank {others} has"
-        lines.append(f"rank {rank} {wait.doing}, to which {verb} not come")
+        lines.append(f"rank {rank} {wait.doing}, which {verb} not reached")
     more = f"; and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
     text = f"The ranks wait for one another for ever: {'; '.join(lines[:_MOST_SHOWN])}{more}. "
     if all(wait.run for wait in stuck.values()):

@@ -227,9 +227,10 @@ class Monitor:
         diagnosis = self._disagreement(positions) or first_failure(positions)
         if diagnosis is None and oldest is not None:
             diagnosis = gone_before(positions, oldest.sequence)
-        is_first = False
+        is_first, deadlock = False, None
         if diagnosis is None:
-            diagnosis = self._deadlock(positions, process) or self._overdue(positions, oldest)
+            deadlock = self._deadlock(positions, process)
+            diagnosis = deadlock.error if deadlock else self._overdue(positions, oldest)
             is_first = diagnosis is not None
         if diagnosis is None:
             self._warn(positions, oldest)
@@ -238,11 +239,14 @@ class Monitor:
         if oldest is not None:
             where += f", {oldest.label}, {oldest.phase}"
         failure = type(diagnosis)(f"{where}: {diagnosis}")
-        if self._stopping.begin(failure):
-            if is_first:
-                self.announce(failure)
-                if oldest is None:  # this rank may not reach another backward, which would raise it
-                    _log.error("%s", failure)
+        begins = self._stopping.begin(failure)
+        if begins and is_first:
+            self.announce(failure)
+            if oldest is None:  # this rank may not reach another backward, which would raise it
+                _log.error("%s", failure)
+        if deadlock is not None:
+            self._stop_models(deadlock, process, self._record)
+        if begins:
             # The end of this rank closes connections of ranks that have not read the failure yet.
             self._stopping.wait(NOTICE_S)
             self._stopping.complete()
@@ -251,7 +255,7 @@ class Monitor:
         histories = {rank: position.history for rank, position in positions.items()}
         return disagreement({**histories, self._rank: list(self._record.history)})
 
-    def _deadlock(self, positions: Mapping[int, Position], process: Process) -> EffAdamError | None:
+    def _deadlock(self, positions: Mapping[int, Position], process: Process) -> Deadlock | None:
         """Return a deadlock that all of its ranks have confirmed, if any."""
         others = {p.process.rank: p.process for p in positions.values() if p.process and not p.left}
         found = find_deadlock({**others, process.rank: process}, self._record.run_id)
@@ -263,8 +267,7 @@ class Monitor:
             position = positions.get(rank)
             if position and position.process and position.process.rank in found.ranks:
                 return None
-        self._stop_models(found, process, self._record)
-        return found.error
+        return found
 
     def _overdue(
         self, positions: Mapping[int, Position], oldest: InflightBucket | Hold | None

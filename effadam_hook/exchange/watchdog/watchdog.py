@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -191,17 +192,24 @@ class Watchdog:
             self._stopping.wait(2 * ANSWER_S)
         return self._stopping.failure or kind(message)
 
-    def stop_for(self, error: EffAdamError) -> None:
-        """Stop for an error that the watchdog of another model has found, and report it.
+    def begin_stop_for(self, error: EffAdamError) -> bool:
+        """Begin to stop for an error that the watchdog of another model has found, and report it.
 
         Args:
             error: The error.
+
+        Returns:
+            Whether the exchange still ran; :meth:`complete_stop` must follow then.
         """
         failure = type(error)(f"Rank {self.rank}, {self.record.name}: {error}")
-        if self._stopping.begin(failure):
-            self._monitor.announce(failure)
-            self._stopping.wait(NOTICE_S)
-            self._stopping.complete()
+        if not self._stopping.begin(failure):
+            return False
+        self._monitor.announce(failure)
+        return True
+
+    def complete_stop(self) -> None:
+        """Complete the buckets in flight with the error of :meth:`begin_stop_for`."""
+        self._stopping.complete()
 
     def join(self) -> None:
         """Wait for all buckets in flight, in the training thread, which receives Ctrl-C."""
@@ -243,7 +251,8 @@ def _describe_process() -> Process:
 def _stop_models(found: Deadlock, process: Process, record: FlightRecord) -> None:
     """Stop the other models of this process that a deadlock concerns.
 
-    A stuck thread runs none of its models, and other ranks may wait for any of them.
+    A stuck thread runs none of its models, and other ranks may wait for any of them. All models are
+    announced before the first one raises: this process may end then.
 
     Args:
         found: The deadlock.
@@ -252,9 +261,16 @@ def _stop_models(found: Deadlock, process: Process, record: FlightRecord) -> Non
     """
     stuck = {thread for (rank, thread), _ in found.waits if rank == process.rank}
     stopped = {run_id for run_id, run in process.runs.items() if set(run.threads) <= stuck}
-    for watchdog in list(_open_watchdogs):
-        if watchdog.run_id in found.runs | stopped and watchdog.record is not record:
-            watchdog.stop_for(found.error)
+    others = [
+        watchdog
+        for watchdog in list(_open_watchdogs)
+        if watchdog.run_id in found.runs | stopped and watchdog.record is not record
+    ]
+    begun = [watchdog for watchdog in others if watchdog.begin_stop_for(found.error)]
+    if begun:
+        time.sleep(NOTICE_S)
+    for watchdog in begun:
+        watchdog.complete_stop()
 
 
 def _sentence(error: BaseException) -> str:
