@@ -1,0 +1,145 @@
+"""Shares of local ranks: runs of parameters, whatever the bucket; encoded as in the whole bucket."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effadam_hook.kernels.fusions import Preconditioner
+from effadam_hook.session.node_buffers import NodeBuffers
+from effadam_hook.wire.layout import BucketLayout, Slot, lay_out_bucket
+from effadam_hook.wire.node_layout import lay_out_node
+from effadam_hook.wire.node_shares import node_share_of, position_of
+from effadam_hook.wire.quantizers import get_quantizer
+from effadam_hook.wire.shares import share_of
+from kernel_cases import IMPLEMENTATIONS, values_like_gradients
+
+SIZES = (130, 1, 33, 5, 0, 700, 64)
+
+
+def layout_of(sizes: Sequence[int], nodes: int, shares: int) -> BucketLayout:
+    slots, start = [], 0
+    for index, numel in enumerate(sizes):
+        slots.append(Slot(f"p{index}", start, numel, index == 2))
+        start += numel
+    return lay_out_bucket(
+        slots,
+        uplink=get_quantizer("lloyd2"),
+        downlink=get_quantizer("lloyd4"),
+        scale_rule="least_squares",
+        block_size=16,
+        servers=nodes * shares,
+        itemsize=4,
+        shares=shares,
+    )
+
+
+@given(st.integers(0, 2000), st.integers(0, 99), st.integers(1, 5), st.integers(1, 5))
+def test_servers_of_a_local_rank_have_consecutive_runs(
+    numel: int, turn: int, nodes: int, shares: int
+) -> None:
+    servers = nodes * shares
+    positions = [position_of(server, turn, servers, shares) for server in range(servers)]
+    assert sorted(positions) == list(range(servers))
+    ends = []
+    for share in range(shares):
+        first, count = node_share_of(numel, turn, 16, share, shares, servers)
+        own = sorted(
+            run
+            for server in range(share * nodes, (share + 1) * nodes)
+            if (run := share_of(numel, 0, 16, positions[server], servers))[1]
+        )
+        assert sum(run[1] for run in own) == count
+        assert not own or own[0][0] == first
+        assert all(a + n == b for (a, n), (b, _) in pairwise(own))
+        ends.append(count)
+    assert sum(ends) == numel
+
+
+@given(st.integers(0, 2000), st.integers(0, 99), st.integers(1, 9))
+def test_one_rank_a_node_has_the_shares_of_sharded(numel: int, turn: int, nodes: int) -> None:
+    for server in range(nodes):
+        position = position_of(server, turn, nodes, 1)
+        assert share_of(numel, 0, 16, position, nodes) == share_of(numel, turn, 16, server, nodes)
+
+
+@pytest.mark.parametrize(("nodes", "shares"), [(2, 2), (3, 2), (2, 3), (4, 8)])
+def test_shares_divide_the_bucket(nodes: int, shares: int) -> None:
+    layout = layout_of(SIZES, nodes, shares)
+    covered = torch.zeros(layout.numel, dtype=torch.int64)
+    for own in lay_out_node(layout, shares):
+        local = 0
+        for run in own.runs:
+            assert run.local == local
+            assert run.start == layout.slots[run.slot].start + run.offset
+            covered[run.start : run.start + run.numel] += 1
+            local += run.numel
+        assert local == own.numel == own.uplink.numel
+        assert own.uplink.stride_bytes == layout.uplink.stride_bytes
+    assert bool((covered == 1).all())
+
+
+def implementations() -> list[Any]:
+    found = list(IMPLEMENTATIONS)
+    if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+        found.append(pytest.param("triton", id="triton, interpreted"))
+    return found
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("kernels", implementations())
+def test_a_share_is_encoded_as_in_the_whole_bucket(kernels: Any, preconditioned: bool) -> None:
+    if kernels == "triton":
+        kernels = importlib.import_module("effadam_hook.kernels.triton_kernels")
+    nodes, shares = 3, 4  # a power of two, so that the mean of equal ranks is exact
+    layout = layout_of(SIZES, nodes, shares)
+    bucket = values_like_gradients(layout.numel)
+    residual = torch.randn(layout.numel) * 0.1
+    kept = residual.clone()
+    moments = tuple(None if i == 3 else torch.rand(numel) for i, numel in enumerate(SIZES))
+    whole = Preconditioner(moments) if preconditioned else None
+    payload = torch.zeros(nodes * shares, layout.uplink.stride_bytes, dtype=torch.uint8)
+    kernels.encode_(layout.uplink, bucket, kept, payload, torch.float32, preconditioner=whole)
+    layouts = lay_out_node(layout, shares)
+    for share, own in enumerate(layouts):
+        device = torch.device("cpu")
+        buffers = NodeBuffers(layouts, share, torch.float32, torch.float32, device)
+        buffers.pack(bucket)
+        parts = buffers.packed_bytes.split(buffers.packed_sizes)
+        buffers.received_bytes.copy_(parts[share].repeat(shares))  # as if all ranks were equal
+        buffers.average()
+        places = torch.cat([torch.arange(r.start, r.start + r.numel) for r in own.runs])
+        assert torch.equal(buffers.mean, bucket[places])
+        own_residual = residual[places].clone()
+        rows = torch.zeros(nodes, layout.uplink.stride_bytes, dtype=torch.uint8)
+        part = buffers.share_of(whole)
+        kernels.encode_(
+            own.uplink, buffers.mean, own_residual, rows, torch.float32, preconditioner=part
+        )
+        assert torch.equal(rows, payload[share * nodes : (share + 1) * nodes])
+        assert torch.equal(own_residual, kept[places])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shares", [2, 3, 5])
+def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtype) -> None:
+    layouts = lay_out_node(layout_of((100, 7), 2, shares), shares)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    buffers = NodeBuffers(layouts, 1, dtype, precise, torch.device("cpu"))
+    rows = torch.randint(-99, 99, (shares, layouts[1].numel)).to(dtype)
+    largest = 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] - 1)
+    rows[:, 0] = largest
+    buffers.received_bytes.copy_(rows.view(-1).view(torch.uint8))
+    buffers.average()
+    wanted = rows.to(precise).sum(0) / shares
+    wanted[0] = largest
+    assert torch.equal(buffers.mean, wanted)
