@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach
+from effadam_hook.feedback.checksum import with_checksum
 
 TREATMENTS = ("adamw", "unchanged", "scaled", "applied")
 RATE, DROP_AT, AFTER = 4e-3, 600, 120
@@ -45,7 +46,7 @@ def scale_residuals(state: EfficientAdamState, factor: float) -> None:
     saved = state.state_dict()
     for side in ("worker", "server"):
         saved[side] = {name: value * factor for name, value in saved[side].items()}
-    state.load_state_dict(saved)
+    state.load_state_dict(with_checksum(saved))
 
 
 def train(rank: int, treatment: str, quantizer: str, factor: float) -> list[tuple[float, float]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -34,6 +35,8 @@ def attach(
     optimizer: Optimizer | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     process_group: dist.ProcessGroup | None = None,
+    intra_node_group: dist.ProcessGroup | None = None,
+    device_mesh: DeviceMesh | None = None,
     **options: Unpack[HookOptions],
 ) -> EfficientAdamState:
     """Register the hook on a DDP model: the one line for existing DDP code.
@@ -48,6 +51,8 @@ def attach(
             attribute ``optimizer``, such as those of Accelerate and Lightning, is found.
         grad_scaler: The scaler that multiplies the loss, if there is one. Residuals follow its scale.
         process_group: Process group of the exchange; that of ``ddp_model`` by default.
+        intra_node_group: Process group of the ranks of this node, see :class:`EfficientAdamState`.
+        device_mesh: Mesh (nodes, ranks of a node), see :class:`EfficientAdamState`.
         **options: Options of :class:`effadam_hook.options.HookOptions`.
 
     Returns:
@@ -64,8 +69,9 @@ def attach(
         >>> ddp_model = DistributedDataParallel(model)
         >>> state = attach(ddp_model, enabled=args.effadam, quantizer="lloyd4")
     """
-    objects = ("ddp_model", "optimizer", "grad_scaler", "process_group")
-    complete = complete_options(options, HookOptions, beside=objects)
+    objects = ("ddp_model", "optimizer", "grad_scaler")
+    objects_of_state = ("process_group", "intra_node_group", "device_mesh")
+    complete = complete_options(options, HookOptions, beside=(*objects, *objects_of_state))
     if not isinstance(ddp_model, DistributedDataParallel):
         raise TypeError(
             f"Invalid ddp_model: {type(ddp_model).__name__}. Must be a DistributedDataParallel: "
@@ -80,7 +86,12 @@ def attach(
     quantize_weights = complete["quantize_weights"]
     if complete["auto"]:
         check_auto(complete["enabled"], quantize_weights)
-    state = EfficientAdamState(process_group=process_group, **state_options(complete))
+    state = EfficientAdamState(
+        process_group=process_group,
+        intra_node_group=intra_node_group,
+        device_mesh=device_mesh,
+        **state_options(complete),
+    )
     if complete["auto"]:
         state.try_out()
     state.grad_scaler = grad_scaler
@@ -89,6 +100,7 @@ def attach(
     mode = _choose_mode(
         exchanged, optimizer, complete["precondition"], quantize_weights, warmup_steps
     )
+    state.use(mode)
     if isinstance(mode, UpdateMode):
         if grad_scaler is not None:
             raise TypeError(
@@ -98,7 +110,6 @@ def attach(
         _check_dense_gradients(ddp_model, exchanged)
         named = [(known.name, tensor) for known, tensor in identify(exchanged)]
         mode.optimizer.recursion.attach_to(named)
-    state.use(mode)
     state.bind(exchanged, process_group or ddp_model.process_group, other_names=other_names)
     # Weak: DDP keeps the state in C++, where reference cycles are not collected.
     model = weakref.ref(ddp_model)

@@ -30,7 +30,7 @@ class Config:
         server_quantizer: Name of the quantizer of the downlink.
         scale_rule: Rule for the scale of a block, ``"least_squares"`` or ``"absmax"``.
         block_size: Number of elements that share a scale, a power of two from 16 to 4096.
-        topology: ``"rank0"``, ``"sharded"`` or ``"auto"``.
+        topology: ``"rank0"``, ``"sharded"``, ``"hierarchical"`` or ``"auto"``.
         error_feedback: Whether the error of a quantizer is added to its next input.
         exact: Rules for parameters that are sent uncompressed. ``"1d"`` selects those with at most one
             dimension, ``"<N"`` those with fewer than N elements. All other rules are shell patterns

@@ -43,7 +43,7 @@ QuantizerName = Literal[
 ]
 """Keys of :data:`effadam_hook.wire.quantizers.QUANTIZERS`."""
 
-TopologyName = Literal["rank0", "sharded", "auto"]
+TopologyName = Literal["rank0", "sharded", "hierarchical", "auto"]
 """Values of :data:`effadam_hook.config.TOPOLOGY_NAMES`."""
 
 ScaleRuleName = Literal["least_squares", "absmax"]
@@ -65,7 +65,9 @@ class StateOptions(TypedDict, total=False):
             Default: ``256``.
         topology: ``"rank0"`` (rank 0 is the server), ``"sharded"`` (every rank is the server for its
             share) or ``"auto"`` (the faster of the two, measured before the first exchange or taken
-            from a loaded state). Results do not depend on it. Default: ``"rank0"``.
+            from a loaded state). Results do not depend on it. ``"hierarchical"`` averages gradients
+            densely inside each node first and exchanges the means of the nodes: for nodes with several
+            ranks. Default: ``"rank0"``.
         error_feedback: Whether the quantization error of a step is added to the next step, on both
             sides. Default: ``True``.
         exact: Rules for parameters that are sent uncompressed: ``"1d"`` (at most one dimension),

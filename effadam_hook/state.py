@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 
 from effadam_hook.config import Config
@@ -42,6 +43,10 @@ class EfficientAdamState:
     Args:
         process_group: Process group of the DDP model; None for the default group, looked up at first
             use.
+        intra_node_group: Process group of the ranks of this node, for ``topology="hierarchical"``; None
+            to find the nodes by the hosts of the ranks.
+        device_mesh: Two-dimensional ``DeviceMesh`` (nodes, ranks of a node), instead of
+            ``intra_node_group``.
         **options: Options of :class:`effadam_hook.options.StateOptions`.
 
     Raises:
@@ -57,11 +62,18 @@ class EfficientAdamState:
     """
 
     def __init__(
-        self, *, process_group: dist.ProcessGroup | None = None, **options: Unpack[StateOptions]
+        self,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        intra_node_group: dist.ProcessGroup | None = None,
+        device_mesh: DeviceMesh | None = None,
+        **options: Unpack[StateOptions],
     ) -> None:
-        complete = complete_options(options, StateOptions, beside=("process_group",))
+        objects = ("process_group", "intra_node_group", "device_mesh")
+        complete = complete_options(options, StateOptions, beside=objects)
         self.config = Config.from_options(complete)
         self._engine = Engine(self.config, process_group)
+        self.session.connection.name_nodes(intra_node_group, device_mesh)
         self._is_copy = self._lacks_group = False
         self.enabled = complete["enabled"]
         self.wait_timeout_s = complete["wait_timeout_s"]
@@ -258,7 +270,7 @@ class EfficientAdamState:
         Args:
             mode: The mode.
         """
-        self.session.mode = mode
+        self.session.use(mode)
 
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool

@@ -1,4 +1,4 @@
-"""Copies of whatever holds a state: they work, share nothing with the original, and start afresh."""
+"""Copies of objects that hold a state: they work, share nothing with the original, and start anew."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ COPIES = {
 
 
 def copy_model(rank: int, world_size: int, mode: str, steps: int) -> list[str]:
-    """Copies before or after training; the original goes on as if there were none."""
+    """Copy before or after training; the original continues as without copies."""
     done = []
     alone, alone_optimizer, _ = build(mode)
     expected = train(alone, alone_optimizer, rank, range(steps + 3))
@@ -110,7 +110,7 @@ def test_copies_of_a_model_work_and_leave_it_alone(mode: str, steps: int) -> Non
 
 
 def copy_state(rank: int, world_size: int) -> list[Tensor]:
-    """A copied state that is registered anew works as a new one."""
+    """Register copied states, which work as new ones."""
     model, optimizer, state = build("gradient")
     train(model, optimizer, rank, range(3))
     results = []

@@ -1,4 +1,4 @@
-"""A parameter is its name, whatever wraps the model; what DDP does not exchange does not count."""
+"""Parameters are identified by name under all wrappers; those that DDP ignores have no effect."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_pattern_without_a_match_is_an_error_on_every_rank() -> None:
 
 
 def resume_wrapped(rank: int, world_size: int, first: str, second: str, mode: str) -> bool:
-    """Train wrapped in one way, go on wrapped in another; equal to going on in the first."""
+    """Continue training under another wrapper; the result is equal to that under the first."""
 
     def start(how: str) -> tuple[nn.Module, DistributedDataParallel, Any, EfficientAdamState]:
         net = wrapped(how)
@@ -197,7 +197,7 @@ def test_states_go_from_one_wrapper_to_another(first: str, second: str, mode: st
 
 
 class WithTable(nn.Module):
-    """A layer that is trained, and a table and a scale that DDP has no business with."""
+    """A trained layer, and a table and a scale that DDP ignores."""
 
     def __init__(self, rank: int, how: str) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class WithTable(nn.Module):
 
 
 SECOND = ("shared", "local")
-"""Shared second moments make update mode AdamW; they ask for equal steps of a whole bucket."""
+"""Shared second moments make update mode AdamW; they require equal steps of a whole bucket."""
 
 
 def train_with_table(rank: int, world_size: int, how: str, kind: str) -> list[Tensor]:

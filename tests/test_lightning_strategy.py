@@ -118,7 +118,10 @@ def test_no_option_of_the_hook_is_missing() -> None:
     assert keywords == get_type_hints(HookOptions).keys()
     hints = get_type_hints(ExchangeStrategy.__init__)
     assert get_type_hints(HookOptions).items() <= hints.items()
-    automatic = {"ddp_model", "optimizer", "grad_scaler", "process_group", "options"}
+    automatic = {"ddp_model", "optimizer", "grad_scaler", "process_group", "options"} | {
+        "intra_node_group",
+        "device_mesh",
+    }
     for source in (EfficientAdamState, attach):
         for name, parameter in inspect.signature(source).parameters.items():
             if name not in automatic:

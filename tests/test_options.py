@@ -24,7 +24,10 @@ from effadam_hook.options import (
 from effadam_hook.wire.quantizers import QUANTIZERS, SCALE_RULES
 
 # Objects of the running program, which no configuration file can hold.
-OBJECTS = {"ddp_model", "optimizer", "grad_scaler", "process_group", "options"}
+OBJECTS = {
+    *("ddp_model", "optimizer", "grad_scaler", "process_group", "options"),
+    *("intra_node_group", "device_mesh"),
+}
 
 
 def defaults() -> dict[str, object]:

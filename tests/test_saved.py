@@ -1,4 +1,4 @@
-"""Residuals survive: layout changes, a resume on the same ranks to the bit, on others in the mean."""
+"""Residuals survive changes of the layout, and a resume: to the bit, or in the mean on other ranks."""
 
 from __future__ import annotations
 

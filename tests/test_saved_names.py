@@ -1,4 +1,4 @@
-"""Saved states belong to names: other orders, other models, other shares, older versions, damage."""
+"""Saved states by name: other orders, models and shares, older versions, and damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODES = ("gradient", "update", "weights")
 
 
 class Chain(nn.Module):
-    """Layers that are called in one order and declared in another; further ones may be in between."""
+    """Layers with different orders of declaration and of calls; further layers may be in between."""
 
     def __init__(self, declared: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def train(model: nn.Module, optimizer: Any, rank: int, steps: range) -> None:
 
 
 def conserved(states: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """(1/N) Σ e_i + ẽ by name; ẽ subtracts where it is one of weights."""
+    """Return (1/N) Σ e_i + ẽ by name; ẽ of weights is subtracted."""
     totals: dict[str, Tensor] = {}
     for state in states:
         sign = -1 if "weights" in state["units"] else 1
@@ -159,7 +159,7 @@ def test_a_removed_layer_is_named(full: bool) -> None:
 def continue_old(
     rank: int, world_size: int, case: str, full: bool, order: str
 ) -> tuple[bool, float, Tensor]:
-    """Totals kept; how far the weights end from those of 0.1.0, in units of what they moved."""
+    """Return whether totals are kept, and the distance from the weights of 0.1.0 over their change."""
     saved = torch.load(DATA / f"state_0_1_0_{case}.state", weights_only=True)
     net = Net(order)
     net.load_state_dict(saved["model"])
@@ -232,7 +232,7 @@ def test_two_names_of_one_parameter_are_refused() -> None:
 
 
 def flip(value: Any, rng: random.Random) -> Any:
-    """The value with one bit flipped."""
+    """Return the value with one bit flipped."""
     if isinstance(value, Tensor):
         damaged = value.clone()
         data = damaged.view(torch.uint8)

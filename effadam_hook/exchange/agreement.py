@@ -111,25 +111,29 @@ def check_steps(
         raise DisagreementError(message)
 
 
-def differing_steps(steps: Sequence[int], optimizer_steps: Sequence[int]) -> str:
-    """Describe the ranks whose steps differ from those of rank 0.
+def differing_steps(
+    steps: Sequence[int], optimizer_steps: Sequence[int], ranks: Sequence[int] | None = None
+) -> str:
+    """Describe the ranks whose steps differ from those of the first rank.
 
     Args:
         steps: Number of steps of the exchange, by rank.
         optimizer_steps: Digests of the optimizer's step counts, by rank.
+        ranks: The ranks to compare; None for all ranks of the group.
 
     Returns:
         A message with the ranks, the rule and the remedy; empty if no rank differs.
     """
+    names = range(len(steps)) if ranks is None else ranks
     differences = [
-        f"rank {rank} is at step {step} and rank 0 at step {steps[0]}"
-        for rank, step in enumerate(steps)
+        f"rank {rank} is at step {step} and rank {names[0]} at step {steps[0]}"
+        for rank, step in zip(names, steps, strict=True)
         if step != steps[0]
     ]
     if not differences:
         differences = [
-            f"the optimizer of rank {rank} counts other steps than that of rank 0"
-            for rank, digest in enumerate(optimizer_steps)
+            f"the optimizer of rank {rank} counts other steps than that of rank {names[0]}"
+            for rank, digest in zip(names, optimizer_steps, strict=True)
             if digest != optimizer_steps[0]
         ]
     if not differences:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from effadam_hook.errors import DisagreementError
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.exchange.timing import slowest
-from effadam_hook.exchange.topology import TOPOLOGIES
+from effadam_hook.exchange.topology import FLAT_TOPOLOGIES
 
 __all__ = ["agree_on_topology"]
 
@@ -36,7 +36,7 @@ def agree_on_topology(
     Raises:
         DisagreementError: On every rank, if only some ranks have loaded a saved state.
     """
-    own = ["", *TOPOLOGIES].index(loaded)
+    own = ["", *FLAT_TOPOLOGIES].index(loaded)
     most, least = slowest([own, -own], group, device)
     if most != -least:
         raise DisagreementError(
@@ -47,7 +47,7 @@ def agree_on_topology(
         return loaded, "as the saved state"
     probe = Probe(group, device)
     rank0_s, sharded_s = (
-        2 * probe.time_both_ways(kind, payload_bytes, _REPEATS).seconds for kind in TOPOLOGIES
+        2 * probe.time_both_ways(kind, payload_bytes, _REPEATS).seconds for kind in FLAT_TOPOLOGIES
     )
     # Sharded needs more connections; a tie is not worth them.
     name = "sharded" if sharded_s < _MARGIN * rank0_s else "rank0"

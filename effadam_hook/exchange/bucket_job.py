@@ -6,7 +6,23 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["BucketJob"]
+__all__ = ["BucketJob", "NodeTransfer"]
+
+
+class NodeTransfer(Protocol):
+    """The transfer with which the ranks of a node exchange shares of a bucket.
+
+    Sizes are bytes for each local rank, in the order of the ranks.
+    """
+
+    packed_bytes: Tensor
+    """``[bucket bytes]`` uint8: the share of every local rank, one after the other."""
+    packed_sizes: list[int]
+    """Bytes of each share."""
+    received_bytes: Tensor
+    """``[ranks of the node * share bytes]`` uint8: this rank's share of every local rank's bucket."""
+    received_sizes: list[int]
+    """Bytes of this rank's share, once for each local rank."""
 
 
 class BucketJob(Protocol):
@@ -22,17 +38,28 @@ class BucketJob(Protocol):
     bucket: Tensor
     """``[numel]``: DDP's buffer."""
     uplink: Tensor
-    """``[servers, stride_bytes]`` uint8: the payload that this worker sends."""
+    """``[servers of this rank's share, stride_bytes]`` uint8: the payload that this rank sends."""
     received: Tensor
-    """``[world_size, stride_bytes]`` uint8 on a server, empty elsewhere: the workers' chunks."""
+    """``[workers, stride_bytes]`` uint8 on a server, empty elsewhere: the workers' chunks."""
     outgoing: Tensor
     """``[copies, stride_bytes]`` uint8: the chunk that this server sends."""
     downlink: Tensor
     """``[servers, stride_bytes]`` uint8: the payload that the servers send."""
+    served: Tensor
+    """``[servers of this rank's share, stride_bytes]`` uint8: a part of :attr:`downlink`, or all."""
+
+    @property
+    def node(self) -> NodeTransfer | None:
+        """Return the transfer within the node; None in topologies without one."""
+        ...
 
     @property
     def averages_first(self) -> bool:
         """Return whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
+        ...
+
+    def pack(self) -> None:
+        """Copy :attr:`bucket` into the packed bytes of :attr:`node`."""
         ...
 
     def encode(self) -> None:

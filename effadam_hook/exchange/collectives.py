@@ -111,22 +111,30 @@ def all_gather_flat(out: Tensor, value: Tensor, group: Group) -> dist.Work | Non
     return work
 
 
-def all_to_all_flat(out: Tensor, value: Tensor, group: Group) -> dist.Work | None:
+def all_to_all_flat(
+    out: Tensor,
+    value: Tensor,
+    group: Group,
+    sizes_out: list[int] | None = None,
+    sizes: list[int] | None = None,
+) -> dist.Work | None:
     """Start sending every rank its part of a flat tensor.
 
     Args:
         out: ``[world_size * n]``, one part from every rank.
         value: ``[world_size * n]``, one part for every rank.
         group: The group.
+        sizes_out: Elements of each part of ``out``; None for equal parts.
+        sizes: Elements of each part of ``value``; None for equal parts.
 
     Returns:
         The work to wait for.
     """
     work: dist.Work | None
     if isinstance(group, dist.ProcessGroup):
-        work = dist.all_to_all_single(out, value, group=group, async_op=True)
+        work = dist.all_to_all_single(out, value, sizes_out, sizes, group=group, async_op=True)
     else:
-        work = group.alltoall_base(out, value, [], [])
+        work = group.alltoall_base(out, value, sizes_out or [], sizes or [])
     return work
 
 

@@ -2,8 +2,10 @@
 
 A second collective that is started from a future's callback hangs or aborts on Gloo as soon as there
 are two buckets, because the ranks start it in different orders. Here the thread of a stage alone starts
-collectives on the group of that stage, and buckets pass the threads in the order in which DDP hands them
-over, which is the same on every rank. With two collectives a bucket, as in "rank0" and "sharded"::
+collectives on the group of that stage, and buckets pass the threads in the order in which DDP hands
+them over, which is the same on every rank. A group connects the ranks that the stage's collective
+connects: all, the node's, or those with the same place in other nodes. With two collectives a
+bucket, as in "rank0" and "sharded"::
 
     hook ──► thread "encode"          thread "reduce"              thread "decode"
              [1] encode               [3] wait for the uplink       [6] wait for the downlink
@@ -11,8 +13,9 @@ over, which is the same on every rank. With two collectives a bucket, as in "ran
                  (its own group)      [5] start the downlink        [8] complete the future
                                           (its own group)
 
-While the downlink of bucket k is under way, so is the uplink of bucket k+1, and backward goes on. Large
-buckets travel in parts, for the same reason.
+While the downlink of bucket k is in flight, so is the uplink of bucket k+1, and backward continues.
+Large buckets travel in parts, for the same reason. In "hierarchical" there are two more stages, so
+that the node's mean of bucket k+2 and its gather of bucket k-1 overlap with them.
 """
 
 from __future__ import annotations
@@ -51,12 +54,12 @@ class GlooExchange:
     ) -> None:
         self.part_numel: int | None = part_numel(group.size())
         self._stages = topology.stages
-        names = [stage.transfer for stage in self._stages if stage.transfer]
-        groups = make_gloo_groups(names, watchdog.run_id, group, watchdog.is_going_on)
+        transfers = [(stage.transfer, stage.ranks) for stage in self._stages if stage.transfer]
+        groups = make_gloo_groups(transfers, watchdog.run_id, group, watchdog.is_going_on)
         self._groups = groups
         hold.phase = "measuring round trips"
         try:
-            topology.measure_route(groups[0].group)
+            topology.measure_route(groups[topology.route_stage].group)
         except BaseException:
             abandon(*groups)
             raise

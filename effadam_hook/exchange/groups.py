@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,7 +22,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.collectives import BareGroup, DefaultStore, timeout_of
 
-__all__ = ["GlooGroup", "make_gloo_groups"]
+__all__ = ["GlooGroup", "make_gloo_groups", "make_stage_groups"]
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 _SLICE_S = 0.25
@@ -33,8 +33,8 @@ class _Rendezvous(Store):
     """The default store as Gloo needs it to connect ranks, without keeping it alive.
 
     Gloo keeps the store of a group, and a store that is kept alive keeps its port from the next default
-    process group. A wait for another rank's address can be given up, and leaves the store to other threads
-    meanwhile.
+    process group. A wait for another rank's address can be given up, and leaves the store to other
+    threads meanwhile.
     """
 
     def __init__(self, prefix: str, is_useful: Callable[[], bool]) -> None:
@@ -83,31 +83,33 @@ class GlooGroup:
 
 
 def make_gloo_groups(
-    names: list[str],
+    stages: Sequence[tuple[str, tuple[int, ...] | None]],
     run_id: str,
     group: dist.ProcessGroup,
     is_useful: Callable[[], bool],
 ) -> list[GlooGroup]:
-    """Make Gloo groups of the ranks and the time-out of a process group; a collective operation.
+    """Make Gloo groups with ranks and time-out of a process group; a collective operation.
 
-    Connecting happens in C++, where neither Ctrl-C nor another rank's end is noticed. A thread does it, and
-    this function waits for the thread.
+    Connecting happens in C++, where neither Ctrl-C nor another rank's end is noticed. A thread does
+    it, and this function waits for the thread.
 
     Args:
-        names: One for each group, the same on every rank.
+        stages: For each group its name, the same on every rank, and the ranks of ``group`` that
+            this rank's instance of it connects, ascending; None for all ranks. The instances of one
+            name are disjoint.
         run_id: The same on all ranks, and no other exchange's.
         group: DDP's process group.
         is_useful: Queried several times a second; connecting is given up when it is False.
 
     Returns:
-        The groups, in the order of their names.
+        The groups, in the order of the stages.
 
     Raises:
         EffAdamError: If connecting was given up.
         RuntimeError: If Gloo cannot connect.
     """
     timeout = timeout_of(group, torch.device("cpu")) or _DEFAULT_TIMEOUT
-    rank, size = group.rank(), group.size()
+    everyone = tuple(range(group.size()))
     gave_up = threading.Event()
     made: list[GlooGroup] = []
     errors: list[BaseException] = []
@@ -115,8 +117,11 @@ def make_gloo_groups(
 
     def connect() -> None:
         try:
-            for name in names:
-                store = _Rendezvous(f"effadam/{run_id}/{name}", lambda: not gave_up.is_set())
+            for name, subset in stages:
+                ranks = everyone if subset is None else subset
+                key = name if subset is None else f"{name}/{ranks[0]}"
+                store = _Rendezvous(f"effadam/{run_id}/{key}", lambda: not gave_up.is_set())
+                rank, size = ranks.index(group.rank()), len(ranks)
                 bare: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
                 made.append(GlooGroup(bare, store))
         except BaseException as error:
@@ -134,3 +139,28 @@ def make_gloo_groups(
     if errors:
         raise errors[0]
     return made
+
+
+def make_stage_groups(
+    subsets: Sequence[tuple[int, ...] | None], group: dist.ProcessGroup
+) -> list[dist.ProcessGroup]:
+    """Make groups of the user's backend for parts of a process group; a collective operation.
+
+    Every rank makes its groups in the order of ``subsets``. Equal subsets share a group, so that
+    there are as few communicators as possible.
+
+    Args:
+        subsets: For each stage the ranks of ``group`` that this rank's collective connects, ascending;
+            None for all ranks.
+        group: DDP's process group.
+
+    Returns:
+        One group for each stage; ``group`` itself where all ranks take part.
+    """
+    made: dict[tuple[int, ...] | None, dist.ProcessGroup] = {None: group}
+    for subset in subsets:
+        if subset not in made:
+            assert subset is not None
+            ranks = [dist.get_global_rank(group, rank) for rank in subset]
+            made[subset] = dist.new_group(ranks, use_local_synchronization=True)
+    return [made[subset] for subset in subsets]

@@ -1,8 +1,10 @@
 """The order of collectives on NCCL: no thread, no callback, one side stream.
 
-Everything is issued from the hook itself, in the order in which DDP calls it, on a stream beside
-backward's and on DDP's own process group: several communicators at once can deadlock. Waiting for a
-collective there only orders streams; the host goes on at once and the device is never synchronised.
+Everything is issued from the hook itself, in the order in which DDP calls it, on one stream beside
+backward's: several communicators at once can deadlock unless all ranks issue their collectives in
+one order. Flat topologies use DDP's own process group; "hierarchical" uses one group of the node
+and one of the ranks with the same place in other nodes, which all stages share. Waiting for a
+collective only orders streams: the host continues at once, and the device is never synchronised.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch.futures import Future
 
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.dense import start_average
+from effadam_hook.exchange.groups import make_stage_groups
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 
@@ -32,7 +35,7 @@ class NcclExchange:
     def __init__(self, topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
         self.part_numel: int | None = None
         self._stages = topology.stages
-        self._group = group
+        self._groups = make_stage_groups([stage.ranks for stage in self._stages], group)
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -49,13 +52,13 @@ class NcclExchange:
         """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for stage in self._stages:
+            for stage, group in zip(self._stages, self._groups, strict=True):
                 if stage.averages_first and job.averages_first:
-                    _order(start_average(job.bucket, self._group))
+                    _order(start_average(job.bucket, group))
                 if stage.compute is not None:
                     stage.compute(job)
                 if stage.start is not None:
-                    _order(stage.start(job, self._group))
+                    _order(stage.start(job, group))
             # The allocator must not hand the bucket out again while this stream reads it.
             job.bucket.record_stream(self._stream)
             inflight.succeed()

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from effadam_hook.exchange.dense import start_average
-from effadam_hook.exchange.topology import TOPOLOGIES, Topology, make_topology
+from effadam_hook.exchange.topology import FLAT_TOPOLOGIES, Topology, make_topology
 from effadam_hook.exchange.waiting import finish, gather_bytes
 
 __all__ = ["LEGS", "Probe", "Timing"]
 
 LEGS = (
     "all_reduce",
-    *(f"{direction}/{name}" for name in TOPOLOGIES for direction in ("up", "down")),
+    *(f"{direction}/{name}" for name in FLAT_TOPOLOGIES for direction in ("up", "down")),
 )
 """Collectives that can be timed; the part after the slash is the topology."""
 

@@ -49,6 +49,7 @@ class ReplicaCheck:
         sent: ``[servers, stride_bytes]`` uint8, the payload of this worker.
         received: ``[world_size, stride_bytes]`` uint8, the chunks that arrive at this server.
         check_every_step: Whether to include a weight in every step, rather than in every eighth.
+        ranks: The ranks whose chunks are received, for messages; None for all ranks.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class ReplicaCheck:
         sent: Tensor,
         received: Tensor,
         check_every_step: bool,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         self._digest = digest % (1 << _DIGEST_BITS)
         self._names = list(names)
         self._parameters = [p.detach() for p in parameters]
         self._sent = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in sent]
         self._received = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in received]
+        self._ranks = range(len(self._received)) if ranks is None else ranks
         self._every = 1 if check_every_step else _OTHERS_EVERY
         self._stamped = 0
         self._read = (0, 0)
@@ -99,15 +102,16 @@ class ReplicaCheck:
 
         Raises:
             DisagreementError: If they differ; the message names the rank and its difference from
-                rank 0.
+                the first one.
         """
+        ranks = self._ranks
         rows = [bytes(row) for row in self._received]
         if all(row == rows[0] for row in rows):
             return
         numbers, weights = zip(*map(_FORMAT.unpack, rows), strict=True)
         differences = [
-            f"rank {rank} has a bucket of other parameters, or of another model, than rank 0"
-            for rank, number in enumerate(numbers)
+            f"rank {rank} has a bucket of other parameters, or of another model, than rank {ranks[0]}"
+            for rank, number in zip(ranks, numbers, strict=True)
             if (number ^ numbers[0]) >> (_OPTIMIZER_BITS + _STEP_BITS)
         ]
         if differences:
@@ -117,15 +121,15 @@ class ReplicaCheck:
             )
         steps = [number % (1 << _STEP_BITS) for number in numbers]
         optimizer_steps = [number >> _STEP_BITS & (1 << _OPTIMIZER_BITS) - 1 for number in numbers]
-        if message := differing_steps(steps, optimizer_steps):
+        if message := differing_steps(steps, optimizer_steps, ranks):
             raise DisagreementError(message)
         weight = weights[0]
-        for rank, other_weight in enumerate(weights):
+        for rank, other_weight in zip(ranks, weights, strict=True):
             if _differ(weight, other_weight):
                 index, element = self._read
                 differences.append(
                     f"element {element} of parameter {self._names[index]!r} is {other_weight!r} on "
-                    f"rank {rank} and {weight!r} on rank 0"
+                    f"rank {rank} and {weight!r} on rank {ranks[0]}"
                 )
         if differences:
             raise DisagreementError(

@@ -7,6 +7,10 @@ once, by its key and its rule. All other code uses the typed record::
     session ─ capture ─► RankState ─ to_dict ─► dictionary, file
     file, dictionary ─ from_dict ─► RankState ─ merge, deal, reassign ─► RankState ─ restore ─► session
 
+In the hierarchical topology the worker is the node, and the worker residual of a rank covers the
+rank's share of each parameter. The dictionary then has two more entries: ``nodes``, the ranks of every
+node, and ``worker_start``, the first element of each share.
+
 Records of other ranks and other shares: :mod:`effadam_hook.feedback.reshard`. Sessions:
 :mod:`effadam_hook.session.snapshot`.
 """
@@ -14,7 +18,7 @@ Records of other ranks and other shares: :mod:`effadam_hook.feedback.reshard`. S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -68,10 +72,12 @@ class RankState:
         block_size: Number of elements that share a scale.
         counters: Steps and bytes.
         units: Content of the exchange, in whose units the residuals are; empty if unknown (version 1).
-        worker: Residuals of the worker, of whole parameters.
+        worker: Residuals of the worker: of whole parameters, or of this rank's shares of them.
         server: Residuals of this rank as a server.
         moments: Moments and step counts of update mode.
         config: Options, for information.
+        nodes: Ranks of every node, if nodes are the workers; None if ranks are.
+        worker_start: First element of the worker residuals in the parameters, if nodes are the workers.
     """
 
     rank: int
@@ -85,9 +91,15 @@ class RankState:
     server: Mapping[str, Share]
     moments: Mapping[str, Mapping[str, Any]]
     config: Mapping[str, Any]
+    nodes: tuple[tuple[int, ...], ...] | None = None
+    worker_start: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary of tensors and plain values, with its checksum."""
+        of_nodes: dict[str, Any] = {}
+        if self.nodes is not None:
+            of_nodes = {"nodes": [list(ranks) for ranks in self.nodes]}
+            of_nodes["worker_start"] = dict(self.worker_start)
         return with_checksum(
             {
                 "version": STATE_VERSION,
@@ -104,6 +116,7 @@ class RankState:
                 "server": {name: share.values for name, share in self.server.items()},
                 "server_start": {name: share.start for name, share in self.server.items()},
                 "moments": {name: dict(entry) for name, entry in self.moments.items()},
+                **of_nodes,
             }
         )
 
@@ -127,10 +140,17 @@ class RankState:
         counters = Counters(**reader.integers("counters", COUNTER_NAMES))
         config = reader.table("config") if reader.has("config") else {}
         worker, server = reader.residuals("worker"), reader.residuals("server")
+        nodes, worker_start = None, dict.fromkeys(worker, 0)
+        if reader.has("nodes"):
+            nodes = reader.partition("nodes", world_size)
+            worker_start = reader.integers("worker_start", worker)
         start = reader.integers("server_start", server)
         shares = {name: Share(start[name], values) for name, values in server.items()}
         for name, share in shares.items():
-            if name not in worker or share.end > worker[name].numel():
+            first = worker_start.get(name, 0)
+            if name not in worker or not first <= share.start <= share.end <= (
+                first + worker[name].numel()
+            ):
                 reader.reject(f"server_start.{name}", share.start, "a share of a saved parameter")
         if reader.has("topology"):
             topology = reader.text("topology", ("", *TOPOLOGIES))
@@ -149,6 +169,8 @@ class RankState:
             server=shares,
             moments=reader.moments("moments"),
             config=config,
+            nodes=nodes,
+            worker_start=worker_start if nodes else {},
         )
         reader.check_damage()
         return state
@@ -167,6 +189,7 @@ class RankState:
             worker=_renamed("worker", self.worker, resolve),
             server=_renamed("server", self.server, resolve),
             moments=_renamed("moments", self.moments, resolve),
+            worker_start=_renamed("worker_start", self.worker_start, resolve),
         )
 
     def check_model(self, numels: Mapping[str, int]) -> None:
@@ -183,7 +206,9 @@ class RankState:
                 raise StateMismatchError(
                     f"The saved state has a {what} of {name!r}, which is no parameter of this model."
                 )
-            if values.numel() != numels[name]:
+            start = self.worker_start.get(name, 0)
+            is_share = self.nodes is not None and start + values.numel() <= numels[name]
+            if values.numel() != numels[name] and not is_share:
                 raise StateMismatchError(
                     f"The saved {what} of {name!r} has {values.numel()} elements, the parameter "
                     f"has {numels[name]}. Load a state of the same model."

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CHECKSUM_KEY", "checksum_of", "foreign_entry", "with_checksum"]
+__all__ = ["CHECKSUM_KEY", "MOST_BITS", "checksum_of", "foreign_entry", "with_checksum"]
 
 CHECKSUM_KEY = "checksum"
 """Key of the checksum in a saved state."""
 
-_DEEPEST, _MOST_BITS = 16, 64
+_DEEPEST = 16
+MOST_BITS = 1 << 13
+"""Bits of an integer; of longer ones Python refuses to write the digits."""
 
 
 def with_checksum(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def foreign_entry(value: Any, key: str = "", depth: int = 0) -> tuple[str, objec
 
     Returns:
         The dotted key and the value of the first entry that is neither a dense tensor nor a plain value
-        (an integer has at most 64 bits); None if there is none.
+        (integers have at most :data:`MOST_BITS` bits); None if there is none.
     """
     if isinstance(value, Tensor):
         dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
@@ -84,7 +86,7 @@ def foreign_entry(value: Any, key: str = "", depth: int = 0) -> tuple[str, objec
     elif isinstance(value, (list, tuple)):
         entries = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
     elif isinstance(value, int):
-        return (key, value) if value.bit_length() > _MOST_BITS else None
+        return (key, value) if value.bit_length() > MOST_BITS else None
     elif value is not None and not isinstance(value, (float, str)):
         return key, value
     found = (foreign_entry(item, name, depth + 1) for name, item in entries)

@@ -11,6 +11,9 @@ topology or block size, and after version 1, whose shares depended on the order 
 - in the state of one rank, the elements that the rank no longer serves move into its worker residual,
   as the other ranks' states are not available. The conserved sum is ẽ + (1/N) Σ e_i, so that they move
   N times.
+
+If nodes are the workers (hierarchical topology), N is the number of nodes, and the residual of a
+node is divided among its ranks by share. The state of one rank then fits the same nodes only.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from effadam_hook.errors import StateMismatchError
 from effadam_hook.feedback.checkpoint import RankState, Share
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.feedback.schema import reject
+from effadam_hook.wire.node_shares import node_share_of, position_of
 from effadam_hook.wire.shares import share_of, turn_of
 
 __all__ = ["Role", "deal", "merge", "reassign"]
@@ -40,6 +44,9 @@ class Role:
         serves: Index of the server that this rank is; None if it is none.
         servers: Number of servers.
         block_size: Number of elements that share a scale.
+        nodes: Ranks of every node, if nodes are the workers; None if ranks are.
+        shares: Number of ranks that divide a worker's residual among themselves.
+        local_rank: Index of this rank among them.
     """
 
     rank: int
@@ -47,6 +54,9 @@ class Role:
     serves: int | None
     servers: int
     block_size: int
+    nodes: tuple[tuple[int, ...], ...] | None = None
+    shares: int = 1
+    local_rank: int = 0
 
     def share(self, name: str, numel: int) -> tuple[int, int]:
         """Return the first element and the number of elements that this rank serves of a parameter.
@@ -57,7 +67,25 @@ class Role:
         """
         if self.serves is None:
             return 0, 0
-        return share_of(numel, turn_of(name), self.block_size, self.serves, self.servers)
+        position = position_of(self.serves, turn_of(name), self.servers, self.shares)
+        return share_of(numel, 0, self.block_size, position, self.servers)
+
+    def worker_share(self, name: str, numel: int) -> tuple[int, int]:
+        """Return the first element and the number of elements of this rank's worker residual.
+
+        Args:
+            name: Name of the parameter.
+            numel: Its number of elements.
+        """
+        return node_share_of(
+            numel, turn_of(name), self.block_size, self.local_rank, self.shares, self.servers
+        )
+
+    def has_workers_of(self, state: RankState) -> bool:
+        """Return whether each rank of a state holds the worker residual of the same rank now."""
+        if (state.world_size, state.nodes) != (self.world_size, self.nodes):
+            return False
+        return self.nodes is None or state.block_size == self.block_size
 
 
 def merge(states: Sequence[RankState]) -> RankState:
@@ -79,13 +107,22 @@ def merge(states: Sequence[RankState]) -> RankState:
                 f"State {rank} of {len(states)} is that of rank {state.rank} of "
                 f"{state.world_size}. Must be the states of all ranks, in order."
             )
+        if state.nodes != states[0].nodes:
+            raise StateMismatchError(
+                f"The states of rank 0 and rank {rank} have the nodes {states[0].nodes} and "
+                f"{state.nodes}. Must be the states of all ranks of one run."
+            )
     ranks = len(states)
-    worker = {
-        name: _mean(
-            "worker residual", name, [s.worker[name] for s in states if name in s.worker], ranks
-        )
-        for name in _names(state.worker for state in states)
-    }
+    names = _names(state.worker for state in states)
+    if states[0].nodes is not None:
+        worker = {name: _mean_of_nodes(name, states, len(states[0].nodes)) for name in names}
+    else:
+        worker = {
+            name: _mean(
+                "worker residual", name, [s.worker[name] for s in states if name in s.worker], ranks
+            )
+            for name in names
+        }
     server = {
         name: _whole(name, [s.server[name] for s in states if name in s.server], worker[name])
         for name in _names(state.server for state in states)
@@ -108,6 +145,8 @@ def merge(states: Sequence[RankState]) -> RankState:
         worker=worker,
         server={name: Share(0, whole) for name, whole in server.items()},
         moments=moments,
+        nodes=None,
+        worker_start={},
     )
 
 
@@ -124,6 +163,16 @@ def _mean(what: str, name: str, held: Sequence[Tensor], ranks: int) -> Tensor:
             "another. Must be the states of all ranks of one run."
         )
     return (torch.stack([values.double() for values in held]).sum(dim=0) / ranks).to(held[0].dtype)
+
+
+def _mean_of_nodes(name: str, states: Sequence[RankState], nodes: int) -> Tensor:
+    """Return the mean over all nodes, whose ranks hold shares; missing elements count as zero."""
+    held = [(s.worker_start[name], s.worker[name]) for s in states if name in s.worker]
+    numel = max(start + values.numel() for start, values in held)
+    total = torch.zeros(numel, dtype=torch.float64)
+    for start, values in held:
+        total[start : start + values.numel()] += values.double()
+    return (total / nodes).to(held[0][1].dtype)
 
 
 def _whole(name: str, shares: Sequence[Share], worker: Tensor) -> Tensor:
@@ -150,6 +199,13 @@ def deal(merged: RankState, role: Role) -> RankState:
         first, numel = role.share(name, whole.values.numel())
         if numel:
             server[name] = Share(first, whole.values[first : first + numel])
+    if role.nodes is not None:
+        worker, start = {}, {}
+        for name, values in merged.worker.items():
+            first, numel = role.worker_share(name, values.numel())
+            if numel:
+                worker[name], start[name] = values[first : first + numel], first
+        merged = replace(merged, worker=worker, nodes=role.nodes, worker_start=start)
     return replace(
         merged,
         rank=role.rank,

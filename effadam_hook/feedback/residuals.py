@@ -29,21 +29,25 @@ class Place:
         name: Name of the parameter.
         start: First element in the flat tensor.
         numel: Number of elements.
+        offset: First element in the parameter, if the residual covers a part of it.
     """
 
     name: str
     start: int
     numel: int
+    offset: int = 0
 
 
 class Residuals:
     """Residuals of the worker, or of the server, by parameter.
 
-    The residual of a server covers the server's share of the parameter.
+    The residual of a server covers the server's share of the parameter; that of a worker does, if
+    the worker is a node.
     """
 
     def __init__(self) -> None:
         self._views: dict[str, Tensor] = {}
+        self._offsets: dict[str, int] = {}
 
     def adopt(
         self, places: Iterable[Place], numel: int, dtype: torch.dtype, device: torch.device
@@ -74,19 +78,27 @@ class Residuals:
                     )
                 view.copy_(held)
             self._views[place.name] = view
+            self._offsets[place.name] = place.offset
         return flat
 
-    def load(self, values: Mapping[str, Tensor], device: torch.device) -> None:
+    def load(
+        self,
+        values: Mapping[str, Tensor],
+        device: torch.device,
+        offsets: Mapping[str, int] | None = None,
+    ) -> None:
         """Replace all residuals, in place if a bucket has adopted them.
 
         Args:
             values: One-dimensional tensors by parameter name; all other residuals become zero.
             device: Device for residuals that no bucket has adopted yet.
+            offsets: First element in the parameter by name; 0 by default.
         """
         for name, view in self._views.items():
             if name not in values:
                 view.zero_()
         for name, value in values.items():
+            self._offsets[name] = (offsets or {}).get(name, 0)
             held = self._views.get(name)
             if held is None:
                 self._views[name] = value.detach().to(device, copy=True)
@@ -102,6 +114,10 @@ class Residuals:
     def get(self, name: str) -> Tensor | None:
         """Return the residual of a parameter, ``[numel]``; None if it has none."""
         return self._views.get(name)
+
+    def offset(self, name: str) -> int:
+        """Return the first element of a parameter that its residual covers."""
+        return self._offsets.get(name, 0)
 
     def norm(self) -> float:
         """Return the 2-norm over all parameters. Waits for the device."""

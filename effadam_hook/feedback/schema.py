@@ -11,12 +11,11 @@ from torch import Tensor
 
 from effadam_hook._version import STATE_VERSION, __version__
 from effadam_hook.errors import StateMismatchError
-from effadam_hook.feedback.checksum import CHECKSUM_KEY, checksum_of, foreign_entry
+from effadam_hook.feedback.checksum import CHECKSUM_KEY, MOST_BITS, checksum_of, foreign_entry
 from effadam_hook.feedback.moments import MOMENTS, check_moments
 
 __all__ = ["StateReader", "check_version", "reject"]
 
-_MOST_BITS = 64
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -98,6 +97,18 @@ class StateReader:
             self.reject(f"the names of {key}", sorted(table), f"exactly {shown}")
         return {name: self._integer(f"{key}.{name}", value, 0) for name, value in table.items()}
 
+    def partition(self, key: str, count: int) -> tuple[tuple[int, ...], ...]:
+        """Return lists of integers that hold 0 to ``count - 1``, each once, with equal lengths."""
+        value = self._saved[key]
+        is_nested = isinstance(value, (list, tuple)) and all(
+            isinstance(entry, (list, tuple)) for entry in value
+        )
+        members = [member for entry in value for member in entry] if is_nested else []
+        is_whole = all(type(member) is int for member in members)
+        if not is_whole or sorted(members) != list(range(count)) or len(set(map(len, value))) > 1:
+            self.reject(key, value, f"lists of equal lengths of the ranks 0 to {count - 1}")
+        return tuple(tuple(entry) for entry in value)
+
     def residuals(self, key: str) -> dict[str, Tensor]:
         """Return a dictionary of vectors, the residuals of one side."""
         table = self.table(key)
@@ -166,8 +177,8 @@ def reject(key: str, value: object, rule: str, damage: str = "") -> NoReturn:
         rule: Description of valid values, after "must be".
         damage: Further sentence for the message.
     """
-    is_long = isinstance(value, int) and value.bit_length() > _MOST_BITS  # repr() may refuse it
-    shown = "an integer of more than 64 bits" if is_long else _SHORT.repr(value)
+    is_long = isinstance(value, int) and value.bit_length() > MOST_BITS
+    shown = f"an integer of more than {MOST_BITS} bits" if is_long else _SHORT.repr(value)
     message = (
         f"The saved state has {key} = {shown}, which state_dict() never writes: it must be {rule}. The "
         "state is damaged: use another checkpoint."

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from effadam_hook.exchange.topology import TOPOLOGIES
+from effadam_hook.exchange.topology import FLAT_TOPOLOGIES
 from effadam_hook.wire.quantizers import QUANTIZERS
 
 __all__ = ["Method", "expand_names"]
@@ -97,7 +97,7 @@ class Method:
             return cls(name, "powersgd", rank=int(rank))
         kind = "update" if rest.startswith("update:") else "gradient"
         quantizer, _, topology = rest.removeprefix("update:").partition("/")
-        if quantizer not in QUANTIZERS or (topology or _DEFAULT_TOPOLOGY) not in TOPOLOGIES:
+        if quantizer not in QUANTIZERS or (topology or _DEFAULT_TOPOLOGY) not in FLAT_TOPOLOGIES:
             raise _unknown(name)
         return cls(name, kind, quantizer, topology or _DEFAULT_TOPOLOGY, bucket_mb=bucket_mb)
 

@@ -128,13 +128,13 @@ def _make(
         block_size=config.block_size,
         servers=topology.servers,
         itemsize=dtype.itemsize,
+        shares=topology.shares,
     )
     return BucketBuffers(
         label,
         layout,
         kernels,
         topology,
-        model.group.size(),
         dtype,
         flat.device,
         model.worker if config.error_feedback else None,

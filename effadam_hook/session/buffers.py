@@ -2,6 +2,10 @@
 
 All buffers are allocated once, at the first step of a bucket or at the first step with other
 parameters than before; the other steps allocate none.
+
+In the hierarchical topology the worker is the node, and this rank encodes its share of the node's
+mean: input and worker residual have the compact layout of the share. Received chunks and the decoded
+payload have the layout of the bucket.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from effadam_hook.feedback.unused import UnusedInput, UnusedMean
 from effadam_hook.kernels import Kernels
 from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Content
+from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.wire.layout import BucketLayout
+from effadam_hook.wire.node_layout import lay_out_node
 
 __all__ = ["BucketBuffers"]
 
@@ -34,7 +40,6 @@ class BucketBuffers:
         layout: Places of the elements in the payloads.
         kernels: The implementation of the arithmetic.
         topology: This rank's view of the servers.
-        world_size: Number of workers.
         dtype: Dtype of the uncompressed elements in the payloads.
         device: Device of the bucket.
         worker: Residuals of the worker; None without error feedback.
@@ -51,7 +56,6 @@ class BucketBuffers:
         layout: BucketLayout,
         kernels: Kernels,
         topology: Topology,
-        world_size: int,
         dtype: torch.dtype,
         device: torch.device,
         worker: Residuals | None,
@@ -77,21 +81,38 @@ class BucketBuffers:
             return torch.zeros(rows, stride_bytes, dtype=torch.uint8, device=device)
 
         up, down = layout.uplink, layout.downlink
-        self.uplink = payload(topology.servers, up.stride_bytes)
-        self.received = payload(world_size if self._server is not None else 0, up.stride_bytes)
+        self._sent_wire = up
+        self.node: NodeBuffers | None = None
+        if topology.shares > 1:
+            shares = lay_out_node(layout, topology.shares)
+            self.node = NodeBuffers(shares, topology.share, dtype, precise, device)
+            self._sent_wire = self.node.layout.uplink
+        servers = len(self._sent_wire.chunks)
+        self.uplink = payload(servers, up.stride_bytes)
+        rows = len(topology.worker_ranks) if self._server is not None else 0
+        self.received = payload(rows, up.stride_bytes)
         self.downlink = payload(topology.servers, down.stride_bytes)
-        self.outgoing = topology.outgoing(self.downlink)
-        self._replica_check: ReplicaCheck | None = None
+        self.served = self.downlink if self.node is None else payload(servers, down.stride_bytes)
+        self.outgoing = topology.outgoing(self.served)
+        # Servers compare their workers; in a node, all ranks also compare all servers.
+        self._checks: list[ReplicaCheck] = []
         if device.type == "cpu":
             names = [slot.name for slot in layout.slots]
-            self._replica_check = ReplicaCheck(
-                digest, names, parameters, self.uplink, self.received, check_every_step
-            )
+            compared = [(self.uplink, self.received, topology.worker_ranks)]
+            if self.node is not None:
+                compared.append((self.outgoing, self.downlink, topology.server_ranks))
+            self._checks = [
+                ReplicaCheck(digest, names, parameters, sent, got, check_every_step, ranks)
+                for sent, got, ranks in compared
+            ]
 
         # On other devices the host would have to wait for the gradient.
         self._finds_unused: tuple[UnusedInput, UnusedMean] | None = None
         if device.type == "cpu":
-            self._finds_unused = UnusedInput(up), UnusedMean(up, down, self._server or 0)
+            self._finds_unused = (
+                UnusedInput(self._sent_wire),
+                UnusedMean(up, down, self._server or 0),
+            )
 
         # Otherwise zeros in a gradient are found before they are sent.
         self._restores = content.adam is not None or self._finds_unused is None
@@ -104,10 +125,19 @@ class BucketBuffers:
         self._worker_residual = self._server_residual = None
         if worker is not None:
             places = [Place(slot.name, slot.start, slot.numel) for slot in layout.slots]
-            self._worker_residual = worker.adopt(places, layout.numel, precise, device)
+            if self.node is not None:
+                places = [
+                    Place(layout.slots[run.slot].name, run.local, run.numel, run.offset)
+                    for run in self.node.layout.runs
+                ]
+            numel = self._sent_wire.numel
+            self._worker_residual = worker.adopt(places, numel, precise, device)
         if server is not None and self._server is not None:
             chunk = up.chunks[self._server]
-            places = [Place(layout.slots[p.slot].name, p.local, p.numel) for p in chunk.pieces]
+            places = [
+                Place(layout.slots[piece.slot].name, piece.local, piece.numel, piece.offset)
+                for piece in chunk.pieces
+            ]
             self._server_residual = server.adopt(places, chunk.numel, precise, device)
 
     @property
@@ -134,10 +164,9 @@ class BucketBuffers:
         """
         self.bucket = bucket
         self._content.begin()
-        if self._replica_check is not None:
-            self._replica_check.stamp(
-                check_weights, steps, 0 if is_joining else self._content.progress
-            )
+        progress = 0 if is_joining else self._content.progress
+        for check in self._checks:
+            check.stamp(check_weights, steps, progress)
         self._savepoint.clear()
         if in_backward and self._restores:
             self._save_possibly_unused()
@@ -158,8 +187,14 @@ class BucketBuffers:
         slot = self.layout.slots[index]
         here = slice(slot.start, slot.start + slot.numel)
         views = []
-        if self._worker_residual is not None:
+        if self._worker_residual is not None and self.node is None:
             views.append(self._worker_residual[here])
+        elif self._worker_residual is not None and self.node is not None:
+            views += [
+                self._worker_residual[run.local : run.local + run.numel]
+                for run in self.node.layout.runs
+                if run.slot == index
+            ]
         if self._content.adam is not None:
             views += [self._content.adam.exp_avg[here], self._content.adam.exp_avg_sq[here]]
         if self._server_residual is not None and self._server is not None:
@@ -181,24 +216,33 @@ class BucketBuffers:
                 self._content.withdraw(parameter)
         self._savepoint.clear()
 
+    def pack(self) -> None:
+        """Pack the bucket for the ranks of this node."""
+        assert self.node is not None
+        self.node.pack(self.bucket)
+
     def encode(self) -> None:
         """Encode the content and the worker residual into the uplink payload."""
-        with self._unused_input():
+        values, preconditioner = self.bucket, self._content.preconditioner
+        if self.node is not None:
+            self.node.average()
+            values, preconditioner = self.node.mean, self.node.share_of(preconditioner)
+        with self._unused_input(values):
             self._kernels.encode_(
-                self.layout.uplink,
-                self.bucket,
+                self._sent_wire,
+                values,
                 self._worker_residual,
                 self.uplink,
                 self._dtype,
-                preconditioner=self._content.preconditioner,
+                preconditioner=preconditioner,
                 adam=self._content.adam,
             )
 
     def reduce(self) -> None:
         """Reduce the workers' chunks and the server residual into the downlink chunk."""
         assert self._server is not None
-        if self._replica_check is not None:
-            self._replica_check.check()
+        if self._checks:
+            self._checks[0].check()
         if self._content.sends_weights:
             self._reduce_to_weights(self._server)
             return
@@ -214,11 +258,11 @@ class BucketBuffers:
                 preconditioner=self._content.preconditioner,
             )
 
-    def _unused_input(self) -> AbstractContextManager[None]:
+    def _unused_input(self, values: Tensor) -> AbstractContextManager[None]:
         # Momentum continues an Adam update without a gradient: no element is unused there.
         if self._finds_unused is None or self._worker_residual is None or self._content.adam:
             return contextlib.nullcontext()
-        return self._finds_unused[0].put_aside(self.bucket, self._worker_residual)
+        return self._finds_unused[0].put_aside(values, self._worker_residual)
 
     def _unused_mean(self) -> AbstractContextManager[None]:
         if self._finds_unused is None or self._server_residual is None:
@@ -240,6 +284,8 @@ class BucketBuffers:
 
     def decode(self) -> None:
         """Decode the downlink payload into the bucket or the weights."""
+        for check in self._checks[1:]:
+            check.check()
         self._kernels.decode(
             self.layout.downlink,
             self.downlink,

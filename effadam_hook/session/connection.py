@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError, UnsupportedBackendError
@@ -16,7 +18,15 @@ from effadam_hook.exchange.agreement import check_agreement, check_steps
 from effadam_hook.exchange.auto import agree_on_topology
 from effadam_hook.exchange.collectives import abandon
 from effadam_hook.exchange.exchange import Exchange, check_backend, make_exchange
-from effadam_hook.exchange.topology import AUTO, TOPOLOGIES, Topology, make_topology
+from effadam_hook.exchange.nodes import check_node_options, find_nodes
+from effadam_hook.exchange.topology import (
+    AUTO,
+    HIERARCHICAL,
+    TOPOLOGIES,
+    NodeTable,
+    Topology,
+    make_topology,
+)
 from effadam_hook.exchange.waiting import phase as waiting_phase
 from effadam_hook.exchange.watchdog.watchdog import CONNECTING, Watchdog
 from effadam_hook.kernels import Kernels, select
@@ -25,6 +35,8 @@ __all__ = ["Connection"]
 
 _PROBED_NUMEL = 1 << 20
 """Elements of the payloads with which topologies are timed."""
+
+_log = logging.getLogger(__name__)
 
 
 class Connection:
@@ -42,6 +54,7 @@ class Connection:
         topology_reason: The reason for the choice of ``topology="auto"``; empty without a choice.
         run_id: The same on all ranks and new in every run; empty before :meth:`agree`.
         phase: The current operation, for messages.
+        nodes: The ranks of each node; None before :meth:`agree` and in flat topologies.
     """
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
@@ -51,6 +64,9 @@ class Connection:
         self.topology_reason = ""
         self.run_id = ""
         self.phase = ""
+        self.nodes: NodeTable | None = None
+        self._intra_node_group: dist.ProcessGroup | None = None
+        self._device_mesh: DeviceMesh | None = None
         self._config = config
         self._group = group
         self._topology: Topology | None = None
@@ -81,13 +97,15 @@ class Connection:
             return self._topology
         if self._config.topology == AUTO:  # not chosen before the first bucket
             return make_topology(self.loaded_topology or next(iter(TOPOLOGIES)), self.group)
-        self._topology = make_topology(self._config.topology, self.group)
+        self._topology = make_topology(self._config.topology, self.group, self.nodes)
         return self._topology
 
     @property
     def route(self) -> str:
-        """The route of messages, with the reason; empty before it is known."""
-        return "" if self._topology is None else self._topology.route
+        """The nodes and the route of messages, with the reason; empty before they are known."""
+        nodes = "" if self.nodes is None else self.nodes.describe()
+        route = "" if self._topology is None else self._topology.route
+        return "; ".join(filter(None, (nodes, route)))
 
     @property
     def has_topology(self) -> bool:
@@ -102,6 +120,22 @@ class Connection:
     def use_group(self, group: dist.ProcessGroup) -> None:
         """Set the process group to that of DDP."""
         self._group = group
+
+    def name_nodes(
+        self, intra_node_group: dist.ProcessGroup | None, device_mesh: DeviceMesh | None
+    ) -> None:
+        """Take the nodes from the user instead of finding them.
+
+        Args:
+            intra_node_group: A group of the ranks of this node.
+            device_mesh: A mesh (nodes, ranks of a node).
+
+        Raises:
+            TypeError: If one has the wrong type.
+            ValueError: If both are given, or the topology knows no nodes.
+        """
+        check_node_options(self._config.topology, intra_node_group, device_mesh)
+        self._intra_node_group, self._device_mesh = intra_node_group, device_mesh
 
     def agree(
         self, device: torch.device, describe: Callable[[], dict[str, Any]], name: str
@@ -132,6 +166,16 @@ class Connection:
             self._watchdog.on_failure(lambda: abandon(group))
         # Threads reference the watchdog and not the connection, so that both can end.
         weakref.finalize(self, self._watchdog.close)
+        if self._config.topology == HIERARCHICAL:
+            self._find_nodes(device)
+
+    def _find_nodes(self, device: torch.device) -> None:
+        with self.waiting("finding the nodes"):
+            self.nodes = find_nodes(self.group, device, self._intra_node_group, self._device_mesh)
+        if self.nodes.ranks_per_node == 1 and self.group.rank() == 0:
+            _log.info(
+                'Every node has one rank: topology="%s" is topology="sharded" here.', HIERARCHICAL
+            )
 
     def open(self, device: torch.device, steps: int, progress: Any, compressing: bool) -> None:
         """Connect the ranks, choose topology and kernels; a collective operation.

@@ -27,11 +27,11 @@ from effadam_hook._version import PAYLOAD_VERSION, __version__
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.dense import DenseExchange
-from effadam_hook.exchange.topology import Topology
+from effadam_hook.exchange.topology import HIERARCHICAL, Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
-from effadam_hook.modes import GradientMode, Mode
+from effadam_hook.modes import GradientMode, Mode, UpdateMode
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.connection import Connection
@@ -85,6 +85,22 @@ class ExchangeSession:
     def topology(self) -> Topology:
         """Return this rank's view of the servers."""
         return self.connection.topology
+
+    def use(self, mode: Mode) -> None:
+        """Exchange something else than the gradient.
+
+        Args:
+            mode: The content of the exchange.
+
+        Raises:
+            ValueError: If the topology does not support it.
+        """
+        if self.config.topology == HIERARCHICAL and isinstance(mode, UpdateMode):
+            raise ValueError(
+                f"Invalid topology: {HIERARCHICAL!r} with an EfficientAdam. It does not support update "
+                'mode yet: use topology="sharded", or another optimizer, in gradient mode.'
+            )
+        self.mode = mode
 
     def agree(self, device: torch.device, further: Mapping[str, Any] | None = None) -> None:
         """Compare options, versions and model with the other ranks; a collective operation.

@@ -39,15 +39,14 @@ def capture(session: ExchangeSession) -> RankState:
         counters=replace(session.counters),
         units=session.mode.units,
         worker=worker,
-        server={
-            name: Share(role.share(name, worker[name].numel())[0], values)
-            for name, values in server.items()
-        },
+        server={name: Share(session.server.offset(name), v) for name, v in server.items()},
         moments={
             name: {key: v.cpu() if isinstance(v, Tensor) else v for key, v in values.items()}
             for name, values in session.mode.save().items()
         },
         config=session.config.to_dict(),
+        nodes=role.nodes,
+        worker_start={name: session.worker.offset(name) for name in worker} if role.nodes else {},
     )
 
 
@@ -70,9 +69,10 @@ def restore(session: ExchangeSession, saved: Any) -> None:
     session.counters = replace(state.counters)
     if session.config.error_feedback:
         device = session.parameters.device()
-        session.worker.load(state.worker, device)
+        session.worker.load(state.worker, device, state.worker_start)
         server = {name: share.values for name, share in state.server.items()}
-        session.server.load(server, device)
+        starts = {name: share.start for name, share in state.server.items()}
+        session.server.load(server, device, starts)
     elif state.worker:
         warnings.warn(
             "The saved state has residuals, and error_feedback is off: they are dropped.",
@@ -81,12 +81,16 @@ def restore(session: ExchangeSession, saved: Any) -> None:
 
 
 def _role(session: ExchangeSession, topology: Topology) -> Role:
+    table = session.connection.nodes
     return Role(
         rank=session.group.rank(),
         world_size=session.group.size(),
         serves=topology.serves,
         servers=topology.servers,
         block_size=session.config.block_size,
+        nodes=table.nodes if table is not None and topology.shares > 1 else None,
+        shares=topology.shares,
+        local_rank=topology.share,
     )
 
 
@@ -105,16 +109,18 @@ def _state_of_this_rank(session: ExchangeSession, saved: Any) -> RankState:
             f"The saved residuals are those of {own.units}, and this state exchanges {mode.units}. "
             "Load a state of the same mode, or none: residuals then start at zero."
         )
-    if not holds_all_ranks(saved):
+    if not holds_all_ranks(saved) and role.nodes is None:
         own = reassign(own, role, mode.server_sign)
     own.check_residuals(session.worker, session.server)
     return own
 
 
 def _dealt(states: list[RankState], role: Role) -> RankState:
-    """Deal the states of all ranks to this rank; on as many ranks, every worker keeps its own."""
+    """Deal the states of all ranks to this rank; with the same workers, every worker keeps its own."""
     merged = merge(states)
-    if len(states) == role.world_size:
+    if role.has_workers_of(states[0]):
+        if role.nodes is not None:
+            return states[role.rank]
         merged = replace(states[role.rank], server=merged.server)
     return deal(merged, role)
 
@@ -125,6 +131,12 @@ def _own(state: RankState, role: Role) -> RankState:
             f"The saved state is that of rank {state.rank} of {state.world_size}; this is rank "
             f"{role.rank} of {role.world_size}. Load each rank's own state, or one of all ranks from "
             "full_state_dict()."
+        )
+    if not role.has_workers_of(state):
+        raise StateMismatchError(
+            f"The saved state has the nodes {state.nodes} and blocks of {state.block_size}, this run "
+            f"{role.nodes} and {role.block_size}. The state of one rank with topology='hierarchical' "
+            "fits the same nodes and blocks only: load one of all ranks from full_state_dict()."
         )
     return state
 

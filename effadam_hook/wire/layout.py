@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from effadam_hook.wire.node_shares import position_of
 from effadam_hook.wire.quantizers import SCALE_BYTES, Quantizer
 from effadam_hook.wire.shares import share_of, turn_of
 
@@ -208,6 +209,7 @@ def lay_out_bucket(
     block_size: int,
     servers: int,
     itemsize: int,
+    shares: int = 1,
 ) -> BucketLayout:
     """Lay out both directions of a bucket.
 
@@ -219,6 +221,8 @@ def lay_out_bucket(
         block_size: Number of elements of a full block.
         servers: Number of servers.
         itemsize: Size of an element of the bucket in bytes.
+        shares: Number of ranks of a node that divide the bucket among themselves, see
+            :mod:`effadam_hook.wire.node_shares`.
 
     Returns:
         The layout. It depends on the arguments only, so that it is equal on all ranks.
@@ -237,7 +241,7 @@ def lay_out_bucket(
 
     def wire(quantizer: Quantizer) -> Wire:
         chunks = tuple(
-            _lay_out_chunk(slots, quantizer, block_size, server, servers, itemsize)
+            _lay_out_chunk(slots, quantizer, block_size, server, servers, itemsize, shares)
             for server in range(servers)
         )
         longest = max(chunk.used_bytes for chunk in chunks)
@@ -259,15 +263,17 @@ def _lay_out_chunk(
     server: int,
     servers: int,
     itemsize: int,
+    shares: int,
 ) -> Chunk:
-    shares: list[tuple[int, int, int, int, int, bool]] = []
+    runs: list[tuple[int, int, int, int, int, bool]] = []
     local = raw_bytes = scale_bytes = 0
     for index, slot in enumerate(slots):
-        first, numel = share_of(slot.numel, turn_of(slot.name), block_size, server, servers)
+        position = position_of(server, turn_of(slot.name), servers, shares)
+        first, numel = share_of(slot.numel, 0, block_size, position, servers)
         if numel == 0:
             continue
         raw = slot.exact or quantizer.is_raw
-        shares.append((index, first, slot.start + first, local, numel, raw))
+        runs.append((index, first, slot.start + first, local, numel, raw))
         local += numel
         if raw:
             raw_bytes += numel * itemsize
@@ -279,7 +285,7 @@ def _lay_out_chunk(
     scales_at = raw_bytes
     codes_at = raw_bytes + scale_bytes
     pieces: list[Piece] = []
-    for index, first, start, local_start, numel, raw in shares:
+    for index, first, start, local_start, numel, raw in runs:
         if raw:
             pieces.append(Piece(index, first, start, local_start, numel, True, 0, raw_at))
             raw_at += numel * itemsize

@@ -7,6 +7,8 @@ next stage waits. The exchanges on Gloo and NCCL run the stages in their order, 
 number::
 
     rank0, sharded    encode ─ uplink ─► reduce ─ downlink ─► decode
+    hierarchical      pack ─ node mean ─► encode ─ uplink ─► reduce ─ downlink ─►
+                      node gather ─► decode
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import Group
 from effadam_hook.exchange.topology.leg import Leg
 
-__all__ = ["Stage", "Topology"]
+__all__ = ["Stage", "Topology", "decode", "encode", "reduce"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Stage:
         start: Starts the collective on a group that only this stage uses, and returns the work.
         averages_first: Whether a bucket with :attr:`BucketJob.averages_first` is averaged densely,
             on the group of this stage, before the arithmetic.
+        ranks: The ranks of the process group that take part in the collective, ascending; None for
+            all of them.
     """
 
     phase: str
@@ -44,6 +48,7 @@ class Stage:
     transfer: str = ""
     start: Callable[[BucketJob, Group], dist.Work | None] | None = None
     averages_first: bool = False
+    ranks: tuple[int, ...] | None = None
 
 
 class Topology(ABC):
@@ -55,16 +60,26 @@ class Topology(ABC):
 
     Attributes:
         name: The public name.
-        servers: Number of servers, and of the chunks of a payload.
+        servers: Number of servers, and of the chunks of a bucket.
         serves: Index of the chunk that this rank serves; None if it serves none.
+        worker_ranks: The ranks from which this rank receives uplinks as a server, in the order of
+            summation. Their number is N in the formulas.
+        server_ranks: The rank that serves each chunk.
+        shares: Number of ranks that divide the encoding of a worker's bucket among themselves.
+        share: Index of the share that this rank encodes.
+        route_stage: Index of the stage on whose group :meth:`measure_route` measures.
         route: The route of the messages, with the reason; empty without a choice.
     """
 
     name: ClassVar[str]
+    route_stage: ClassVar[int] = 0
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.servers = self.servers_among(world_size)
         self.serves = rank if rank < self.servers else None
+        self.worker_ranks: Sequence[int] = range(world_size)
+        self.server_ranks: Sequence[int] = range(self.servers)
+        self.shares, self.share = 1, 0
         self.route = ""
 
     @classmethod
@@ -89,11 +104,11 @@ class Topology(ABC):
     @property
     def stages(self) -> Sequence[Stage]:
         """The stages of a bucket, in their order."""
-        reduce = _reduce if self.serves is not None else None
+        reduces = reduce if self.serves is not None else None
         return (
-            Stage("encode", _encode, "uplink", self._start_uplink, averages_first=True),
-            Stage("reduce", reduce, "downlink", self._start_downlink),
-            Stage("decode", _decode),
+            Stage("encode", encode, "uplink", self._start_uplink, averages_first=True),
+            Stage("reduce", reduces, "downlink", self._start_downlink),
+            Stage("decode", decode),
         )
 
     def measure_route(self, group: Group) -> None:
@@ -145,16 +160,19 @@ class Topology(ABC):
         return self.send_up(job.uplink, job.received, group)
 
     def _start_downlink(self, job: BucketJob, group: Group) -> dist.Work | None:
-        return self.send_down(job.outgoing, job.downlink, group)
+        return self.send_down(job.outgoing, job.served, group)
 
 
-def _encode(job: BucketJob) -> None:
+def encode(job: BucketJob) -> None:
+    """Encode the bucket, or this rank's share of it."""
     job.encode()
 
 
-def _reduce(job: BucketJob) -> None:
+def reduce(job: BucketJob) -> None:
+    """Reduce what this rank has received as a server."""
     job.reduce()
 
 
-def _decode(job: BucketJob) -> None:
+def decode(job: BucketJob) -> None:
+    """Decode the bucket."""
     job.decode()

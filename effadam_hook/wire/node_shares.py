@@ -1,0 +1,53 @@
+"""Shares of the ranks of a node in a parameter. Integers only, no torch.
+
+With M nodes of G ranks, the blocks of a parameter are first divided among the G local ranks in
+contiguous runs, and each of these runs among the M nodes. Server ``g * M + m`` is local rank g of
+node m: the servers of one local rank are consecutive, and so are their elements. With G = 1 these
+are the shares of :func:`~effadam_hook.wire.shares.share_of`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["node_share_of", "position_of"]
+
+
+def position_of(server: int, turn: int, servers: int, shares: int) -> int:
+    """Return the place of a server's run among the runs of a parameter.
+
+    Args:
+        server: Index of the server, from 0.
+        turn: Rotation of the parameter, see :func:`~effadam_hook.wire.shares.turn_of`.
+        servers: Number of servers, a multiple of ``shares``.
+        shares: Number G of ranks of a node.
+
+    Returns:
+        The place, from 0; a permutation of the servers.
+    """
+    peers = servers // shares
+    share, peer = divmod(server, peers)
+    return (share - turn) % shares * peers + (peer - turn // shares) % peers
+
+
+def node_share_of(
+    numel: int, turn: int, block_size: int, share: int, shares: int, servers: int
+) -> tuple[int, int]:
+    """Return the contiguous run of a parameter's elements that a local rank sums over its node.
+
+    It is the union of the runs of the servers ``share * M`` to ``share * M + M - 1``.
+
+    Args:
+        numel: Number of elements of the parameter.
+        turn: Rotation of the parameter, see :func:`~effadam_hook.wire.shares.turn_of`.
+        block_size: Number of elements of a full block.
+        share: Index of the rank in its node, from 0.
+        shares: Number G of ranks of a node.
+        servers: Number of servers, M * G.
+
+    Returns:
+        The first element, and the number of elements, which may be 0.
+    """
+    blocks, peers = -(-numel // block_size), servers // shares
+    position = (share - turn) % shares * peers
+    first = position * blocks // servers * block_size
+    last = min((position + peers) * blocks // servers * block_size, numel)
+    return first, max(0, last - first)
