@@ -17,7 +17,7 @@ __all__ = ["AccumulationCheck"]
 
 
 class AccumulationCheck:
-    """Compare the versions of one parameter at the start and at the end of every exchanging backward.
+    """A comparison of one parameter's versions, at the start and the end of every exchanging backward.
 
     Gradients are accumulated if the weight has not been updated since the last exchange, and its
     gradient is the same tensor, changed only by one addition of backward. The versions of both

@@ -31,7 +31,7 @@ def check_auto(enabled: bool, quantize_weights: bool) -> None:
 
 
 class AutoCompress:
-    """Decide between dense and compressed steps by their times.
+    """The decision between dense and compressed steps by their times.
 
     The time of a step reaches from its first bucket to the first bucket of the next step. Other
     work of the training loop is part of both kinds, and cancels in the comparison.

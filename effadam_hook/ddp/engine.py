@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Run the buckets of one DDP model, dense or compressed.
+    """The backward passes of one DDP model, dense or compressed.
 
     Args:
         config: The options, the same on all ranks.

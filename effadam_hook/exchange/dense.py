@@ -18,7 +18,7 @@ __all__ = ["DenseExchange", "start_average"]
 
 
 class DenseExchange:
-    """Average buckets on DDP's own process group.
+    """Dense averages of buckets over DDP's own process group.
 
     The hook itself starts the collectives, in the order in which DDP calls it. On the CPU a worker
     thread waits for them, so that the exchange can stop; on other devices their futures do.

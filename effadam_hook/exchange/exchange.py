@@ -22,7 +22,7 @@ __all__ = ["Exchange", "check_backend", "make_exchange"]
 
 
 class Exchange(Protocol):
-    """Run jobs in the order of their submission, which is the same on every rank.
+    """An exchange: it runs jobs in the order of their submission, the same on every rank.
 
     Attributes:
         part_numel: Number of elements from which a job is worth its overhead: larger buckets are

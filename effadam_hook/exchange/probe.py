@@ -44,7 +44,7 @@ class Timing:
 
 
 class Probe:
-    """Time transfers; every rank must call the same methods in the same order.
+    """Times of transfers; every rank must call the same methods in the same order.
 
     Args:
         group: The process group.

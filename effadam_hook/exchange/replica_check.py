@@ -40,7 +40,7 @@ _STRIDE = 7919
 
 
 class ReplicaCheck:
-    """Write and compare the last bytes of one bucket's chunks.
+    """The last bytes of one bucket's chunks: written by workers, compared by servers.
 
     Args:
         digest: Digest of the layout and the run id, the same on every rank.

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class WorkerThread(Generic[T]):
-    """Process buckets in a thread, first in, first out.
+    """A thread that processes buckets, first in, first out.
 
     Args:
         name: Name of the thread.

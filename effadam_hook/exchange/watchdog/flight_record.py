@@ -19,7 +19,7 @@ _HISTORY_LENGTH = 256
 
 
 class FlightRecord:
-    """Record the buckets and the holds of one model on this rank.
+    """The buckets and the holds of one model on this rank.
 
     A step only appends a bucket and removes it. The record is read when a bucket is late.
 

@@ -1,4 +1,4 @@
-"""The thread of a watchdog: publish this rank's position, read the others', find the reason of a wait.
+"""The thread of a watchdog, which publishes and reads positions and finds the reason of a wait.
 
 Rounds that find nothing late and hear no alarm send nothing. Otherwise a round has four steps::
 
@@ -48,7 +48,7 @@ _log = logging.getLogger(__package__)
 
 
 class Monitor:
-    """Watch the buckets of one model in a thread.
+    """The thread that watches the buckets of one model.
 
     Args:
         rank: This rank in the group.

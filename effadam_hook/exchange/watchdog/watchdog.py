@@ -1,4 +1,4 @@
-"""The watchdog of an exchange: find ranks that wait in vain, and report the reason on every rank.
+"""The watchdog of an exchange, which finds ranks that wait in vain and reports the reason everywhere.
 
 A rank that waits in a collective cannot see whether the others are slow, gone, or in another
 collective. Each rank therefore records the buckets that it starts (``flight_record.py``), and a
@@ -41,7 +41,7 @@ PATIENCE_S = 3.0
 
 
 class Watchdog:
-    """Watch the buckets of one model on this rank.
+    """The watchdog of one model's buckets on this rank.
 
     Args:
         group: DDP's process group.
