@@ -101,7 +101,7 @@ class EfficientAdamState:
 
     @property
     def enabled(self) -> bool:
-        """Whether steps are compressed; a new value takes effect with the next backward.
+        """Return whether steps are compressed; a new value takes effect with the next backward.
 
         While compression is off, residuals keep their values; they are sent after it is switched on
         again. Setting the attribute ends the measurement of ``auto`` (see :func:`attach`).
@@ -118,7 +118,7 @@ class EfficientAdamState:
 
     @property
     def check_replicas(self) -> bool:
-        """Whether ranks compare a few weights at each step, on the CPU only. Differences are errors."""
+        """Return whether ranks compare weights at each step (CPU only); a difference is an error."""
         return self._engine.check_replicas
 
     @check_replicas.setter
@@ -158,7 +158,7 @@ class EfficientAdamState:
 
     @property
     def is_copy(self) -> bool:
-        """Whether this is an unused copy of another state.
+        """Return whether this is an unused copy of another state.
 
         DDP holds the state, so that ``copy.deepcopy(ddp_model)``, ``AveragedModel(ddp_model)`` and
         ``torch.save(ddp_model)`` copy it. A copy has the same options and is not registered. It has no

@@ -52,7 +52,7 @@ _MOST_SHOWN = 8
 
 @dataclass(frozen=True)
 class Description:
-    """What a rank knows of its node.
+    """Description of the node of a rank, from its own knowledge.
 
     Attributes:
         host: Identity of the host.
