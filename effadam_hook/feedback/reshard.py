@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from effadam_hook.errors import StateMismatchError
 from effadam_hook.feedback.checkpoint import RankState, Share
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.feedback.schema import reject
-from effadam_hook.wire.node_shares import node_share_of, position_of
+from effadam_hook.wire.node_shares import NodeShare, position_of
 from effadam_hook.wire.shares import share_of, turn_of
 
 __all__ = ["Role", "deal", "merge", "reassign"]
@@ -77,9 +78,8 @@ class Role:
             name: Name of the parameter.
             numel: Its number of elements.
         """
-        return node_share_of(
-            numel, turn_of(name), self.block_size, self.local_rank, self.shares, self.servers
-        )
+        share = NodeShare(self.local_rank, self.shares, self.servers, self.block_size)
+        return share.of(name, numel)
 
     def has_workers_of(self, state: RankState) -> bool:
         """Return whether each rank of a state holds the worker residual of the same rank now."""
@@ -115,7 +115,13 @@ def merge(states: Sequence[RankState]) -> RankState:
     ranks = len(states)
     names = _names(state.worker for state in states)
     if states[0].nodes is not None:
-        worker = {name: _mean_of_nodes(name, states, len(states[0].nodes)) for name in names}
+        nodes = len(states[0].nodes)
+        worker = {
+            name: _mean_of_nodes(
+                [(s.worker_start[name], s.worker[name]) for s in states if name in s.worker], nodes
+            )
+            for name in names
+        }
     else:
         worker = {
             name: _mean(
@@ -135,8 +141,7 @@ def merge(states: Sequence[RankState]) -> RankState:
                 f"The saved moments of {name!r} are those of {len(entries)} of {ranks} ranks. Must be "
                 "the states of all ranks at one step: use another checkpoint."
             )
-        means = {key: _mean(key, name, [e[key] for e in entries], ranks) for key in MOMENTS}
-        moments[name] = {**entries[0], **means}
+        moments[name] = {**entries[0], **_mean_moments(name, entries, states[0])}
     return replace(
         states[0],
         rank=0,
@@ -165,9 +170,32 @@ def _mean(what: str, name: str, held: Sequence[Tensor], ranks: int) -> Tensor:
     return (torch.stack([values.double() for values in held]).sum(dim=0) / ranks).to(held[0].dtype)
 
 
-def _mean_of_nodes(name: str, states: Sequence[RankState], nodes: int) -> Tensor:
-    """Return the mean over all nodes, whose ranks hold shares; missing elements count as zero."""
-    held = [(s.worker_start[name], s.worker[name]) for s in states if name in s.worker]
+def _mean_moments(
+    name: str, entries: Sequence[Mapping[str, Any]], first: RankState
+) -> dict[str, Any]:
+    """Return the mean moments of a parameter, whole."""
+    parts = sum("start" in entry for entry in entries)
+    if parts == 0:
+        return {key: _mean(key, name, [e[key] for e in entries], len(entries)) for key in MOMENTS}
+    if first.nodes is None or parts < len(entries):
+        raise StateMismatchError(
+            f"The saved moments of {name!r} are shares on {parts} of {len(entries)} ranks. Must be so on "
+            "all ranks of a run with nodes, or on none: use another checkpoint."
+        )
+    nodes = len(first.nodes)
+    means: dict[str, Any] = {
+        key: _mean_of_nodes([(e["start"], e[key]) for e in entries], nodes) for key in MOMENTS
+    }
+    return {**means, "start": 0}
+
+
+def _mean_of_nodes(held: Sequence[tuple[int, Tensor]], nodes: int) -> Tensor:
+    """Return the mean over all nodes, whose ranks hold shares; missing elements count as zero.
+
+    Args:
+        held: First element and values of every share.
+        nodes: Number of nodes.
+    """
     numel = max(start + values.numel() for start, values in held)
     total = torch.zeros(numel, dtype=torch.float64)
     for start, values in held:

@@ -30,6 +30,7 @@ from effadam_hook.exchange.topology import (
 from effadam_hook.exchange.waiting import phase as waiting_phase
 from effadam_hook.exchange.watchdog.watchdog import CONNECTING, Watchdog
 from effadam_hook.kernels import Kernels, select
+from effadam_hook.wire.node_shares import NodeShare
 
 __all__ = ["Connection"]
 
@@ -99,6 +100,16 @@ class Connection:
             return make_topology(self.loaded_topology or next(iter(TOPOLOGIES)), self.group)
         self._topology = make_topology(self._config.topology, self.group, self.nodes)
         return self._topology
+
+    @property
+    def share(self) -> NodeShare | None:
+        """This rank's share of its node's bucket; None where every rank encodes whole buckets."""
+        topology = self.topology
+        if topology.shares == 1:
+            return None
+        return NodeShare(
+            topology.share, topology.shares, topology.servers, self._config.block_size
+        )
 
     @property
     def route(self) -> str:

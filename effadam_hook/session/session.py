@@ -31,7 +31,7 @@ from effadam_hook.exchange.topology import HIERARCHICAL, Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
-from effadam_hook.modes import GradientMode, Mode, UpdateMode
+from effadam_hook.modes import GradientMode, Mode, WeightMode
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.connection import Connection
@@ -95,10 +95,10 @@ class ExchangeSession:
         Raises:
             ValueError: If the topology does not support it.
         """
-        if self.config.topology == HIERARCHICAL and isinstance(mode, UpdateMode):
+        if self.config.topology == HIERARCHICAL and isinstance(mode, WeightMode):
             raise ValueError(
-                f"Invalid topology: {HIERARCHICAL!r} with an EfficientAdam. It does not support update "
-                'mode yet: use topology="sharded", or another optimizer, in gradient mode.'
+                f"Invalid topology: {HIERARCHICAL!r} with quantize_weights=True. It sends updates both "
+                'ways: use topology="sharded", or leave quantize_weights out.'
             )
         self.mode = mode
 
@@ -116,6 +116,7 @@ class ExchangeSession:
         first = self.parameters.first_name()
         name = f"model {ExchangeSession._named}" + (f" (with {first!r})" if first else "")
         self.connection.agree(device, lambda: self._describe(further or {}), name)
+        self.mode.divide(self.connection.share)
 
     def _describe(self, further: Mapping[str, Any]) -> dict[str, Any]:
         return {
