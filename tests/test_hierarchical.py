@@ -412,9 +412,7 @@ def refuse_weights(rank: int, world_size: int) -> str:
     model = ddp(ChosenGradients())
     optimizer = EfficientAdam(model.parameters(), lr=1e-3)
     with pytest.raises(ValueError, match="quantize_weights") as caught:
-        attach(
-            model, optimizer=optimizer, quantize_weights=True, **options_for(rank, TWO_BY_TWO)
-        )
+        attach(model, optimizer=optimizer, quantize_weights=True, **options_for(rank, TWO_BY_TWO))
     attach(model, optimizer=optimizer, topology="sharded")  # both are still free
     return str(caught.value)
 

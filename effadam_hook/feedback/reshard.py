@@ -115,13 +115,7 @@ def merge(states: Sequence[RankState]) -> RankState:
     ranks = len(states)
     names = _names(state.worker for state in states)
     if states[0].nodes is not None:
-        nodes = len(states[0].nodes)
-        worker = {
-            name: _mean_of_nodes(
-                [(s.worker_start[name], s.worker[name]) for s in states if name in s.worker], nodes
-            )
-            for name in names
-        }
+        worker = {name: _mean_of_nodes(name, states, len(states[0].nodes)) for name in names}
     else:
         worker = {
             name: _mean(
@@ -141,7 +135,7 @@ def merge(states: Sequence[RankState]) -> RankState:
                 f"The saved moments of {name!r} are those of {len(entries)} of {ranks} ranks. Must be "
                 "the states of all ranks at one step: use another checkpoint."
             )
-        moments[name] = {**entries[0], **_mean_moments(name, entries, states[0])}
+        moments[name] = {**entries[0], **_mean_moments(name, entries)}
     return replace(
         states[0],
         rank=0,
@@ -170,32 +164,34 @@ def _mean(what: str, name: str, held: Sequence[Tensor], ranks: int) -> Tensor:
     return (torch.stack([values.double() for values in held]).sum(dim=0) / ranks).to(held[0].dtype)
 
 
-def _mean_moments(
-    name: str, entries: Sequence[Mapping[str, Any]], first: RankState
-) -> dict[str, Any]:
-    """Return the mean moments of a parameter, whole."""
+def _mean_moments(name: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean moments of a parameter, whole: of every element over the ranks that hold it."""
     parts = sum("start" in entry for entry in entries)
     if parts == 0:
         return {key: _mean(key, name, [e[key] for e in entries], len(entries)) for key in MOMENTS}
-    if first.nodes is None or parts < len(entries):
+    if parts < len(entries):
         raise StateMismatchError(
             f"The saved moments of {name!r} are shares on {parts} of {len(entries)} ranks. Must be so on "
-            "all ranks of a run with nodes, or on none: use another checkpoint."
+            "all ranks or on none: use another checkpoint."
         )
-    nodes = len(first.nodes)
-    means: dict[str, Any] = {
-        key: _mean_of_nodes([(e["start"], e[key]) for e in entries], nodes) for key in MOMENTS
-    }
-    return {**means, "start": 0}
+    spans = [slice(e["start"], e["start"] + e[MOMENTS[0]].numel()) for e in entries]
+    holders = torch.zeros(max(span.stop for span in spans), dtype=torch.int64)
+    for span in spans:
+        holders[span] += 1
+    if not bool(holders.all()):
+        reject(f"moments.{name}.start", [s.start for s in spans], "those of shares without gaps")
+    means: dict[str, Any] = {"start": 0}
+    for key in MOMENTS:
+        total = torch.zeros(len(holders), dtype=torch.float64)
+        for span, entry in zip(spans, entries, strict=True):
+            total[span] += entry[key].double()
+        means[key] = (total / holders).to(entries[0][key].dtype)
+    return means
 
 
-def _mean_of_nodes(held: Sequence[tuple[int, Tensor]], nodes: int) -> Tensor:
-    """Return the mean over all nodes, whose ranks hold shares; missing elements count as zero.
-
-    Args:
-        held: First element and values of every share.
-        nodes: Number of nodes.
-    """
+def _mean_of_nodes(name: str, states: Sequence[RankState], nodes: int) -> Tensor:
+    """Return the mean over all nodes, whose ranks hold shares; missing elements count as zero."""
+    held = [(s.worker_start[name], s.worker[name]) for s in states if name in s.worker]
     numel = max(start + values.numel() for start, values in held)
     total = torch.zeros(numel, dtype=torch.float64)
     for start, values in held:

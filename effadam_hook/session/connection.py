@@ -107,9 +107,7 @@ class Connection:
         topology = self.topology
         if topology.shares == 1:
             return None
-        return NodeShare(
-            topology.share, topology.shares, topology.servers, self._config.block_size
-        )
+        return NodeShare(topology.share, topology.shares, topology.servers, self._config.block_size)
 
     @property
     def route(self) -> str:
