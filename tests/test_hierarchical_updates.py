@@ -270,7 +270,7 @@ def load_on(rank: int, world_size: int, nodes: Nodes | None, saved: Any, enabled
     state.load_state_dict(again[0])
     loaded = state.state_dict()
     state.enabled = enabled
-    for step in range(2):
+    for _step in range(2):
         optimizer.zero_grad()
         model([torch.zeros(shape) for shape in SHAPES]).backward()
         optimizer.step()

@@ -7,8 +7,8 @@ the two moments of Adam and these plain values:
 - ``decay``: product of all β2 used so far. The bias correction of the second moment divides by
   1 - ``decay``;
 - ``refreshed``: last step that changed the second moment;
-- ``start``: only where the moments are a part of the parameter's, as in the hierarchical topology: their
-  first element. They are then one-dimensional, with the elements in the order of DDP's bucket;
+- ``start``: first element of the moments in the parameter, where they are a part of it, as in the
+  hierarchical topology. They are then one-dimensional, with the elements in the order of DDP's bucket;
 - ``estimate_until``, ``unused``: see :class:`~effadam_hook.optim.efficient_adam.EfficientAdam`; usually
   absent.
 

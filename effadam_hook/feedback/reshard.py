@@ -171,8 +171,8 @@ def _mean_moments(name: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, 
         return {key: _mean(key, name, [e[key] for e in entries], len(entries)) for key in MOMENTS}
     if parts < len(entries):
         raise StateMismatchError(
-            f"The saved moments of {name!r} are shares on {parts} of {len(entries)} ranks. Must be so on "
-            "all ranks or on none: use another checkpoint."
+            f"The saved moments of {name!r} are shares on {parts} of {len(entries)} ranks. Must be so "
+            "on all ranks or on none: use another checkpoint."
         )
     spans = [slice(e["start"], e["start"] + e[MOMENTS[0]].numel()) for e in entries]
     holders = torch.zeros(max(span.stop for span in spans), dtype=torch.int64)

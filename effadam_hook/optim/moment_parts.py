@@ -101,10 +101,10 @@ def _slice(
     if numel and not start <= first <= first + numel <= start + held.numel():
         raise EffAdamError(
             f"The optimizer has the moments of the elements {start} to {start + held.numel() - 1} of "
-            f"{name!r}, and this rank needs those of {first} to {first + numel - 1}. The state_dict() "
-            "of the optimizer is that of one rank, which has the moments of its share only in "
-            'topology="hierarchical". Load the state of the hook after it, as full_state_dict() returns '
-            "it: it has the moments of all ranks."
+            f"{name!r}, and this rank needs those of {first} to {first + numel - 1}. With "
+            'topology="hierarchical" the state_dict() of the optimizer has the moments of one rank\'s '
+            "share. Load the state of the hook after it, as full_state_dict() returns it: it has the "
+            "moments of all ranks."
         )
     begin = first - start if numel else 0
     return held[begin : begin + numel]

@@ -100,9 +100,9 @@ class AdamRecursion:
             return _FROZEN
         if parameter not in self._groups:
             raise EffAdamError(
-                f"Parameter {self._name(parameter)!r} of the DDP model is not in the EfficientAdam optimizer. In "
-                "update mode every trainable parameter must be: use ddp_model.parameters(), or "
-                "add_param_group()."
+                f"Parameter {self._name(parameter)!r} of the DDP model is not in the EfficientAdam "
+                "optimizer. In update mode every trainable parameter must be: use "
+                "ddp_model.parameters(), or add_param_group()."
             )
         return self._groups[parameter]
 

@@ -192,9 +192,11 @@ class BucketBuffers:
             for flat in flats
         ]
         if self._server_residual is not None and self._server is not None:
-            for piece in self.layout.uplink.chunks[self._server].pieces:
-                if piece.slot == index:
-                    views.append(self._server_residual[piece.local : piece.local + piece.numel])
+            views += [
+                self._server_residual[piece.local : piece.local + piece.numel]
+                for piece in self.layout.uplink.chunks[self._server].pieces
+                if piece.slot == index
+            ]
         return views
 
     def restore_unused(self) -> None:

@@ -181,6 +181,7 @@ class Connection:
     def _find_nodes(self, device: torch.device) -> None:
         with self.waiting("finding the nodes"):
             self.nodes = find_nodes(self.group, device, self._intra_node_group, self._device_mesh)
+        self.watchdog.name_nodes(self.nodes)
         if self.nodes.ranks_per_node == 1 and self.group.rank() == 0:
             _log.info(
                 'Every node has one rank: topology="%s" is topology="sharded" here.', HIERARCHICAL
