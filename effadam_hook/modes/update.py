@@ -35,6 +35,7 @@ class UpdateMode(Mode):
     """
 
     name = "update"
+    undivided = "an EfficientAdam"
     units = "updates"
     scales_with_loss = False
 
