@@ -73,7 +73,7 @@ class EfficientAdamState:
         complete = complete_options(options, StateOptions, beside=objects)
         self.config = Config.from_options(complete)
         self._engine = Engine(self.config, process_group)
-        self.session.connection.name_nodes(intra_node_group, device_mesh)
+        self.session.connection.choice.name_nodes(intra_node_group, device_mesh)
         self._is_copy = self._lacks_group = False
         self.enabled = complete["enabled"]
         self.wait_timeout_s = complete["wait_timeout_s"]

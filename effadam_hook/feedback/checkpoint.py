@@ -67,7 +67,7 @@ class RankState:
     Attributes:
         rank: Rank in the process group.
         world_size: Number of ranks.
-        topology: Name of the topology; empty if ``topology="auto"`` had not chosen one.
+        topology: Name of the topology; empty if ``topology="auto"`` had chosen none.
         servers: Number of servers.
         block_size: Number of elements that share a scale.
         counters: Steps and bytes.

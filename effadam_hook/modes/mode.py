@@ -87,6 +87,8 @@ class Mode:
         scales_with_loss: Whether residuals are in units of the scaled loss.
         max_grad_norm: Bound on the 2-norm of a worker's gradient; None for no bound.
         generation: A number that changes when buckets must create their contents anew.
+        undivided: The option or optimizer that makes every rank encode whole buckets; empty if the
+            ranks of a node can divide the encoding among themselves, as "hierarchical" requires.
     """
 
     name = "gradient"
@@ -95,6 +97,7 @@ class Mode:
     scales_with_loss = True
     max_grad_norm: float | None = None
     generation = 0
+    undivided = ""
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which uncompressed elements travel.

@@ -25,6 +25,7 @@ class WeightMode(UpdateMode):
     """
 
     name = "update up, weights down"
+    undivided = "quantize_weights=True"
     units = "updates and weights"
     server_sign = -1  # updates are subtracted from weights
 
