@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -110,9 +111,13 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
 
 
 def test_two_workers_train_the_decoders_and_write_the_picture(tmp_path: Path) -> None:
-    output = tmp_path / "result.png"
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(256, size=(80, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
+    output = tmp_path / "out" / "result.png"
     command = (
-        *(sys.executable, EXAMPLES / "style_transfer.py", "--compare", "--size", "64"),
+        *(sys.executable, EXAMPLES / "style_transfer.py", "--compare", "--size", "32"),
+        *("--images", tmp_path, "--content", tmp_path / "0.png", "--style", tmp_path / "1.png"),
         *("--encoder-steps", "2", "--steps", "3", "--iterations", "3", "--output", output),
     )
     done = subprocess.run(

@@ -6,11 +6,11 @@ with weights from a file, or a small network that is trained on the spot to tell
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-import itertools
 
 LEVELS = 3
 STRIDES = (2, 4, 8)  # of the levels, in pixels
