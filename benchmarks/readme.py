@@ -137,7 +137,9 @@ def table() -> str:
             ours = "lloyd4/hierarchical" if ranks > 1 else "lloyd4/sharded"
             dense_s, ours_s = step_s("fp32", ranks, gbit), step_s(ours, ranks, gbit)
             pays = ours_s <= (1 - MIN_GAIN) * dense_s
-            row.append(f"{dense_s:.2f} s → **{ours_s:.2f} s**" if pays else f"{dense_s:.2f} s, stay dense")
+            row.append(
+                f"{dense_s:.2f} s → **{ours_s:.2f} s**" if pays else f"{dense_s:.2f} s, stay dense"
+            )
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines).replace("1 ranks a node", "1 rank a node")
 
