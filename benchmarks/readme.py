@@ -97,7 +97,8 @@ def draw(document: str) -> str:
         x += 17 + 8 * len(name) + 24
     return "\n".join(
         (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {y:g}" width="760" height="{y:g}"',
+            '<svg xmlns="http://www.w3.org/2000/svg"',
+            f'  viewBox="0 0 760 {y:g}" width="760" height="{y:g}"',
             '  role="img" aria-label="Step time, dense and with 4 bits, by link">',
             "<style>text{font:13px sans-serif;fill:#1f2733}.link{font-weight:bold}</style>",
             f'<rect width="760" height="{y:g}" fill="#fff"/>',

@@ -4,8 +4,8 @@
     python tests/check_site.py --shots build/shots index benchmarks
 
 At every width no element may reach beyond the window, except inside a box that scrolls. At 1280
-pixels those boxes must show their content whole: code and tables fit. Without a browser the check says so and
-ends with 0; with ``--need-browser``, for machines that have one, with 2.
+pixels those boxes must show their content whole: code and tables fit. Without a browser the check
+says so and ends with 0; with ``--need-browser``, for machines that have one, with 2.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ function measure(view, page, width) {
 </script>"""
 
 SHOT = """<!doctype html><meta charset="utf-8"><style>body{margin:0}
-iframe{border:0;display:block}</style><iframe src="PAGE" style="width:WIDTHpx;height:HEIGHTpx"></iframe>"""
+iframe{border:0;display:block}</style>
+<iframe src="PAGE" style="width:WIDTHpx;height:HEIGHTpx"></iframe>"""
 
 
 def find_browser() -> str | None:
