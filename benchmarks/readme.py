@@ -69,7 +69,8 @@ def measured_ms(document: str, link: str) -> dict[str, float]:
 
 def draw(document: str) -> str:
     """Draw the measured step times as SVG, each link relative to its dense step."""
-    left, width, bar, gap = 110, 470, 17, 20
+    left, width, bar, gap = 104, 330, 19, 16
+    full = 510
     parts = []
     y = 54.0
     for link in LINKS:
@@ -81,10 +82,10 @@ def draw(document: str) -> str:
             length = width * times[method] / times["fp32"]
             label = f"{times[method]:g} ms"
             if method == "lloyd4/sharded":
-                label += f", {times['fp32'] / times[method]:.1f} times faster"
+                label += f", {times['fp32'] / times[method]:.1f}× faster"
             parts.append(
                 f'<rect x="{left}" y="{y:g}" width="{length:.1f}" height="{bar - 2}" fill="{colour}"/>'
-                f'<text x="{left + length + 6:.1f}" y="{y + 12:g}">{escape(label)}</text>'
+                f'<text x="{left + length + 6:.1f}" y="{y + 13:g}">{escape(label)}</text>'
             )
             y += bar
         y += gap
@@ -98,10 +99,10 @@ def draw(document: str) -> str:
     return "\n".join(
         (
             '<svg xmlns="http://www.w3.org/2000/svg"',
-            f'  viewBox="0 0 760 {y:g}" width="760" height="{y:g}"',
+            f'  viewBox="0 0 {full} {y:g}" width="{full}" height="{y:g}"',
             '  role="img" aria-label="Step time, dense and with 4 bits, by link">',
-            "<style>text{font:13px sans-serif;fill:#1f2733}.link{font-weight:bold}</style>",
-            f'<rect width="760" height="{y:g}" fill="#fff"/>',
+            "<style>text{font:14px sans-serif;fill:#1f2733}.link{font-weight:bold}</style>",
+            f'<rect width="{full}" height="{y:g}" fill="#fff"/>',
             *legend,
             *parts,
             "</svg>\n",
