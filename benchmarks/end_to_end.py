@@ -8,8 +8,9 @@
 All methods run in turn in one set of processes, in several rounds. Each round starts with another
 method, so that other load on the machine affects all methods. A step time covers all ranks: it is the
 time between the ends of two consecutive steps on the last rank. Bytes are read from the links'
-counters, one link for each host, whatever its number of ranks. The floor is the time that the bytes take on the busiest link in its busier direction, a lower
-bound for any program that sends these bytes over these links.
+counters, one link for each host, whatever its number of ranks. The floor is the time that the bytes
+take on the busiest link in its busier direction, a lower bound for any program that sends these bytes
+over these links.
 
 The run fails if a method of this project used the reference kernels, or if the compiled kernels were
 rebuilt while it ran: see ``check_kernels`` in ``effadam_hook/cli/kernel_check.py``.

@@ -83,7 +83,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the time of every step to this file")
     args = parser.parse_args()
     methods = tuple(expand_names(args.methods))
-    run = LabRun(methods, args.rounds, args.warmup, args.steps, Workload(sleep_ms=args.sleep_ms), False)
+    run = LabRun(
+        methods, args.rounds, args.warmup, args.steps, Workload(sleep_ms=args.sleep_ms), False
+    )
     shapes: dict[str, object] = {}
     compared = []
     try:

@@ -35,7 +35,8 @@ def run_in_lab(
 
     The environment contains the variables of torchrun: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
     ``LOCAL_WORLD_SIZE``, ``GROUP_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. It also contains
-    ``GLOO_SOCKET_IFNAME`` and, for reading the counters, ``NETLAB_ID`` and ``NETLAB_HOSTS``. The programs are killed when this process ends.
+    ``GLOO_SOCKET_IFNAME`` and, for reading the counters, ``NETLAB_ID`` and ``NETLAB_HOSTS``. The
+    programs are killed when this process ends.
 
     Args:
         lab: The lab, entered as a context manager.

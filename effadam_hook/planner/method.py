@@ -111,7 +111,7 @@ class Method:
         Args:
             ranks_per_node: Number of ranks of a node.
         """
-        if self.topology not in (AUTO, HIERARCHICAL):
+        if not self.is_effadam or self.topology not in (AUTO, HIERARCHICAL):
             return self
         return replace(self, topology=HIERARCHICAL if ranks_per_node > 1 else _FLAT)
 
