@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from effadam_hook.cli.ranks import Ranks
 from effadam_hook.cli.rows import rows_of
 from effadam_hook.errors import CommandError
 from effadam_hook.exchange.probe import Probe, Timing
+from effadam_hook.exchange.topology import NodeTable
 from effadam_hook.planner.advice import advise, code_for
 from effadam_hook.planner.measure_compute import measure_compute
 from effadam_hook.planner.measure_link import measure_link
@@ -239,8 +240,8 @@ def test_without_a_launcher_the_command_line_that_would_is_shown(
             "Invalid --methods: ','. Must name at least one method",
         ),
         (
-            "plan --parameters 1M --methods lloyd4,lloyd4/sharded",
-            "lloyd4/sharded is the same as lloyd4",
+            "plan --parameters 1M --methods lloyd4,lloyd4/auto",
+            "lloyd4/auto is the same as lloyd4",
         ),
         ("plan --parameters 1M --methods fp32,off", "off is the same as fp32"),
         ("plan --parameters 1M --bucket-mb inf", "Invalid --bucket-mb: inf"),
@@ -866,14 +867,17 @@ def test_a_method_is_compared_with_dense_of_its_own_buckets_and_must_beat_the_fa
 
 
 class FakeProbe:
-    """Stands for four ranks; remembers the sizes that were timed."""
+    """Stands for four ranks; remembers the sizes and the rings that were timed."""
 
     rank, world_size = 0, 4
+    nodes: NodeTable | None = None
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
 
-    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
+    def time_link(
+        self, size: int, repeats: int, depth: int = 1, ring: Sequence[int] = ()
+    ) -> Timing:
         return Timing(1.0, size / 1e12, 0.0)
 
     def time_leg(self, name: str, size: int, repeats: int, depth: int = 1) -> Timing:
@@ -888,7 +892,9 @@ class FarProbe(FakeProbe):
         super().__init__()
         self.bytes_s, self.delay_s = bytes_s, delay_s
 
-    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
+    def time_link(
+        self, size: int, repeats: int, depth: int = 1, ring: Sequence[int] = ()
+    ) -> Timing:
         took = size / self.bytes_s + self.delay_s / depth
         return Timing(took, took, 1e-3 + 2e-9 * size)
 

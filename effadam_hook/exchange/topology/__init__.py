@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.topology.hierarchical import Hierarchical
-from effadam_hook.exchange.topology.leg import Leg
+from effadam_hook.exchange.topology.leg import Leg, Load
 from effadam_hook.exchange.topology.node_table import NodeTable
 from effadam_hook.exchange.topology.rank0 import Rank0
 from effadam_hook.exchange.topology.sharded import Sharded
@@ -18,6 +18,7 @@ __all__ = [
     "HIERARCHICAL",
     "TOPOLOGIES",
     "Leg",
+    "Load",
     "NodeTable",
     "Stage",
     "Topology",
