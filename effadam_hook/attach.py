@@ -70,7 +70,7 @@ def attach(
         EffAdamError: If the model has a communication hook already.
         DisagreementError: On all ranks, if the ranks differ.
 
-    Example:
+    Examples:
         >>> ddp_model = DistributedDataParallel(model)
         >>> state = attach(ddp_model, enabled=args.effadam, quantizer="lloyd4")
     """

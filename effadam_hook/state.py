@@ -53,7 +53,7 @@ class EfficientAdamState:
         ValueError: If the value of an option is invalid.
         TypeError: If an option is unknown or has the wrong type.
 
-    Example:
+    Examples:
         >>> state = EfficientAdamState(quantizer="lloyd4", topology="sharded")
         >>> ddp_model.register_comm_hook(state, efficient_adam_hook)
 
