@@ -16,7 +16,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from effadam_hook.cli.rendezvous import check_command_lines
 from effadam_hook.errors import CommandError
-from effadam_hook.exchange.nodes import describe_rank, find_nodes
+from effadam_hook.exchange.node_description import describe_rank
+from effadam_hook.exchange.nodes import find_nodes
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.exchange.topology import NodeTable
 
