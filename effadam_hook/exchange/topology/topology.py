@@ -23,7 +23,7 @@ from torch import Tensor
 
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import Group
-from effadam_hook.exchange.topology.leg import Leg
+from effadam_hook.exchange.topology.leg import Leg, Load
 
 __all__ = ["Stage", "Topology", "decode", "encode", "reduce"]
 
@@ -91,16 +91,14 @@ class Topology(ABC):
 
     @classmethod
     @abstractmethod
-    def legs(cls, payload_bytes: float, world_size: int, tree: bool) -> list[Leg]:
+    def legs(cls, load: Load) -> list[Leg]:
         """Describe the collectives of one bucket.
 
         Args:
-            payload_bytes: Bytes of a whole payload.
-            world_size: Number of ranks.
-            tree: Whether a broadcast sends its bytes once, as on NCCL, rather than once a round.
+            load: Sizes and nodes.
 
         Returns:
-            The uplink and the downlink.
+            One leg for each collective, in their order.
         """
 
     @property
