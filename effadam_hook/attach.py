@@ -21,9 +21,9 @@ from effadam_hook.config.options import (
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.errors import EffAdamError
 from effadam_hook.feedback.parameters import identify
-from effadam_hook.hook import efficient_adam_hook
 from effadam_hook.fsdp.attach import attach_sharded
 from effadam_hook.fsdp.groups import is_sharded
+from effadam_hook.hook import efficient_adam_hook
 from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
 from effadam_hook.modes.preconditioned import adam_of
 from effadam_hook.optim.efficient_adam import EfficientAdam
@@ -62,8 +62,8 @@ def attach(
             ``torch.optim.Adam`` or ``AdamW`` of the model. An optimizer inside a wrapper with an
             attribute ``optimizer``, such as those of Accelerate and Lightning, is found.
         grad_scaler: The scaler that multiplies the loss, if there is one. Residuals follow its scale.
-        process_group: Process group of the exchange; that of a DDP model by default. For a sharded model
-            that of the replicas of this rank's shards, such as ``mesh.get_group("replicate")``.
+        process_group: Process group of the exchange; that of a DDP model by default. For a sharded
+            model, that of the replicas of this rank's shards: ``mesh.get_group("replicate")``.
         intra_node_group: Process group of the ranks of this node, see :class:`EfficientAdamState`.
         device_mesh: Mesh (nodes, ranks of a node), see :class:`EfficientAdamState`.
         **options: Options of :class:`effadam_hook.config.options.HookOptions`.
@@ -72,7 +72,8 @@ def attach(
         The registered state.
 
     Raises:
-        TypeError: If ``ddp_model`` is neither a DDP model nor a sharded one, or an option is unknown or has the wrong type.
+        TypeError: If ``ddp_model`` is neither a DDP model nor a sharded one, or an option is unknown or
+            has the wrong type.
         ValueError: If the value of an option is invalid, or a name pattern in ``exact`` matches no
             parameter.
         EffAdamError: If the model has a communication hook already.

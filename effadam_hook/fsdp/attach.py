@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,7 @@ def attach_sharded(
     if options["auto"]:
         check_auto(options["enabled"], options["quantize_weights"])
         state.try_out()
+    state.take_groups(groups)
     state.grad_scaler = grad_scaler
     named, others = name_shards(model, groups)
     state.use(_choose_mode(named, groups, optimizer, options["precondition"]))
@@ -89,7 +91,7 @@ def _check_group(group: dist.ProcessGroup | None, groups: list[ShardGroup]) -> d
         if shared != [dist.get_rank()]:
             raise ValueError(
                 f"Invalid process_group: the ranks {shared} are in it and in the shard mesh of the "
-                f"module {each.name or 'at the root'!r}. Must be the group of the replicas of this "
+                f"module {each.name or '(root)'!r}. Must be the group of the replicas of this "
                 'rank\'s shards, which has only this rank of the mesh: mesh.get_group("replicate").'
             )
     return group
@@ -152,11 +154,16 @@ def _agree(
     except Exception as error:
         failure = error
     description = {**engine.describe(), **state.config.to_dict(), "mode": state.session.mode.name}
-    meshes = {id(each.shard_group): each for each in groups}
-    for each in meshes.values():
-        try:
-            check_agreement(failure or description, each.shard_group, each.device)
-        except Exception as error:
-            failure = failure or error
+    for each in {id(each.shard_group): each for each in groups}.values():
+        found = _disagreement(failure or description, each)
+        failure = failure or found
     if failure is not None:
         raise failure
+
+
+def _disagreement(description: dict[str, Any] | Exception, each: ShardGroup) -> Exception | None:
+    try:
+        check_agreement(description, each.shard_group, each.device)
+    except Exception as error:
+        return error
+    return None

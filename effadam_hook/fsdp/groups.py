@@ -59,9 +59,10 @@ class Shard:
         self.numel: int = param.sharded_size.numel()
         self.padded_numel: int = param.padded_sharded_param_size.numel()
         self.owner = nn.Parameter(self._weights(), requires_grad=param.sharded_param.requires_grad)
+        self.owner.whole_numel = self.parameter.numel()  # type: ignore[attr-defined]
 
     def _weights(self) -> Tensor:
-        local = self.parameter.to_local().detach()
+        local: Tensor = self.parameter.to_local().detach()
         if self._device.type == "cpu":
             return local
         return torch.empty((), dtype=local.dtype, device=self._device).expand(local.shape)
@@ -75,6 +76,28 @@ class Shard:
     def is_trainable(self) -> bool:
         """Return whether the parameter has gradients."""
         return bool(self.parameter.requires_grad)
+
+    def as_dtensor(self, values: Tensor | None) -> Tensor:
+        """Return values of the shard as a DTensor with the placements of the parameter.
+
+        Args:
+            values: ``[numel]``; None for zeros, in float32.
+        """
+        from torch.distributed.tensor import DTensor
+
+        parameter = self.parameter
+        device = parameter.to_local().device
+        if values is None:
+            values = torch.zeros(self.numel, device=device)
+        local = values.to(device).view(self._param.sharded_size)
+        return DTensor.from_local(
+            local,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     def follow(self) -> bool:
         """Follow weights that were replaced, as ``load_state_dict(assign=True)`` does.
@@ -145,13 +168,13 @@ class ShardGroup:
         other = self._group._all_reduce_hook
         if other is not None:
             raise EffAdamError(
-                f"The module {self.name or 'at the root'!r} has the all-reduce hook "
+                f"The module {self.name or '(root)'!r} has the all-reduce hook "
                 f"{getattr(other, '__qualname__', type(other).__name__)!r} already, and FSDP takes "
                 "only one. Attach before any other, and once."
             )
         if self._is_only_group:
             self._module.set_all_reduce_hook(hook)
-        else:  # set_all_reduce_hook refuses modules with several groups, whose hooks it cannot tell apart
+        else:  # set_all_reduce_hook refuses modules with several groups
             self._group._all_reduce_hook = hook
 
     def trainable(self, reduced: Tensor) -> list[Shard]:
@@ -168,10 +191,10 @@ class ShardGroup:
         if reduced.numel() != numel:
             raise EffAdamError(
                 f"FSDP has reduced {reduced.numel()} elements of the module "
-                f"{self.name or 'at the root'!r}, and its trainable parameters have {numel} on this "
+                f"{self.name or '(root)'!r}, and its trainable parameters have {numel} on this "
                 "rank: some had no gradient in this backward. Call "
-                "model.set_reduce_scatter_unused_params(True) (torch 2.13), which includes their zeros, "
-                "or set requires_grad=False for parameters that are not trained."
+                "model.set_reduce_scatter_unused_params(True) (torch 2.13), which includes zeros for "
+                "them, or set requires_grad=False for parameters that are not trained."
             )
         return shards
 
@@ -200,7 +223,7 @@ def find_groups(model: nn.Module) -> list[ShardGroup]:
             for param in group.fsdp_params:
                 if param.sharded_param.is_meta:
                     raise ValueError(
-                        f"Invalid model: a parameter of the module {name or 'at the root'!r} is on the "
+                        f"Invalid model: a parameter of the module {name or '(root)'!r} is on the "
                         "meta device. Attach after model.to_empty(device=...) and its initialization."
                     )
             shards = [Shard(param, group.device) for param in group.fsdp_params]

@@ -63,14 +63,14 @@ class ShardHook:
         if all(shard.numel == shard.padded_numel for shard in shards):
             self._engine.reduce(self._index, reduced, owners)
             return
-        padded = reduced.split([shard.padded_numel for shard in shards])
+        padded = torch.split(reduced, [shard.padded_numel for shard in shards])
         parts = [
             part[: shard.numel] for part, shard in zip(padded, shards, strict=True) if shard.numel
         ]
         numel = sum(shard.numel for shard in own)
         if self._packed.numel() != numel or self._packed.dtype != reduced.dtype:
             self._packed = reduced.new_empty(numel)
-        packed = self._packed.split([shard.numel for shard in own])
+        packed = torch.split(self._packed, [shard.numel for shard in own])
         torch._foreach_copy_(packed, parts)
         self._engine.reduce(self._index, self._packed, owners)
         torch._foreach_copy_(parts, packed)
