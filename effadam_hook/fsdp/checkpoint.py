@@ -34,7 +34,7 @@ from effadam_hook.wire.counters import COUNTER_NAMES, Counters
 
 __all__ = ["load_checkpoint", "restore_shards", "save_shards"]
 
-_KEYS = frozenset("version replicas topology counters units worker server".split())
+_PLAIN = frozenset("version replicas topology counters units".split())
 
 
 def save_shards(session: ExchangeSession, shards: Mapping[str, Shard]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def restore_shards(
     Raises:
         StateMismatchError: If it does not fit.
     """
-    reader = StateReader(saved, _KEYS)
+    reader = _plain_values(saved)
     replicas, mine = session.group.size(), str(session.group.rank())
     if reader.integer("replicas", least=1) != replicas or mine not in saved["worker"]:
         raise StateMismatchError(
@@ -204,7 +204,7 @@ def load_checkpoint(
     content: dict[str, Any] = {key: {**plain, "server": server, "worker": {}}}
     load(content, storage_reader=reader)
     saved = content[key]
-    values = StateReader(saved, _KEYS)
+    values = _plain_values(saved)
     counters = Counters(**values.integers("counters", COUNTER_NAMES))
     replicas = values.integer("replicas", least=1)
     same = replicas == session.group.size()
@@ -215,7 +215,17 @@ def load_checkpoint(
         for name, tensor in tensors.items():
             local = _local(tensor)
             mean[name] = local if same else mean.get(name, 0) + local.double() / replicas
-    _restore(session, shards, saved, {n: v.float() for n, v in mean.items()}, counters)
+    mean = {name: values.to(_local(server[name]).dtype) for name, values in mean.items()}
+    _restore(session, shards, saved, mean, counters)
+
+
+def _plain_values(saved: Any) -> StateReader:
+    if not isinstance(saved, Mapping) or not {"worker", "server"} <= saved.keys():
+        raise StateMismatchError(
+            "This is no saved state of a sharded model: it must be the dictionary that state_dict() of "
+            "a sharded model's state returns."
+        )
+    return StateReader({key: value for key, value in saved.items() if key in _PLAIN}, _PLAIN)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effadam_hook.errors import EffAdamError
+from effadam_hook.kernels.arguments import compute_dtype
 
 __all__ = ["Shard", "ShardGroup", "find_groups", "is_sharded", "name_shards"]
 
@@ -81,15 +82,15 @@ class Shard:
         """Return values of the shard as a DTensor with the placements of the parameter.
 
         Args:
-            values: ``[numel]``; None for zeros, in float32.
+            values: ``[numel]``, residuals; None for zeros.
         """
         from torch.distributed.tensor import DTensor
 
         parameter = self.parameter
-        device = parameter.to_local().device
+        device, dtype = parameter.to_local().device, compute_dtype(parameter.dtype)
         if values is None:
-            values = torch.zeros(self.numel, device=device)
-        local = values.to(device).view(self._param.sharded_size)
+            values = torch.zeros(self.numel)
+        local = values.to(device, dtype).view(self._param.sharded_size)
         return DTensor.from_local(
             local,
             parameter.device_mesh,
