@@ -14,19 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from harness import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional
 
 from effadam_hook import DisagreementError, EffAdamError, EfficientAdam, StateMismatchError, attach
 from effadam_hook.wire.quantizers import QUANTIZERS
+from harness import run_ranks
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
-pytestmark = [
-    pytest.mark.skipif(not hasattr(fsdp, "FSDPModule"), reason="torch has no FSDP2"),
-    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),
-]
+pytestmark = pytest.mark.skipif(not hasattr(fsdp, "FSDPModule"), reason="torch has no FSDP2")
 
 WORDS, WIDTH, INNER = 33, 20, 37  # odd: shards of different sizes, and one without elements
 
@@ -161,6 +158,11 @@ def _tie(model: Any) -> None:
     model.head.weight = model.words.weight
 
 
+def _compile(model: Any) -> None:
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block, backend="aot_eager")
+
+
 def _leave(model: Any) -> None:
     pass
 
@@ -188,6 +190,7 @@ FEATURES: dict[str, Callable[[], Case]] = {
     "checkpointing": lambda: ({}, _checkpoint_activations, _plain, 1e-6),
     "frozen": lambda: ({}, _freeze, _plain, 1e-6),
     "tied": lambda: ({}, _tie, _plain, 1e-6),
+    "compiled": lambda: ({}, _compile, _plain, 1e-6),
 }
 
 
@@ -204,7 +207,7 @@ def _features(rank: int, _: int) -> dict[str, tuple[float, float, float]]:
         for each in (mesh["shard"], mesh):
             torch.manual_seed(0)
             model: Any = Net()
-            prepare_first = prepare in (_tie,)
+            prepare_first = prepare in (_tie, _compile)
             if prepare_first:
                 prepare(model)
             for block in model.blocks:
@@ -448,7 +451,7 @@ def _another_mesh(rank: int, _: int, path: Path) -> Any:
         resumed.load_checkpoint(path)
         after = _total(resumed, replicas)
         found.append((max(float((after[n] - b).abs().max()) for n, b in before.items()), after))
-        with pytest.raises(StateMismatchError, match="2 replicas.*load_checkpoint"):
+        with pytest.raises(StateMismatchError, match=r"2 replicas.*load_checkpoint"):
             resumed.load_state_dict(state.state_dict())
     return found, max(float(b.abs().max()) for b in before.values())
 
@@ -519,7 +522,9 @@ def _one_rank_differs(rank: int, _: int) -> str:
     mesh = mesh_of(2, 2)
     quantizer = "lloyd2" if rank == 3 else "lloyd4"
     with pytest.raises(DisagreementError) as raised:
-        attach(sharded(mesh["shard"]), process_group=mesh.get_group("replicate"), quantizer=quantizer)
+        attach(
+            sharded(mesh["shard"]), process_group=mesh.get_group("replicate"), quantizer=quantizer
+        )
     return str(raised.value)
 
 
