@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -38,7 +38,7 @@ __all__ = ["attach"]
 
 @accepts_options(HookOptions)
 def attach(
-    ddp_model: torch.nn.Module,
+    ddp_model: nn.Module,
     *,
     optimizer: Optimizer | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
@@ -54,10 +54,12 @@ def attach(
 
     Gradients of a model with modules that went through ``fully_shard`` over a one-dimensional mesh are
     averaged by FSDP inside the mesh, and exchanged by this hook between its replicas. ``process_group``
-    is then required, ``topology`` is ``"sharded"`` by default, and update mode is refused.
+    is then required, ``topology="auto"`` is
+    ``"sharded"``, and update mode is refused.
 
     Args:
-        ddp_model: The wrapped or sharded model, without a communication hook.
+        ddp_model: The ``DistributedDataParallel`` model, also inside ``torch.compile``, or the sharded
+            model, without a communication hook.
         optimizer: An :class:`EfficientAdam`, for update mode; or, with ``precondition``, the
             ``torch.optim.Adam`` or ``AdamW`` of the model. An optimizer inside a wrapper with an
             attribute ``optimizer``, such as those of Accelerate and Lightning, is found.
@@ -79,7 +81,7 @@ def attach(
         EffAdamError: If the model has a communication hook already.
         DisagreementError: On all ranks, if the ranks differ.
 
-    Example:
+    Examples:
         >>> ddp_model = DistributedDataParallel(model)
         >>> state = attach(ddp_model, enabled=args.effadam, quantizer="lloyd4")
 
@@ -90,9 +92,7 @@ def attach(
     objects = ("ddp_model", "optimizer", "grad_scaler")
     objects_of_state = ("process_group", "intra_node_group", "device_mesh")
     complete = complete_options(options, HookOptions, beside=(*objects, *objects_of_state))
-    if is_sharded(ddp_model) and not isinstance(ddp_model, DistributedDataParallel):
-        if "topology" not in options:
-            complete["topology"] = "sharded"
+    if is_sharded(ddp_model):
         return attach_sharded(
             ddp_model,
             optimizer=optimizer,
@@ -101,11 +101,7 @@ def attach(
             names_nodes=intra_node_group is not None or device_mesh is not None,
             options=complete,
         )
-    if not isinstance(ddp_model, DistributedDataParallel):
-        raise TypeError(
-            f"Invalid ddp_model: {type(ddp_model).__name__}. Must be a DistributedDataParallel, or a "
-            "model that fully_shard has sharded: attach after wrapping the model."
-        )
+    ddp_model = _ddp_of(ddp_model)
     taken = _taken_hooks(ddp_model)
     if taken:
         raise EffAdamError(
@@ -145,6 +141,20 @@ def attach(
     state.watch_join(lambda: (joined := model()) is not None and joined._join_config.enable)
     ddp_model.register_comm_hook(state, efficient_adam_hook)
     return state
+
+
+def _ddp_of(model: Any) -> DistributedDataParallel:
+    """Return the DDP model itself, or the one that torch.compile holds."""
+    inner = model
+    while isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+        inner = inner._orig_mod
+    if isinstance(inner, DistributedDataParallel):
+        return inner
+    kind = type(inner).__name__ if inner is model else f"torch.compile of {type(inner).__name__}"
+    raise TypeError(
+        f"Invalid ddp_model: {kind}. Must be a DistributedDataParallel, or torch.compile of one, or a "
+        "model that fully_shard has sharded: attach after wrapping the model."
+    )
 
 
 def _check_dense_gradients(

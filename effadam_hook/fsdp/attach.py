@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from effadam_hook.config.options import HookOptions, state_options
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.exchange.agreement import check_agreement
-from effadam_hook.exchange.topology import HIERARCHICAL
+from effadam_hook.exchange.topology import AUTO, HIERARCHICAL
 from effadam_hook.fsdp.groups import ShardGroup, find_groups, name_shards
 from effadam_hook.fsdp.hook import ShardHook
 from effadam_hook.fsdp.state import ShardedState
@@ -54,6 +54,8 @@ def attach_sharded(
     groups = find_groups(model)
     _check_options(options, names_nodes)
     group = _check_group(process_group, groups)
+    if options["topology"] == AUTO:  # FSDP's mesh is the node: the group has one rank of it
+        options["topology"] = "sharded"
     state = ShardedState(process_group=group, **state_options(options))
     if options["auto"]:
         check_auto(options["enabled"], options["quantize_weights"])

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from effadam_hook._version import STATE_VERSION, __version__
 from effadam_hook.errors import StateMismatchError
-from effadam_hook.exchange.topology import make_topology
 from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.feedback.checkpoint import RankState, Share
 from effadam_hook.feedback.schema import StateReader
@@ -34,7 +33,7 @@ from effadam_hook.wire.counters import COUNTER_NAMES, Counters
 
 __all__ = ["load_checkpoint", "restore_shards", "save_shards"]
 
-_PLAIN = frozenset("version replicas topology counters units".split())
+_PLAIN = frozenset("version replicas counters units".split())
 
 
 def save_shards(session: ExchangeSession, shards: Mapping[str, Shard]) -> dict[str, Any]:
@@ -55,7 +54,6 @@ def save_shards(session: ExchangeSession, shards: Mapping[str, Shard]) -> dict[s
         "package": __version__,
         "config": session.config.to_dict(),
         "replicas": own.world_size,
-        "topology": own.topology,
         "counters": own.counters.to_dict(),
         "units": own.units,
         "worker": {
@@ -134,10 +132,7 @@ def _restore(
     worker: Mapping[str, Any],
     counters: Counters,
 ) -> None:
-    connection = session.connection
     topology = session.topology
-    if not connection.has_topology and saved["topology"]:
-        topology = make_topology(saved["topology"], session.group)
     role = role_of(session, topology)
     server: dict[str, Share] = {}
     names = [name for name in worker if name in shards and shards[name].numel]
@@ -149,7 +144,7 @@ def _restore(
     state = RankState(
         rank=role.rank,
         world_size=role.world_size,
-        topology=topology.name if saved["topology"] or connection.has_topology else "",
+        topology=topology.name,
         servers=role.servers,
         block_size=role.block_size,
         counters=counters,
@@ -198,7 +193,7 @@ def load_checkpoint(
         )
     saved_names = {name for _, name in found}
     names = [name for name in _quantized(session, shards) if name in saved_names]
-    plain: dict[str, Any] = dict.fromkeys(("version", "replicas", "topology", "units"))
+    plain: dict[str, Any] = dict.fromkeys(("version", "replicas", "units"))
     plain["counters"] = dict.fromkeys(COUNTER_NAMES)
     server = {name: shards[name].as_dtensor(None) for name in names}
     content: dict[str, Any] = {key: {**plain, "server": server, "worker": {}}}

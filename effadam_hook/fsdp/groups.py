@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.kernels.arguments import compute_dtype
@@ -27,7 +28,9 @@ __all__ = ["Shard", "ShardGroup", "find_groups", "is_sharded", "name_shards"]
 
 def is_sharded(model: object) -> bool:
     """Return whether a module of the model went through ``fully_shard`` (or ``replicate``)."""
-    return isinstance(model, nn.Module) and any(True for _ in _fsdp_modules(model))
+    if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
+        return False
+    return any(True for _ in _fsdp_modules(model))
 
 
 def _fsdp_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
