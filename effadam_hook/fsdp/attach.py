@@ -54,6 +54,8 @@ def attach_sharded(
     groups = find_groups(model)
     _check_options(options, names_nodes)
     group = _check_group(process_group, groups)
+    for each in groups:
+        each.check_free()
     if options["topology"] == AUTO:  # FSDP's mesh is the node: the group has one rank of it
         options["topology"] = "sharded"
     state = ShardedState(process_group=group, **state_options(options))
@@ -65,9 +67,9 @@ def attach_sharded(
     named, others = name_shards(model, groups)
     state.use(_choose_mode(named, groups, optimizer, options["precondition"]))
     _warn_of_unmanaged(model, others)
+    _agree(state, named, others, groups)
     for index, each in enumerate(groups):
         each.set_hook(ShardHook(state.engine, index, each))
-    _agree(state, named, others, groups)
     return state
 
 

@@ -160,14 +160,11 @@ class ShardGroup:
         """Return whether ``set_gradient_divide_factor`` has replaced the division by the ranks."""
         return self._group.gradient_divide_factor is not None
 
-    def set_hook(self, hook: Callable[[Tensor], None]) -> None:
-        """Register a hook for the reduced tensor.
-
-        Args:
-            hook: Called with ``[padded numel]``, in the stream of the all-reduce, under ``no_grad``.
+    def check_free(self) -> None:
+        """Check that the group has no hook.
 
         Raises:
-            EffAdamError: If the group has a hook already.
+            EffAdamError: If it has one.
         """
         other = self._group._all_reduce_hook
         if other is not None:
@@ -176,6 +173,13 @@ class ShardGroup:
                 f"{getattr(other, '__qualname__', type(other).__name__)!r} already, and FSDP takes "
                 "only one. Attach before any other, and once."
             )
+
+    def set_hook(self, hook: Callable[[Tensor], None]) -> None:
+        """Register a hook for the reduced tensor.
+
+        Args:
+            hook: Called with ``[padded numel]``, in the stream of the all-reduce, under ``no_grad``.
+        """
         if self._is_only_group:
             self._module.set_all_reduce_hook(hook)
         else:  # set_all_reduce_hook refuses modules with several groups
