@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class EfficientAdamState:
         complete = complete_options(options, StateOptions, beside=objects)
         self.config = Config.from_options(complete)
         self._engine = Engine(self.config, process_group)
-        self.session.connection.name_nodes(intra_node_group, device_mesh)
+        self.session.connection.choice.name_nodes(intra_node_group, device_mesh)
         self._is_copy = self._lacks_group = False
         self.enabled = complete["enabled"]
         self.wait_timeout_s = complete["wait_timeout_s"]
@@ -246,6 +247,14 @@ class EfficientAdamState:
         # After the comparison, so that all ranks have the same rules and raise the same error.
         others = [alias for name in other_names for alias in (name, canonical_name(name))]
         self.config.check_patterns([*session.parameters.aliases(), *others])
+        small = session.parameters.quantized_1d(self.config) if self.config.exact else []
+        if small and session.group.rank() == 0:
+            warnings.warn(
+                f"exact={self.config.exact} replaces the default ('1d',) and leaves one-dimensional "
+                f"parameters to the quantizer: {len(small)}, such as {small[0]!r}. Write "
+                f"exact={('1d', *self.config.exact)} to send biases and norms uncompressed as well.",
+                stacklevel=3,
+            )
 
     def watch_join(self, is_joining: Callable[[], bool]) -> None:
         """Compare weights between ranks (see :attr:`check_replicas`), except under ``join()``.

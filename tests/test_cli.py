@@ -451,6 +451,22 @@ def test_what_messages_take_of_the_processor_is_not_counted_with_the_kernels_aga
     assert run_ranks(call_s_beside, 2, 3600.0, timeout=TIMEOUT) == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench --bucket-bm 3", "unrecognized arguments: --bucket-bm 3. Did you mean --bucket-mb?"),
+        ("report a --jsn", "unrecognized arguments: --jsn. Did you mean --json?"),
+        ("env extra", "unrecognized arguments: extra\n"),
+    ],
+)
+def test_an_unknown_option_gets_a_suggestion(
+    command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    assert said in capsys.readouterr().err
+
+
 def test_env_as_json_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -468,7 +484,7 @@ def test_env_reports_kernels_that_are_demanded_and_cannot_run(
     assert cpu["kernels"] == "error" and "Invalid EFFADAM_KERNELS: 'fast'" in cpu["reason"]
 
 
-def test_a_missing_extra_is_named_with_its_remedy_and_json_needs_none(
+def test_env_without_rich_prints_the_same_tables_as_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = importlib.util.find_spec
@@ -477,9 +493,30 @@ def test_a_missing_extra_is_named_with_its_remedy_and_json_needs_none(
         return None if name == "rich" else real(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", without_rich)
-    assert main(["env"]) == 2
-    assert 'pip install "effadam-hook[cli]"' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["torch", torch.__version__] in [line.split() for line in lines]
+    assert ["device", "present", "kernels", "why"] in [line.split() for line in lines]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("triton", [True, False])
+def test_env_advises_nothing_about_a_device_that_is_absent(
+    triton: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> Any:
+        return real(name, package) if triton or name != "triton" else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
     assert main(["env", "--json"]) == 0
+    cuda = json.loads(capsys.readouterr().out)["kernels"]["cuda"]
+    assert (cuda["present"], cuda["kernels"], cuda["remedy"]) == (False, "none", "")
+    assert cuda["reason"] == "torch finds no CUDA device"
+    assert main(["env"]) == 0
+    assert "Install it" not in capsys.readouterr().out
 
 
 def test_a_report_as_json_needs_no_matplotlib_unless_a_picture_was_asked_for(
@@ -497,7 +534,8 @@ def test_a_report_as_json_needs_no_matplotlib_unless_a_picture_was_asked_for(
     assert main(["report", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["png"] is None
     assert main(["report", str(path), "--json", "--png", str(tmp_path / "a.png")]) == 2
-    assert "'matplotlib' is not installed" in capsys.readouterr().err
+    assert "'matplotlib' is not installed" in (error := capsys.readouterr().err)
+    assert error.endswith("Run pip install matplotlib.\n")
 
 
 def prediction(name: str, step_s: float) -> Prediction:

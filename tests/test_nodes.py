@@ -37,14 +37,12 @@ def test_one_rank_a_node_and_a_single_rank_are_tables() -> None:
     assert tabulate(ranks_on("a")).nodes == ((0,),)
 
 
-def test_unequal_nodes_are_named_with_their_sizes() -> None:
-    with pytest.raises(EffAdamError, match=r"'name of a' has 2 ranks \(0, 1\); .* 1 rank \(2\)"):
-        tabulate(ranks_on("a", "a", "b"))
-
-
-def test_a_single_node_is_named() -> None:
-    with pytest.raises(EffAdamError, match=r"All ranks are on one node: 'name of a'.*sharded"):
-        tabulate(ranks_on("a", "a", "a"))
+def test_unequal_nodes_and_a_single_node_are_tables_with_names() -> None:
+    table = tabulate(ranks_on("a", "b", "a"))
+    assert not table.is_even
+    assert table.describe() == "2 nodes with 2, 1 ranks, by host"
+    assert table.list_nodes() == "'name of a' has 2 ranks (0, 2); 'name of b' has 1 rank (1)"
+    assert tabulate(ranks_on("a", "a", "a")).describe() == "1 node x 3 ranks, by host"
 
 
 TORCHRUN = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from effadam_hook._version import __version__
 from effadam_hook.ddp.engine import Engine
-from effadam_hook.exchange.topology import AUTO
 from effadam_hook.kernels import describe
 
 __all__ = ["stats_of", "summarize"]
@@ -46,7 +45,7 @@ def summarize(engine: Engine, is_copy: bool) -> str:
         f"  quantizers   up {config.worker_quantizer}, down {config.server_quantizer}, "
         f"blocks of {config.block_size}, scale {config.scale_rule}",
         f"  feedback     {'both sides' if config.error_feedback else 'none'}",
-        f"  topology     {_topology(engine)}",
+        f"  topology     {session.connection.choice.describe()}",
     ]
     if engine.auto_compress is not None:
         lines.append(f"  auto         {engine.auto_compress.outcome}")
@@ -73,14 +72,6 @@ def _status(engine: Engine, is_copy: bool) -> str:
     if engine.session.counters.steps < warmup_steps:
         return f"warming up (dense all-reduce until step {warmup_steps})"
     return "on"
-
-
-def _topology(engine: Engine) -> str:
-    session = engine.session
-    connection, name = session.connection, session.config.topology
-    if name == AUTO and connection.has_topology:
-        name = f"{session.topology.name}, chosen: {connection.topology_reason}"
-    return f"{name}; {connection.route}" if connection.route else name
 
 
 def _kernels(engine: Engine) -> str:

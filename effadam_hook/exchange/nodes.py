@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook.errors import DisagreementError, EffAdamError
-from effadam_hook.exchange.topology import HIERARCHICAL, NodeTable
+from effadam_hook.exchange.topology import AUTO, HIERARCHICAL, NodeTable
+from effadam_hook.exchange.topology.node_table import list_ranks
 from effadam_hook.exchange.waiting import gather_bytes
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Description",
     "check_node_options",
     "describe_rank",
+    "describe_ranks",
     "find_nodes",
     "tabulate",
 ]
@@ -95,10 +97,10 @@ def check_node_options(topology: str, intra_node_group: object, device_mesh: obj
             "Invalid intra_node_group and device_mesh: both are given. Must be at most one of them."
         )
     name = "device_mesh" if intra_node_group is None else "intra_node_group"
-    if topology != HIERARCHICAL:
+    if topology not in (AUTO, HIERARCHICAL):
         raise ValueError(
-            f"Invalid {name} with topology={topology!r}. Must be left out: only topology="
-            f'"{HIERARCHICAL}" needs to know the nodes.'
+            f"Invalid {name} with topology={topology!r}. Must be left out: only the topologies "
+            f'"{HIERARCHICAL}" and "{AUTO}" need to know the nodes.'
         )
     if intra_node_group is not None and not isinstance(intra_node_group, dist.ProcessGroup):
         raise TypeError(
@@ -135,8 +137,27 @@ def find_nodes(
         The table, the same on every rank.
 
     Raises:
-        EffAdamError: On every rank, if nodes cannot be found, have unequal numbers of ranks, or if
-            there is only one; the message names the nodes.
+        EffAdamError: On every rank, if the ranks contradict one another, or cannot be described.
+    """
+    return tabulate(describe_ranks(group, device, intra_node_group, device_mesh))
+
+
+def describe_ranks(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    intra_node_group: dist.ProcessGroup | None = None,
+    device_mesh: DeviceMesh | None = None,
+) -> list[Description]:
+    """Gather the descriptions of all ranks; a collective operation.
+
+    Args:
+        group: The process group.
+        device: Where the group's backend wants tensors.
+        intra_node_group: A group of the ranks of this node, if the user names them.
+        device_mesh: A mesh (nodes, ranks of a node), if the user names them that way.
+
+    Returns:
+        The descriptions, by rank.
     """
     own: Description
     try:
@@ -146,7 +167,7 @@ def find_nodes(
         own = Description("", "", failure=str(error) or type(error).__name__)
     data = json.dumps(asdict(own)).encode()
     rows = [json.loads(text) for text in gather_bytes(data, group, device, everywhere=True)]
-    return tabulate([_read(row) for row in rows])
+    return [_read(row) for row in rows]
 
 
 def _read(row: dict[str, Any]) -> Description:
@@ -258,7 +279,7 @@ def tabulate(descriptions: Sequence[Description]) -> NodeTable:
 
     Raises:
         DisagreementError: If the ranks contradict one another.
-        EffAdamError: If nodes have unequal numbers of ranks, or if there is only one.
+        EffAdamError: If a rank cannot be described.
     """
     failed = [f"rank {rank}: {own.failure}" for rank, own in enumerate(descriptions) if own.failure]
     if failed:
@@ -271,20 +292,7 @@ def tabulate(descriptions: Sequence[Description]) -> NodeTable:
         groups = _by_host(descriptions)
         _check_launchers(groups, descriptions)
         source = "host" + _launchers(descriptions)
-    sizes = {len(ranks) for ranks in groups}
-    if len(sizes) > 1:
-        raise EffAdamError(
-            f"The nodes have unequal numbers of ranks: {_shown(groups, descriptions)}. "
-            f'topology="{HIERARCHICAL}" needs equally many on each: use topology="sharded", '
-            "or start as many ranks on every node."
-        )
-    if len(groups) == 1 and len(descriptions) > 1:
-        raise EffAdamError(
-            f"All ranks are on one node: {_shown(groups, descriptions)}. "
-            f'topology="{HIERARCHICAL}" needs two nodes or more: use topology="sharded", or name the '
-            "nodes with intra_node_group= or device_mesh=."
-        )
-    return NodeTable.of(groups, source)
+    return NodeTable.of(groups, source, [own.name for own in descriptions])
 
 
 def _named_by_user(descriptions: Sequence[Description]) -> list[tuple[int, ...]]:
@@ -300,14 +308,14 @@ def _named_by_user(descriptions: Sequence[Description]) -> list[tuple[int, ...]]
             if descriptions[member].members != own.members:
                 raise DisagreementError(
                     f"The ranks name different nodes: rank {rank} is on a node with the ranks "
-                    f"{_listed(own.members)}, rank {member} on one with "
-                    f"{_listed(descriptions[member].members or ())}. Make intra_node_group or "
+                    f"{list_ranks(own.members)}, rank {member} on one with "
+                    f"{list_ranks(descriptions[member].members or ())}. Make intra_node_group or "
                     "device_mesh the same on all ranks."
                 )
         if rank not in own.members:
             raise DisagreementError(
-                f"The node of rank {rank} has the ranks {_listed(own.members)}, without rank {rank}. "
-                "intra_node_group and device_mesh must hold the rank itself."
+                f"The node of rank {rank} has the ranks {list_ranks(own.members)}, without rank "
+                f"{rank}. intra_node_group and device_mesh must hold the rank itself."
             )
     return list(groups)
 
@@ -358,7 +366,7 @@ def _check_local_ranks(ranks: tuple[int, ...], known: Mapping[int, Description])
     for rank, own in known.items():
         if own.local_world_size is not None and len(ranks) > own.local_world_size:
             raise _contradiction(
-                f"host {own.name!r} has {len(ranks)} ranks ({_listed(ranks)}), and {own.launcher} "
+                f"host {own.name!r} has {len(ranks)} ranks ({list_ranks(ranks)}), and {own.launcher} "
                 f"has told rank {rank} of {own.local_world_size} on it"
             )
         if own.local_rank is not None:
@@ -377,18 +385,3 @@ def _contradiction(what: str) -> DisagreementError:
 def _launchers(descriptions: Sequence[Description]) -> str:
     names = sorted({own.launcher for own in descriptions if own.launcher})
     return f", as {' and '.join(names)} says" if names else ""
-
-
-def _shown(groups: Sequence[tuple[int, ...]], descriptions: Sequence[Description]) -> str:
-    lines = [
-        f"{descriptions[ranks[0]].name!r} has {len(ranks)} rank{'s' * (len(ranks) > 1)} "
-        f"({_listed(ranks)})"
-        for ranks in groups
-    ]
-    more = f"; and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
-    return "; ".join(lines[:_MOST_SHOWN]) + more
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    more = ", ..." if len(ranks) > _MOST_SHOWN else ""
-    return ", ".join(map(str, ranks[:_MOST_SHOWN])) + more

@@ -136,21 +136,6 @@ class Probe:
         """
         return self._time([self._leg(name, size) for _ in range(depth)], repeats)
 
-    def time_both_ways(self, topology: str, size: int, repeats: int) -> Timing:
-        """Time an uplink and a downlink in progress at once, as in the middle of a step.
-
-        Args:
-            topology: Name of the topology.
-            size: Bytes of a whole payload.
-            repeats: Number of measurements.
-
-        Returns:
-            The mean time of the two.
-        """
-        return self._time(
-            [self._leg(f"{direction}/{topology}", size) for direction in ("up", "down")], repeats
-        )
-
     def _leg(self, name: str, size: int) -> Start:
         """Return the start of a collective, with buffers of its own."""
         if name == "all_reduce":

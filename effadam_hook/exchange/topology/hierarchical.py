@@ -79,7 +79,15 @@ class Hierarchical(Topology):
         node, peers = self._node, self._peers
         return (
             Stage("pack", _pack, "node mean", _start_node_mean, ranks=node),
-            Stage("encode", encode, "uplink", self._start_uplink, ranks=peers),
+            Stage(
+                "encode",
+                encode,
+                "uplink",
+                self._start_uplink,
+                prepare=_average,
+                averages_first=True,
+                ranks=peers,
+            ),
             Stage("reduce", reduce, "downlink", self._start_downlink, ranks=peers),
             Stage("gather", None, "node gather", _start_node_gather, ranks=node),
             Stage("decode", decode),
@@ -105,6 +113,10 @@ class Hierarchical(Topology):
 
 def _pack(job: BucketJob) -> None:
     job.pack()
+
+
+def _average(job: BucketJob) -> None:
+    job.average()
 
 
 def _start_node_mean(job: BucketJob, group: Group) -> dist.Work | None:

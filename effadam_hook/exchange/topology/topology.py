@@ -37,8 +37,9 @@ class Stage:
         compute: The arithmetic; None where this rank has none to do.
         transfer: Name of the collective in messages; empty for the last stage, which has none.
         start: Starts the collective on a group that only this stage uses, and returns the work.
-        averages_first: Whether a bucket with :attr:`BucketJob.averages_first` is averaged densely,
-            on the group of this stage, before the arithmetic.
+        prepare: Arithmetic before that average; None for none.
+        averages_first: Whether the values of a bucket with :attr:`BucketJob.averages_first` are
+            averaged densely, on the group of this stage, before the arithmetic.
         ranks: The ranks of the process group that take part in the collective, ascending; None for
             all of them.
     """
@@ -47,6 +48,7 @@ class Stage:
     compute: Callable[[BucketJob], None] | None
     transfer: str = ""
     start: Callable[[BucketJob, Group], dist.Work | None] | None = None
+    prepare: Callable[[BucketJob], None] | None = None
     averages_first: bool = False
     ranks: tuple[int, ...] | None = None
 
