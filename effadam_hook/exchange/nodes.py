@@ -8,45 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-
 from effadam_hook.errors import DisagreementError, EffAdamError
-from effadam_hook.exchange.node_description import Description, describe_ranks
+from effadam_hook.exchange.node_description import Description
 from effadam_hook.exchange.topology import NodeTable
 from effadam_hook.exchange.topology.node_table import list_ranks
 
-__all__ = ["find_nodes", "tabulate"]
+__all__ = ["tabulate"]
 
 _REMEDY = (
     "Correct the environment, name the nodes with intra_node_group= or device_mesh=, or use "
     'topology="sharded".'
 )
 _MOST_SHOWN = 8
-
-
-def find_nodes(
-    group: dist.ProcessGroup,
-    device: torch.device,
-    intra_node_group: dist.ProcessGroup | None = None,
-    device_mesh: DeviceMesh | None = None,
-) -> NodeTable:
-    """Find the nodes of a process group; a collective operation.
-
-    Args:
-        group: The process group.
-        device: Where the group's backend wants tensors.
-        intra_node_group: A group of the ranks of this node, if the user names them.
-        device_mesh: A mesh (nodes, ranks of a node), if the user names them that way.
-
-    Returns:
-        The table, the same on every rank.
-
-    Raises:
-        EffAdamError: On every rank, if the ranks contradict one another, or cannot be described.
-    """
-    return tabulate(describe_ranks(group, device, intra_node_group, device_mesh))
 
 
 def tabulate(descriptions: Sequence[Description]) -> NodeTable:
