@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -35,7 +35,7 @@ __all__ = ["attach"]
 
 @accepts_options(HookOptions)
 def attach(
-    ddp_model: DistributedDataParallel,
+    ddp_model: nn.Module,
     *,
     optimizer: Optimizer | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
@@ -50,7 +50,8 @@ def attach(
     of them raise an error if any two differ.
 
     Args:
-        ddp_model: The wrapped model, without a communication hook.
+        ddp_model: The ``DistributedDataParallel`` model, also inside ``torch.compile``, without a
+            communication hook.
         optimizer: An :class:`EfficientAdam`, for update mode; or, with ``precondition``, the
             ``torch.optim.Adam`` or ``AdamW`` of the model. An optimizer inside a wrapper with an
             attribute ``optimizer``, such as those of Accelerate and Lightning, is found.
@@ -70,18 +71,14 @@ def attach(
         EffAdamError: If the model has a communication hook already.
         DisagreementError: On all ranks, if the ranks differ.
 
-    Example:
+    Examples:
         >>> ddp_model = DistributedDataParallel(model)
         >>> state = attach(ddp_model, enabled=args.effadam, quantizer="lloyd4")
     """
     objects = ("ddp_model", "optimizer", "grad_scaler")
     objects_of_state = ("process_group", "intra_node_group", "device_mesh")
     complete = complete_options(options, HookOptions, beside=(*objects, *objects_of_state))
-    if not isinstance(ddp_model, DistributedDataParallel):
-        raise TypeError(
-            f"Invalid ddp_model: {type(ddp_model).__name__}. Must be a DistributedDataParallel: "
-            "attach after wrapping the model."
-        )
+    ddp_model = _ddp_of(ddp_model)
     taken = _taken_hooks(ddp_model)
     if taken:
         raise EffAdamError(
@@ -121,6 +118,20 @@ def attach(
     state.watch_join(lambda: (joined := model()) is not None and joined._join_config.enable)
     ddp_model.register_comm_hook(state, efficient_adam_hook)
     return state
+
+
+def _ddp_of(model: Any) -> DistributedDataParallel:
+    """Return the DDP model itself, or the one that torch.compile holds."""
+    inner = model
+    while isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+        inner = inner._orig_mod
+    if isinstance(inner, DistributedDataParallel):
+        return inner
+    kind = type(inner).__name__ if inner is model else f"torch.compile of {type(inner).__name__}"
+    raise TypeError(
+        f"Invalid ddp_model: {kind}. Must be a DistributedDataParallel, or torch.compile of one: "
+        "attach after wrapping the model."
+    )
 
 
 def _check_dense_gradients(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ class EfficientAdamState:
         ValueError: If the value of an option is invalid.
         TypeError: If an option is unknown or has the wrong type.
 
-    Example:
+    Examples:
         >>> state = EfficientAdamState(quantizer="lloyd4", topology="sharded")
         >>> ddp_model.register_comm_hook(state, efficient_adam_hook)
 
@@ -258,6 +259,14 @@ class EfficientAdamState:
         # After the comparison, so that all ranks have the same rules and raise the same error.
         others = [alias for name in other_names for alias in (name, canonical_name(name))]
         self.config.check_patterns([*session.parameters.aliases(), *others])
+        small = session.parameters.quantized_1d(self.config) if self.config.exact else []
+        if small and session.group.rank() == 0:
+            warnings.warn(
+                f"exact={self.config.exact} replaces the default ('1d',) and leaves one-dimensional "
+                f"parameters to the quantizer: {len(small)}, such as {small[0]!r}. Write "
+                f"exact={('1d', *self.config.exact)} to send biases and norms uncompressed as well.",
+                stacklevel=3,
+            )
 
     def watch_join(self, is_joining: Callable[[], bool]) -> None:
         """Compare weights between ranks (see :attr:`check_replicas`), except under ``join()``.

@@ -30,7 +30,7 @@ class FabricStrategyMixin(ExchangeStrategy, Base):
     residuals of all ranks to the file, and ``fabric.load`` restores them, for the models in their
     argument ``state``.
 
-    Example:
+    Examples:
         >>> fabric = Fabric(strategy=EfficientAdamFabricStrategy(quantizer="lloyd4"), devices=2)
         >>> fabric.launch()
         >>> model, optimizer = fabric.setup(model, optimizer)

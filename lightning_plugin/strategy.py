@@ -48,7 +48,7 @@ class StrategyMixin(ExchangeStrategy, Base):
     registered on CPU as well as on CUDA. If ``configure_optimizers`` returns an
     :class:`effadam_hook.EfficientAdam`, updates are exchanged instead of gradients.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(strategy=EfficientAdamStrategy(quantizer="lloyd4"), devices=2)
     """
 

@@ -174,7 +174,7 @@ except ImportError as error:
     ("hidden", "printed"),
     [
         (("pytorch_lightning",), "lightning_plugin.for_lightning None"),
-        (("lightning", "pytorch_lightning"), "pip install 'effadam-hook[lightning]'"),
+        (("lightning", "pytorch_lightning"), "Run pip install pytorch-lightning"),
     ],
 )
 def test_one_family_is_enough_and_none_is_too_few(hidden: tuple[str, ...], printed: str) -> None:

@@ -72,7 +72,8 @@ class StateOptions(TypedDict, total=False):
             sides. Default: ``True``.
         exact: Rules for parameters that are sent uncompressed: ``"1d"`` (at most one dimension),
             ``"<N"`` (fewer than N elements), or shell patterns for names, such as ``"*.norm*"``.
-            Default: ``("1d",)``.
+            A value replaces the default: write ``("1d", "head.*")`` to add a pattern. A value that
+            leaves biases and norms to the quantizer warns, except ``()``. Default: ``("1d",)``.
         warmup_steps: Number of backward passes with a dense all-reduce before compression starts.
             Default: ``0``.
         enabled: Whether to compress. The attribute ``enabled`` of the state changes it between steps;

@@ -55,15 +55,24 @@ class BucketJob(Protocol):
 
     @property
     def averages_first(self) -> bool:
-        """Return whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
+        """Return whether :attr:`values` are averaged, uncompressed, before they are encoded."""
+        ...
+
+    @property
+    def values(self) -> Tensor:
+        """Return the vector to encode: :attr:`bucket`, or the node's mean of this rank's share."""
         ...
 
     def pack(self) -> None:
         """Copy :attr:`bucket` into the packed bytes of :attr:`node`."""
         ...
 
+    def average(self) -> None:
+        """Average what :attr:`node` has received into :attr:`values`."""
+        ...
+
     def encode(self) -> None:
-        """Encode :attr:`bucket` and the worker residual into :attr:`uplink`."""
+        """Encode :attr:`values` and the worker residual into :attr:`uplink`."""
         ...
 
     def reduce(self) -> None:

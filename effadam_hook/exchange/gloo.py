@@ -89,9 +89,12 @@ class GlooExchange:
         """Run one stage of a bucket, in the thread of that stage."""
         stage = self._stages[number]
         inflight.wait()  # [3] [6] for the collective of the stage before
+        if stage.prepare is not None:
+            inflight.phase = stage.phase
+            stage.prepare(job)
         if stage.averages_first and job.averages_first:
             inflight.phase = "dense average"
-            inflight.work = start_average(job.bucket, self._groups[number].group)
+            inflight.work = start_average(job.values, self._groups[number].group)
             inflight.wait()
         if stage.compute is not None:
             inflight.phase = stage.phase

@@ -53,8 +53,10 @@ class NcclExchange:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for stage, group in zip(self._stages, self._groups, strict=True):
+                if stage.prepare is not None:
+                    stage.prepare(job)
                 if stage.averages_first and job.averages_first:
-                    _order(start_average(job.bucket, group))
+                    _order(start_average(job.values, group))
                 if stage.compute is not None:
                     stage.compute(job)
                 if stage.start is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
 from effadam_hook.wire.names import canonical_name, canonical_names
 
@@ -197,6 +198,22 @@ class ParameterTable:
     def numels(self) -> dict[str, int]:
         """Return the number of elements by name."""
         return {parameter.name: tensor.numel() for tensor, parameter in self._known.values()}
+
+    def quantized_1d(self, config: Config) -> list[str]:
+        """Return the parameters of at most one dimension that no rule of ``exact`` selects.
+
+        Args:
+            config: The options.
+
+        Returns:
+            Names of exchanged parameters.
+        """
+        return [
+            parameter.name
+            for tensor, parameter in self._exchanged()
+            if tensor.ndim <= 1
+            and not config.is_exact(parameter.aliases, tensor.ndim, tensor.numel())
+        ]
 
     def describe(self) -> dict[str, list[object]]:
         """Return position, shape and dtype by name, as plain values, for comparison between ranks.

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from effadam_hook.kernels.fusions import AdamSource, Preconditioner
 from effadam_hook.wire.layout import Piece, Slot
+from effadam_hook.wire.node_layout import Run
+from effadam_hook.wire.node_shares import NodeShare
 
 __all__ = ["Content", "Mode"]
 
@@ -109,7 +111,11 @@ class Mode:
         return dtype
 
     def content(
-        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+        self,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        runs: Sequence[Run],
     ) -> Content:
         """Create the content of a bucket.
 
@@ -117,11 +123,19 @@ class Mode:
             parameters: The parameters of the bucket.
             slots: Their positions in it.
             dtype: The dtype of the bucket.
+            runs: The elements that this rank encodes: all, or its share of them.
 
         Returns:
             The content, which is used as long as the bucket has these parameters.
         """
         return Content()
+
+    def divide(self, share: NodeShare | None) -> None:
+        """Follow the division of the encoding among the ranks of a node; called before any content.
+
+        Args:
+            share: This rank's share of the parameters; None for all of them.
+        """
 
     def begin_backward(self, joins: bool) -> None:
         """Prepare the buckets of a backward; called before the first of them.

@@ -16,6 +16,7 @@ from effadam_hook.modes.gradient import GradientMode
 from effadam_hook.modes.mode import Content
 from effadam_hook.optim.groups import group_settings
 from effadam_hook.wire.layout import Slot
+from effadam_hook.wire.node_layout import Run
 
 __all__ = ["PreconditionedMode"]
 
@@ -39,7 +40,11 @@ class PreconditionedMode(GradientMode):
         return {"optimizer": type(self._optimizer).__name__, **group_settings(self._optimizer)}
 
     def content(
-        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+        self,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        runs: Sequence[Run],
     ) -> Content:
         """Create a content that reads the second moments at every step."""
         return _PreconditionedContent(self._optimizer, parameters, compute_dtype(dtype))

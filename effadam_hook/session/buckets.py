@@ -14,9 +14,12 @@ from effadam_hook.exchange.topology import Topology
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.kernels import Kernels
+from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Mode
 from effadam_hook.session.buffers import BucketBuffers
+from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.wire.layout import Slot, lay_out_bucket
+from effadam_hook.wire.node_layout import lay_out_node, whole_runs
 from effadam_hook.wire.parts import cut
 
 __all__ = ["Buckets"]
@@ -130,16 +133,25 @@ def _make(
         itemsize=dtype.itemsize,
         shares=topology.shares,
     )
+    runs, node = whole_runs(slots), None
+    if topology.shares > 1:
+        layouts = lay_out_node(layout, topology.shares)
+        node = NodeBuffers(
+            layouts, topology.share, flat.dtype, compute_dtype(flat.dtype), flat.device
+        )
+        runs = node.layout.runs
     return BucketBuffers(
         label,
         layout,
+        runs,
+        node,
         kernels,
         topology,
         dtype,
         flat.device,
         model.worker if config.error_feedback else None,
         model.server if config.error_feedback else None,
-        mode.content(tensors, slots, flat.dtype),
+        mode.content(tensors, slots, flat.dtype, runs),
         tensors,
         check_every_step=check_every_step,
         run_id=run_id,

@@ -27,7 +27,7 @@ from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Content
 from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.wire.layout import BucketLayout
-from effadam_hook.wire.node_layout import lay_out_node
+from effadam_hook.wire.node_layout import Run
 
 __all__ = ["BucketBuffers"]
 
@@ -38,6 +38,8 @@ class BucketBuffers:
     Args:
         label: Name of the bucket in messages.
         layout: Places of the elements in the payloads.
+        runs: The elements that this rank encodes.
+        node: The buffers inside the node; None in topologies without nodes.
         kernels: The implementation of the arithmetic.
         topology: This rank's view of the servers.
         dtype: Dtype of the uncompressed elements in the payloads.
@@ -54,6 +56,8 @@ class BucketBuffers:
         self,
         label: str,
         layout: BucketLayout,
+        runs: Sequence[Run],
+        node: NodeBuffers | None,
         kernels: Kernels,
         topology: Topology,
         dtype: torch.dtype,
@@ -81,12 +85,9 @@ class BucketBuffers:
             return torch.zeros(rows, stride_bytes, dtype=torch.uint8, device=device)
 
         up, down = layout.uplink, layout.downlink
-        self._sent_wire = up
-        self.node: NodeBuffers | None = None
-        if topology.shares > 1:
-            shares = lay_out_node(layout, topology.shares)
-            self.node = NodeBuffers(shares, topology.share, dtype, precise, device)
-            self._sent_wire = self.node.layout.uplink
+        self.node = node
+        self._runs = runs
+        self._sent_wire = up if node is None else node.layout.uplink
         servers = len(self._sent_wire.chunks)
         self.uplink = payload(servers, up.stride_bytes)
         rows = len(topology.worker_ranks) if self._server is not None else 0
@@ -124,12 +125,9 @@ class BucketBuffers:
 
         self._worker_residual = self._server_residual = None
         if worker is not None:
-            places = [Place(slot.name, slot.start, slot.numel) for slot in layout.slots]
-            if self.node is not None:
-                places = [
-                    Place(layout.slots[run.slot].name, run.local, run.numel, run.offset)
-                    for run in self.node.layout.runs
-                ]
+            places = [
+                Place(layout.slots[run.slot].name, run.local, run.numel, run.offset) for run in runs
+            ]
             numel = self._sent_wire.numel
             self._worker_residual = worker.adopt(places, numel, precise, device)
         if server is not None and self._server is not None:
@@ -184,23 +182,21 @@ class BucketBuffers:
 
     def _views_of(self, index: int) -> list[Tensor]:
         """Return the residuals and moments of one parameter that this rank holds."""
-        slot = self.layout.slots[index]
-        here = slice(slot.start, slot.start + slot.numel)
-        views = []
-        if self._worker_residual is not None and self.node is None:
-            views.append(self._worker_residual[here])
-        elif self._worker_residual is not None and self.node is not None:
-            views += [
-                self._worker_residual[run.local : run.local + run.numel]
-                for run in self.node.layout.runs
-                if run.slot == index
-            ]
+        flats = [] if self._worker_residual is None else [self._worker_residual]
         if self._content.adam is not None:
-            views += [self._content.adam.exp_avg[here], self._content.adam.exp_avg_sq[here]]
+            flats += [self._content.adam.exp_avg, self._content.adam.exp_avg_sq]
+        views = [
+            flat[run.local : run.local + run.numel]
+            for run in self._runs
+            if run.slot == index
+            for flat in flats
+        ]
         if self._server_residual is not None and self._server is not None:
-            for piece in self.layout.uplink.chunks[self._server].pieces:
-                if piece.slot == index:
-                    views.append(self._server_residual[piece.local : piece.local + piece.numel])
+            views += [
+                self._server_residual[piece.local : piece.local + piece.numel]
+                for piece in self.layout.uplink.chunks[self._server].pieces
+                if piece.slot == index
+            ]
         return views
 
     def restore_unused(self) -> None:
@@ -221,12 +217,21 @@ class BucketBuffers:
         assert self.node is not None
         self.node.pack(self.bucket)
 
+    @property
+    def values(self) -> Tensor:
+        """Return the vector to encode: the bucket, or the node's mean of this rank's share."""
+        return self.bucket if self.node is None else self.node.mean
+
+    def average(self) -> None:
+        """Average what the ranks of this node have sent."""
+        assert self.node is not None
+        self.node.average()
+
     def encode(self) -> None:
         """Encode the content and the worker residual into the uplink payload."""
-        values, preconditioner = self.bucket, self._content.preconditioner
+        values, preconditioner = self.values, self._content.preconditioner
         if self.node is not None:
-            self.node.average()
-            values, preconditioner = self.node.mean, self.node.share_of(preconditioner)
+            preconditioner = self.node.share_of(preconditioner)
         with self._unused_input(values):
             self._kernels.encode_(
                 self._sent_wire,

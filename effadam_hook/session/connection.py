@@ -20,6 +20,7 @@ from effadam_hook.exchange.waiting import phase as waiting_phase
 from effadam_hook.exchange.watchdog.watchdog import CONNECTING, Watchdog
 from effadam_hook.kernels import Kernels, select
 from effadam_hook.session.topology_choice import TopologyChoice
+from effadam_hook.wire.node_shares import NodeShare
 
 __all__ = ["Connection"]
 
@@ -73,6 +74,14 @@ class Connection:
         return self.choice.view(self.group)
 
     @property
+    def share(self) -> NodeShare | None:
+        """This rank's share of its node's bucket; None where every rank encodes whole buckets."""
+        topology = self.topology
+        if topology.shares == 1:
+            return None
+        return NodeShare(topology.share, topology.shares, topology.servers, self._config.block_size)
+
+    @property
     def given_group(self) -> dist.ProcessGroup | None:
         """The process group as given; None for the default group before its first use."""
         return self._group
@@ -117,6 +126,9 @@ class Connection:
         weakref.finalize(self, self._watchdog.close)
         with self.waiting("finding the nodes"):
             self.choice.find(self.group, device, undivided)
+        table = self.choice.table
+        if table is not None and 1 < len(table.nodes) < self.group.size():
+            self._watchdog.name_nodes(table)
 
     def open(self, device: torch.device, steps: int, progress: Any, compressing: bool) -> None:
         """Connect the ranks and choose kernels; a collective operation.

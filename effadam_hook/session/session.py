@@ -143,6 +143,7 @@ class ExchangeSession:
             EffAdamError: If the ranks are at different steps, or one is gone.
         """
         if self.connection.exchange is None:
+            self.mode.divide(self.connection.share)
             steps, progress = self.counters.steps, self.mode.progress()
             self.connection.open(device, steps, progress, compressing)
 

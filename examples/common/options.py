@@ -224,7 +224,9 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
     files.add_argument("--json", type=Path, metavar="PATH", help="curves, settings and environment")
     files.add_argument("--csv", type=Path, metavar="PATH", help="curves, one row per validation")
     files.add_argument(
-        "--log",
+        "--run-log",
+        "--log",  # ambiguous under torchrun, which has options that begin so
+        dest="log",
         type=Path,
         metavar="PATH",
         help="one JSON line per step, for `effadam report`; with --compare, one file for each mode",

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.topology.hierarchical import Hierarchical
-from effadam_hook.exchange.topology.leg import Leg
+from effadam_hook.exchange.topology.leg import Leg, Load
 from effadam_hook.exchange.topology.node_table import NodeTable
 from effadam_hook.exchange.topology.rank0 import Rank0
 from effadam_hook.exchange.topology.rule import Choice, choose_topology, describe_obstacle
@@ -20,6 +20,7 @@ __all__ = [
     "TOPOLOGIES",
     "Choice",
     "Leg",
+    "Load",
     "NodeTable",
     "Stage",
     "Topology",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 __all__ = ["NodeTable"]
@@ -57,6 +57,17 @@ class NodeTable:
         """Return the ranks with the same index as a rank, one for each node of an even table."""
         index = self.locate(rank)[1]
         return tuple(ranks[index] for ranks in self.nodes)
+
+    def name(self, ranks: Collection[int]) -> str:
+        """Name ranks for people: a whole node as such, any other rank with its node."""
+        names = []
+        for node, members in enumerate(self.nodes):
+            here = [str(rank) for rank in members if rank in ranks]
+            if len(here) == len(members) > 1:
+                names.append(f"node {node} (ranks {', '.join(here)})")
+            elif here:
+                names.append(f"rank {', '.join(here)} (on node {node})")
+        return " and ".join(names)
 
     def describe(self) -> str:
         """Describe the table in a few words, such as ``2 nodes x 4 ranks, by host``."""
