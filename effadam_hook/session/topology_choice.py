@@ -171,19 +171,18 @@ class TopologyChoice:
     def log(self) -> None:
         """Log the choice of "auto", and nodes on which another choice may be better."""
         table = self.table
-        if self._option == AUTO and self._problem:
+        if table is not None and len(table.nodes) == 1:
+            _log.info(
+                'All %d ranks are on one node (topology "%s"). Compression seldom pays inside one '
+                "machine: compare with enabled=False, or use attach(..., auto=True).",
+                *(table.ranks_per_node, self._name),
+            )
+        elif self._option == AUTO and self._problem:
             _log.warning('topology="auto" takes "%s": %s', self._name, self._problem)
         elif self._option == AUTO:
-            _log.info('topology="auto" takes "%s": %s.', self._name, self.reason)
-        if table is None:
-            return
-        if self._option == HIERARCHICAL and table.ranks_per_node == 1:
+            nodes = "" if table is None else f" ({table.list_nodes()})" * (not table.is_even)
+            _log.info('topology="auto" takes "%s": %s%s.', self._name, self.reason, nodes)
+        elif self._option == HIERARCHICAL and table is not None and table.ranks_per_node == 1:
             _log.info(
                 'Every node has one rank: topology="%s" is topology="sharded" here.', HIERARCHICAL
-            )
-        if len(table.nodes) == 1:
-            _log.info(
-                "All %d ranks are on one node. Compression seldom pays inside one machine: compare "
-                "with enabled=False, or use attach(..., auto=True).",
-                table.ranks_per_node,
             )
