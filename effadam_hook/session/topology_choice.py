@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.node_description import describe_ranks
 from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh, check_node_options
-from effadam_hook.exchange.nodes import describe_ranks, tabulate
+from effadam_hook.exchange.nodes import tabulate
 from effadam_hook.exchange.topology import (
     AUTO,
     FLAT_TOPOLOGIES,
