@@ -566,6 +566,46 @@ def test_parameters_without_a_gradient_are_an_error_unless_fsdp_includes_them() 
     run_ranks(_unused, 4, timeout=30)
 
 
+class Interrupted(nn.Module):
+    """A net whose backward is interrupted on request, after the last block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.interrupts = Net(), False
+        self.net.blocks[0].register_full_backward_hook(self._interrupt)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.net(words)
+
+    def _interrupt(self, *_: Any) -> None:
+        if self.interrupts:
+            raise KeyError("interrupted")
+
+
+def _interrupted(rank: int, _: int) -> float:
+    mesh = mesh_of(2, 2)
+    model: Any = Interrupted()
+    for block in model.net.blocks:
+        fsdp.fully_shard(block, mesh=mesh["shard"])
+    fsdp.fully_shard(model, mesh=mesh["shard"])
+    state = attach(model, process_group=mesh.get_group("replicate"), quantizer="lloyd4")
+    for step in range(3):
+        model.interrupts = step == 1
+        if model.interrupts:
+            with pytest.raises(KeyError):
+                loss_of(model, step, rank).backward()
+            model.reset_iter_state()
+            continue
+        loss_of(model, step, rank).backward()
+    return state.stats()["steps"]
+
+
+def test_steps_go_on_after_a_backward_that_an_error_of_the_model_has_ended() -> None:
+    if not hasattr(fsdp.FSDPModule, "reset_iter_state"):
+        pytest.skip("FSDP does not recover from errors")
+    assert run_ranks(_interrupted, 4, timeout=40) == [2] * 4
+
+
 def _dies(rank: int, _: int) -> str:
     mesh = mesh_of(2, 2)
     model = sharded(mesh["shard"])
