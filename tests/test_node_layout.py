@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.wire.layout import BucketLayout, Slot, lay_out_bucket
@@ -112,7 +113,7 @@ def test_a_share_is_encoded_as_in_the_whole_bucket(kernels: Any, preconditioned:
     layouts = lay_out_node(layout, shares)
     for share, own in enumerate(layouts):
         device = torch.device("cpu")
-        buffers = NodeBuffers(layouts, share, torch.float32, torch.float32, device)
+        buffers = NodeBuffers(layouts, share, torch.float32, torch.float32, device, Staging())
         buffers.pack(bucket)
         parts = buffers.packed_bytes.split(buffers.packed_sizes)
         buffers.received_bytes.copy_(parts[share].repeat(shares))  # as if all ranks were equal
@@ -134,7 +135,7 @@ def test_a_share_is_encoded_as_in_the_whole_bucket(kernels: Any, preconditioned:
 def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtype) -> None:
     layouts = lay_out_node(layout_of((100, 7), 2, shares), shares)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    buffers = NodeBuffers(layouts, 1, dtype, precise, torch.device("cpu"))
+    buffers = NodeBuffers(layouts, 1, dtype, precise, torch.device("cpu"), Staging())
     rows = torch.randint(-99, 99, (shares, layouts[1].numel)).to(dtype)
     largest = 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] - 1)
     rows[:, 0] = largest
