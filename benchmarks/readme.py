@@ -14,9 +14,10 @@ import sys
 from html import escape
 from pathlib import Path
 
-from benchmarks.extrapolate import LATENCY_S, MESSAGE_S, SETTINGS
+from benchmarks.extrapolate import INSIDE, LATENCY_S, MESSAGE_S, SETTINGS
+from effadam_hook.planner.cluster import Cluster, Link
 from effadam_hook.planner.method import Method
-from effadam_hook.planner.predict import Cluster, Link, predict
+from effadam_hook.planner.predict import predict
 from effadam_hook.planner.traffic import square_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,8 +122,9 @@ def step_s(name: str, ranks_per_node: int, gbit: float) -> float:
         tree=True,
         in_order=True,
         ranks_per_node=ranks_per_node,
+        inside=INSIDE if ranks_per_node > 1 else None,
     )
-    speed = MODEL.speed(4.0) if method.is_effadam else None
+    speed = MODEL.speed(4.0, ranks_per_node) if method.is_effadam else None
     parameters = square_model(MODEL.numel, 4096)
     return predict(method, parameters, cluster, speed, MODEL.compute).step_s
 

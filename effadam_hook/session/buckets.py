@@ -12,7 +12,7 @@ from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.staging import Staging
 from effadam_hook.exchange.topology import Topology
-from effadam_hook.feedback.parameters import ParameterTable
+from effadam_hook.feedback.parameters import ParameterTable, whole_numel
 from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.kernels import Kernels
 from effadam_hook.kernels.arguments import compute_dtype
@@ -169,7 +169,7 @@ def _slots(tensors: Sequence[Tensor], config: Config, parameters: ParameterTable
     start = 0
     for tensor in tensors:
         known = parameters.find(tensor)
-        exact = config.is_exact(known.aliases, tensor.ndim, tensor.numel())
+        exact = config.is_exact(known.aliases, tensor.ndim, whole_numel(tensor))
         slots.append(Slot(known.name, start, tensor.numel(), exact))
         start += tensor.numel()
     return slots
