@@ -144,3 +144,24 @@ def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtyp
     wanted = rows.to(precise).sum(0) / shares
     wanted[0] = largest
     assert torch.equal(buffers.mean, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shares", [2, 3, 5, 6, 7, 12])
+def test_the_mean_of_the_largest_values_does_not_overflow(shares: int, dtype: torch.dtype) -> None:
+    """DDP's own sum of gradients that are divided beforehand may, where rounding goes up."""
+    layouts = lay_out_node(layout_of((60_000,), 2, shares), shares)
+    buffers = NodeBuffers(layouts, 0, dtype, dtype, torch.device("cpu"))
+    limits = torch.finfo(dtype)
+    below = torch.randint(0, 6, (shares, layouts[0].numel)) * limits.eps / 2
+    below[:, 0] = 0
+    sign = torch.randint(0, 2, (layouts[0].numel,)) * 2 - 1
+    rows = (limits.max * (1 - below.to(torch.float64))).to(dtype) * sign
+    buffers.received_bytes.copy_(rows.view(-1).view(torch.uint8))
+    buffers.average()
+    assert bool(buffers.mean.isfinite().all())
+    assert bool((buffers.mean.abs() >= limits.max * (1 - 8 * limits.eps)).all())
+    rows[1, 3] = float("inf")
+    buffers.received_bytes.copy_(rows.view(-1).view(torch.uint8))
+    buffers.average()
+    assert buffers.mean.isfinite().logical_not().nonzero().tolist() == [[3]]
