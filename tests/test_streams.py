@@ -369,8 +369,7 @@ def test_residuals_of_unused_parameters_and_shadowing_ranks_keep_on_the_device(
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_no_operator_of_the_search_on_a_device_waits_for_it() -> None:
-    """The stand-in records a wait of the host for a device's buffer, so that none is overlooked."""
+def test_the_stand_in_notices_a_wait_of_the_host() -> None:
     device = Device()
     bucket = device.register("bucket", torch.ones(8))
     with _Watch(device):
