@@ -154,19 +154,19 @@ class Device:
     """The streams of a device that does not exist; see :class:`effadam_hook.exchange.streams.Streams`.
 
     Args:
-        fails_at: Number of the copy that fails; 0 for none.
         watches: Whether to find races, rather than only to delay copies.
 
     Attributes:
         races: The accesses that nothing orders.
         copies: Number of copies so far.
+        fails_at: Number of the copy that fails, and with it all waits that follow; 0 for none.
     """
 
-    def __init__(self, fails_at: int = 0, watches: bool = True) -> None:
+    def __init__(self, watches: bool = True) -> None:
         self.watches = watches
         self.races: list[str] = []
         self.copies = 0
-        self._fails_at = fails_at
+        self.fails_at = 0
         self._lock = threading.RLock()
         self._clocks: dict[object, Clock] = {}
         self._regions: list[_Region] = []
@@ -177,9 +177,9 @@ class Device:
 
     # The interface of ``Streams``.
 
-    def new_stream(self) -> _Stream:
+    def new_stream(self, name: str = "stream") -> _Stream:
         self._made += 1
-        return _Stream(self, f"stream {self._made}")
+        return _Stream(self, f"{name} {self._made}")
 
     def current_stream(self) -> _Stream:
         return getattr(self._local, "stream", self._default)
@@ -211,9 +211,7 @@ class Device:
         tick = self.access(stream, target, True, "a copy")
         self.copies += 1
         with _disable_current_modes():
-            if self.copies == self._fails_at:
-                self._pending.append((stream, tick, _fail))
-            elif any(not region.on_device for region in self._regions_of(target)):
+            if any(not region.on_device for region in self._regions_of(target)):
                 data = source.detach().clone()
                 spoil(target)
                 self._pending.append((stream, tick, lambda: target.copy_(data)))
@@ -235,6 +233,11 @@ class Device:
                 name = f"{name} {tuple(tensor.shape)}"
                 self._regions.append(_Region(name, tensor.detach(), on_device))
         return tensor
+
+    def kept_since_now(self) -> None:
+        """Forget which streams keep tensors."""
+        for region in self._regions:
+            region.kept.clear()
 
     def free(self, tensor: Tensor) -> None:
         """Free a tensor on the stream of backward, as the caching allocator would."""
@@ -260,6 +263,8 @@ class Device:
 
     def deliver(self, clock: Clock) -> None:
         """Complete the copies that lie before a clock."""
+        if 0 < self.fails_at <= self.copies:
+            raise DeviceError("CUDA error: an illegal memory access was encountered")
         with self._lock:
             due = [item for item in self._pending if item[1] <= clock.get(item[0], 0)]
             self._pending = [item for item in self._pending if item not in due]
@@ -334,7 +339,3 @@ class _Watch(TorchDispatchMode):
 def _extent(tensor: Tensor) -> int:
     steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.element_size()
-
-
-def _fail() -> None:
-    raise DeviceError("CUDA error: an illegal memory access was encountered")

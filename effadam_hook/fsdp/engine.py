@@ -95,8 +95,7 @@ class ShardEngine(Engine):
             else:
                 future = session.average(index, flat, owners)
             self._last = future
-            if not flat.is_cuda:
-                connection.watchdog.join()  # [3] where Ctrl-C is received
+            connection.watchdog.join()  # [3] where Ctrl-C is received; on NCCL nothing is in flight
             future.wait()
         except BaseException as error:
             self._backward, self._last = _NONE, None
