@@ -15,8 +15,9 @@ from html import escape
 from pathlib import Path
 
 from benchmarks.extrapolate import INSIDE, LATENCY_S, MESSAGE_S, SETTINGS
+from effadam_hook.planner.cluster import Cluster, Link
 from effadam_hook.planner.method import Method
-from effadam_hook.planner.predict import Cluster, Link, predict
+from effadam_hook.planner.predict import predict
 from effadam_hook.planner.traffic import square_model
 
 ROOT = Path(__file__).resolve().parent.parent

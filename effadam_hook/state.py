@@ -73,11 +73,14 @@ class EfficientAdamState:
         objects = ("process_group", "intra_node_group", "device_mesh")
         complete = complete_options(options, StateOptions, beside=objects)
         self.config = Config.from_options(complete)
-        self._engine = Engine(self.config, process_group)
+        self._engine = self._make_engine(process_group)
         self.session.connection.choice.name_nodes(intra_node_group, device_mesh)
         self._is_copy = self._lacks_group = False
         self.enabled = complete["enabled"]
         self.wait_timeout_s = complete["wait_timeout_s"]
+
+    def _make_engine(self, group: dist.ProcessGroup | None) -> Engine:
+        return Engine(self.config, group)
 
     @property
     def wait_timeout_s(self) -> float | None:
@@ -184,7 +187,7 @@ class EfficientAdamState:
     def __setstate__(self, options: dict[str, Any]) -> None:
         config = options["config"]
         self.config = Config(**{**config, "exact": tuple(config["exact"])})
-        self._engine = Engine(self.config, None)
+        self._engine = self._make_engine(None)
         self._is_copy, self._lacks_group = True, options["lacks_group"]
         self.enabled = options["enabled"]
         self.check_replicas = options["check_replicas"]

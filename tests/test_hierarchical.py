@@ -419,7 +419,7 @@ def refuse_weights(rank: int, world_size: int) -> str:
 
 def test_quantized_weights_are_refused() -> None:
     for said in run_ranks(refuse_weights, 4):
-        assert "with quantize_weights=True" in said and 'topology="sharded"' in said
+        assert "with quantize_weights=True" in said and 'Must be "auto", "sharded"' in said
 
 
 def on_a_stream(rank: int, world_size: int, nodes: Nodes) -> tuple[list[Tensor], list[str]]:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.session import node_buffers, node_memory
 from effadam_hook.session.node_buffers import NodeBuffers
@@ -82,7 +83,8 @@ def node_of(
 ) -> list[NodeBuffers]:
     """The buffers of all ranks of a node, in this process."""
     cpu = torch.device("cpu")
-    return [NodeBuffers(layouts, own, dtype, precise, cpu) for own in range(len(layouts))]
+    ranks = range(len(layouts))
+    return [NodeBuffers(layouts, own, dtype, precise, cpu, Staging()) for own in ranks]
 
 
 def average(buckets: Sequence[torch.Tensor], node: Sequence[NodeBuffers]) -> None:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook import DisagreementError, EffAdamError, EfficientAdamState, attach
-from effadam_hook.exchange.nodes import HOST_VARIABLE, Description, describe_rank, tabulate
+from effadam_hook.exchange.node_description import HOST_VARIABLE, Description, describe_rank
+from effadam_hook.exchange.nodes import tabulate
 from harness import run_ranks
 from training import ChosenGradients, ddp, gradients_of
 

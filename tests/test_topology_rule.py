@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook import DisagreementError, EfficientAdam, EfficientAdamState, attach
 from effadam_hook.config.options import DEFAULTS
-from effadam_hook.exchange.nodes import HOST_VARIABLE
+from effadam_hook.exchange.node_description import HOST_VARIABLE
 from effadam_hook.exchange.topology import NodeTable, choose_topology
 from harness import run_ranks
 from training import ChosenGradients, ddp, gradients_of

@@ -27,6 +27,7 @@ from effadam_hook.ddp.accumulation import AccumulationCheck
 from effadam_hook.ddp.auto_compress import AutoCompress
 from effadam_hook.ddp.backward import at_end_of_backward
 from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.collectives import wire_device
 from effadam_hook.exchange.timing import slowest
 from effadam_hook.session.clock import Clock
 from effadam_hook.session.session import ExchangeSession
@@ -183,7 +184,8 @@ class Engine:
         session = self.session
         label = "comparing dense and compressed steps"
         with session.connection.watchdog.hold(label, "exchanging times"):
-            times = slowest(auto_compress.medians_s(), session.group, device)
+            wire = wire_device(session.group, device)
+            times = slowest(auto_compress.medians_s(), session.group, wire)
         auto_compress.decide(*times)
         self.enabled = bool(auto_compress.pays)
         if session.group.rank() == 0:

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from effadam_hook.exchange.streams import Event
+
 __all__ = ["BucketJob", "NodeTransfer"]
 
 
@@ -37,6 +39,8 @@ class BucketJob(Protocol):
     """Digest of the layout, the same on every rank."""
     bucket: Tensor
     """``[numel]``: DDP's buffer."""
+    ready: Event | None
+    """Point of the device at which :attr:`bucket` is filled; None where the host fills it."""
     uplink: Tensor
     """``[servers of this rank's share, stride_bytes]`` uint8: the payload that this rank sends."""
     received: Tensor

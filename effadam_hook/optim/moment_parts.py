@@ -104,7 +104,7 @@ def _slice(
             f"{name!r}, and this rank needs those of {first} to {first + numel - 1}. With "
             'topology="hierarchical" the state_dict() of the optimizer has the moments of one rank\'s '
             "share. Load the state of the hook after it, as full_state_dict() returns it: it has the "
-            "moments of all ranks."
+            "moments of all ranks. Without one load no optimizer state: moments then start at zero."
         )
     begin = first - start if numel else 0
     return held[begin : begin + numel]

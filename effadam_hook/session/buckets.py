@@ -10,8 +10,9 @@ from torch import Tensor
 
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.exchange.topology import Topology
-from effadam_hook.feedback.parameters import ParameterTable
+from effadam_hook.feedback.parameters import ParameterTable, whole_numel
 from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.kernels import Kernels
 from effadam_hook.kernels.arguments import compute_dtype
@@ -67,6 +68,7 @@ class Buckets:
         model: Model,
         part_numel: int | None,
         kernels: Kernels,
+        staging: Staging,
         run_id: str,
     ) -> list[BucketBuffers]:
         """Return the buffers of a bucket, one for each part; new ones if its tensors have changed.
@@ -78,6 +80,7 @@ class Buckets:
             model: Options, names and residuals.
             part_numel: Elements of a part; None for one part.
             kernels: The implementation of the arithmetic.
+            staging: The memory of the collectives.
             run_id: Run id of the model.
 
         Raises:
@@ -101,6 +104,7 @@ class Buckets:
                 tensors[part],
                 model,
                 kernels,
+                staging,
                 check_every_step=index == number == 0,
                 run_id=run_id,
             )
@@ -116,6 +120,7 @@ def _make(
     tensors: Sequence[Tensor],
     model: Model,
     kernels: Kernels,
+    staging: Staging,
     *,
     check_every_step: bool,
     run_id: str,
@@ -137,7 +142,7 @@ def _make(
     if topology.shares > 1:
         layouts = lay_out_node(layout, topology.shares)
         node = NodeBuffers(
-            layouts, topology.share, flat.dtype, compute_dtype(flat.dtype), flat.device
+            layouts, topology.share, flat.dtype, compute_dtype(flat.dtype), flat.device, staging
         )
         runs = node.layout.runs
     return BucketBuffers(
@@ -146,6 +151,7 @@ def _make(
         runs,
         node,
         kernels,
+        staging,
         topology,
         dtype,
         flat.device,
@@ -163,7 +169,7 @@ def _slots(tensors: Sequence[Tensor], config: Config, parameters: ParameterTable
     start = 0
     for tensor in tensors:
         known = parameters.find(tensor)
-        exact = config.is_exact(known.aliases, tensor.ndim, tensor.numel())
+        exact = config.is_exact(known.aliases, tensor.ndim, whole_numel(tensor))
         slots.append(Slot(known.name, start, tensor.numel(), exact))
         start += tensor.numel()
     return slots

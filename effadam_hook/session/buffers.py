@@ -10,18 +10,18 @@ payload have the layout of the bucket.
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from effadam_hook.exchange.replica_check import ReplicaCheck
+from effadam_hook.exchange.staging import Staging
+from effadam_hook.exchange.streams import Event
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.feedback.residuals import Place, Residuals
-from effadam_hook.feedback.unused import UnusedInput, UnusedMean
+from effadam_hook.feedback.unused import UnusedInput, UnusedMean, put_aside
 from effadam_hook.kernels import Kernels
 from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Content
@@ -41,6 +41,7 @@ class BucketBuffers:
         runs: The elements that this rank encodes.
         node: The buffers inside the node; None in topologies without nodes.
         kernels: The implementation of the arithmetic.
+        staging: The memory of the collectives.
         topology: This rank's view of the servers.
         dtype: Dtype of the uncompressed elements in the payloads.
         device: Device of the bucket.
@@ -59,6 +60,7 @@ class BucketBuffers:
         runs: Sequence[Run],
         node: NodeBuffers | None,
         kernels: Kernels,
+        staging: Staging,
         topology: Topology,
         dtype: torch.dtype,
         device: torch.device,
@@ -74,15 +76,17 @@ class BucketBuffers:
         digest = _digest(label, layout, dtype, run_id)
         self.fingerprint = f"{digest:08x}"
         self._kernels = kernels
+        self._staging = staging
         self._server = topology.serves
         self._dtype = dtype
         self._content = content
         self._parameters = list(parameters)
         self.bucket = torch.empty(0, dtype=dtype, device=device)
+        self.ready: Event | None = None
         precise = compute_dtype(dtype)
 
         def payload(rows: int, stride_bytes: int) -> Tensor:
-            return torch.zeros(rows, stride_bytes, dtype=torch.uint8, device=device)
+            return staging.zeros((rows, stride_bytes), torch.uint8, device)
 
         up, down = layout.uplink, layout.downlink
         self.node = node
@@ -94,34 +98,33 @@ class BucketBuffers:
         self.received = payload(rows, up.stride_bytes)
         self.downlink = payload(topology.servers, down.stride_bytes)
         self.served = self.downlink if self.node is None else payload(servers, down.stride_bytes)
-        self.outgoing = topology.outgoing(self.served)
+        outgoing = topology.outgoing(self.served)
+        self.outgoing = outgoing if outgoing is self.served else staging.adopt(outgoing)
+        # The kernels' side of each: the same tensors without staging.
+        self._uplink, self._received = staging.twin(self.uplink), staging.twin(self.received)
+        self._outgoing, self._downlink = staging.twin(self.outgoing[0]), staging.twin(self.downlink)
         # Servers compare their workers; in a node, all ranks also compare all servers.
         self._checks: list[ReplicaCheck] = []
-        if device.type == "cpu":
+        if staging.sends_from_host:
             names = [slot.name for slot in layout.slots]
             compared = [(self.uplink, self.received, topology.worker_ranks)]
             if self.node is not None:
                 compared.append((self.outgoing, self.downlink, topology.server_ranks))
             self._checks = [
-                ReplicaCheck(digest, names, parameters, sent, got, check_every_step, ranks)
+                ReplicaCheck(digest, names, parameters, sent, got, staging, check_every_step, ranks)
                 for sent, got, ranks in compared
             ]
 
-        # On other devices the host would have to wait for the gradient.
-        self._finds_unused: tuple[UnusedInput, UnusedMean] | None = None
-        if device.type == "cpu":
-            self._finds_unused = (
-                UnusedInput(self._sent_wire),
-                UnusedMean(up, down, self._server or 0),
-            )
-
+        looks = staging.computes_on_host
+        self._unused_input = UnusedInput(self._sent_wire, looks)
+        self._unused_mean = UnusedMean(up, down, self._server or 0, dtype, looks)
         # Otherwise zeros in a gradient are found before they are sent.
-        self._restores = content.adam is not None or self._finds_unused is None
+        self._restores = content.adam is not None
         self._savepoint: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
 
         self._raw = up.as_raw()
         rows = int(content.sends_weights and self._server is not None)
-        self._weights = payload(rows, self._raw.stride_bytes)
+        self._weights = torch.zeros(rows, self._raw.stride_bytes, dtype=torch.uint8, device=device)
 
         self._worker_residual = self._server_residual = None
         if worker is not None:
@@ -232,68 +235,72 @@ class BucketBuffers:
         values, preconditioner = self.values, self._content.preconditioner
         if self.node is not None:
             preconditioner = self.node.share_of(preconditioner)
-        with self._unused_input(values):
+        # Momentum continues an Adam update without a gradient: no element is unused there.
+        find = None if self._content.adam else self._unused_input
+        with put_aside(find, values, self._worker_residual) as residual:
             self._kernels.encode_(
                 self._sent_wire,
                 values,
-                self._worker_residual,
-                self.uplink,
+                residual,
+                self._uplink,
                 self._dtype,
                 preconditioner=preconditioner,
                 adam=self._content.adam,
             )
+        self._staging.send(self._uplink, self.uplink)
+        for check in self._checks[:1]:
+            check.write()
 
     def reduce(self) -> None:
         """Reduce the workers' chunks and the server residual into the downlink chunk."""
         assert self._server is not None
         if self._checks:
             self._checks[0].check()
+        self._staging.receive(self.received, self._received)
         if self._content.sends_weights:
             self._reduce_to_weights(self._server)
-            return
-        with self._unused_mean():
+        else:
+            self._reduce_to_mean(self._server)
+        self._staging.send(self._outgoing, self.outgoing[0])
+        for check in self._checks[1:]:
+            check.write()
+
+    def _reduce_to_mean(self, server: int) -> None:
+        """Decode the mean and encode it again."""
+        find, received = self._unused_mean, self._received
+        with put_aside(find, received, self._server_residual) as residual:
             self._kernels.reduce_encode_(
                 self.layout.uplink,
                 self.layout.downlink,
-                self._server,
-                self.received,
-                self._server_residual,
+                server,
+                received,
+                residual,
                 self._dtype,
-                self.outgoing[0],
+                self._outgoing,
                 preconditioner=self._content.preconditioner,
             )
-
-    def _unused_input(self, values: Tensor) -> AbstractContextManager[None]:
-        # Momentum continues an Adam update without a gradient: no element is unused there.
-        if self._finds_unused is None or self._worker_residual is None or self._content.adam:
-            return contextlib.nullcontext()
-        return self._finds_unused[0].put_aside(values, self._worker_residual)
-
-    def _unused_mean(self) -> AbstractContextManager[None]:
-        if self._finds_unused is None or self._server_residual is None:
-            return contextlib.nullcontext()
-        return self._finds_unused[1].put_aside(self.received, self._server_residual)
 
     def _reduce_to_weights(self, server: int) -> None:
         """Decode the mean, replace it by the server's new weights, and encode those."""
         up, raw, down = self.layout.uplink, self._raw, self.layout.downlink
         chunk = raw.chunks[server]
         self._kernels.reduce_encode_(
-            up, raw, server, self.received, None, self._dtype, self._weights[0]
+            up, raw, server, self._received, None, self._dtype, self._weights[0]
         )
         values = self._weights[0, : chunk.used_bytes].view(self._dtype)
         self._content.apply_on_server(values, self._server_residual, chunk.pieces)
         self._kernels.reduce_encode_(
-            raw, down, server, self._weights, self._server_residual, self._dtype, self.outgoing[0]
+            raw, down, server, self._weights, self._server_residual, self._dtype, self._outgoing
         )
 
     def decode(self) -> None:
         """Decode the downlink payload into the bucket or the weights."""
         for check in self._checks[1:]:
             check.check()
+        self._staging.receive(self.downlink, self._downlink)
         self._kernels.decode(
             self.layout.downlink,
-            self.downlink,
+            self._downlink,
             self._content.target(self.bucket),
             self._dtype,
             preconditioner=self._content.preconditioner,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError, UnsupportedBackendError
 from effadam_hook.exchange.agreement import check_agreement, check_steps
-from effadam_hook.exchange.collectives import abandon
+from effadam_hook.exchange.collectives import abandon, wire_device
 from effadam_hook.exchange.exchange import Exchange, check_backend, make_exchange
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.waiting import phase as waiting_phase
@@ -100,7 +100,7 @@ class Connection:
         """Compare options and model with the other ranks, and find the nodes; a collective operation.
 
         Args:
-            device: A device whose tensors the group's backend can send.
+            device: The device of the buckets, or another whose tensors the group can send.
             describe: Returns plain values, which must be equal on all ranks.
             name: Name of the model in messages.
             undivided: The option that needs a whole bucket on every rank; empty without one.
@@ -108,6 +108,7 @@ class Connection:
         Raises:
             DisagreementError: On every rank, if any two differ.
         """
+        device = wire_device(self.group, device)
         description: dict[str, Any] | Exception
         try:
             description = describe()
@@ -157,7 +158,8 @@ class Connection:
         with self.watchdog.hold("opening the exchange", "comparing steps") as held:
             # Over DDP's own connections, which break at once when a rank has died.
             topology = self.topology.name
-            check_steps(self.run_id, steps, progress, topology, self.group, device)
+            wire = wire_device(self.group, device)
+            check_steps(self.run_id, steps, progress, topology, self.group, wire)
             held.phase = CONNECTING
             self.exchange = make_exchange(self.topology, self.group, device, self.watchdog, held)
         if self.group.rank() == 0 and self.group.size() > 1:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.session.node_memory import TICKET_BYTES, SharedMemory, open_ticket, share
 from effadam_hook.wire.node_layout import NodeLayout
@@ -40,6 +41,7 @@ class NodeBuffers:
         dtype: The bucket's dtype.
         precise: The arithmetic's dtype.
         device: The bucket's device.
+        staging: The memory of the collectives, where that is not shared.
 
     Attributes:
         layout: This rank's share.
@@ -58,6 +60,7 @@ class NodeBuffers:
         dtype: torch.dtype,
         precise: torch.dtype,
         device: torch.device,
+        staging: Staging,
     ) -> None:
         self.layout, self.is_shared = layouts[own], False
         self.mean = torch.zeros(self.layout.numel, dtype=precise, device=device)
@@ -68,18 +71,23 @@ class NodeBuffers:
         self.packed_sizes = self._sizes(own)
         room = _room(self._share_bytes[own])
         self.received_sizes = [0 if rank == own else room for rank in self._ranks]
+        self._staging = staging
         self._memory: SharedMemory | None = None
-        if device.type == "cpu":
+        if staging.computes_on_host:
             self._memory = share(sum(self.packed_sizes))
         if self._memory is None:
-            packed = torch.zeros(sum(self.packed_sizes), dtype=torch.uint8, device=device)
+            size = (sum(self.packed_sizes),)
+            self.packed_bytes = staging.zeros(size, torch.uint8, device)
         else:
-            packed = self._memory.bytes
-        self.packed_bytes = packed
-        self.received_bytes = packed.new_zeros(sum(self.received_sizes))
-        rows = torch.split(self.received_bytes, self.received_sizes)
+            self.packed_bytes = self._memory.bytes
+        size = (sum(self.received_sizes),)
+        self.received_bytes = staging.zeros(size, torch.uint8, device)
+        # The kernels' side of both: the same tensors without staging.
+        self._packed = staging.twin(self.packed_bytes)
+        self._received = staging.twin(self.received_bytes)
+        rows = torch.split(self._received, self.received_sizes)
         self._notes = [rows[rank][-_NOTE_BYTES:] for rank in self._others]
-        parts = torch.split(packed, self.packed_sizes)
+        parts = torch.split(self._packed, self.packed_sizes)
         self._own_notes = [parts[rank][-_NOTE_BYTES:] for rank in self._others]
         self._parts = [self._values(parts[rank], self._share_bytes[rank]) for rank in self._others]
         self._sources = [self._values(rows[rank], self._share_bytes[own]) for rank in self._ranks]
@@ -121,9 +129,11 @@ class NodeBuffers:
         for part, views in zip(self._parts, self._views, strict=True):
             if views:
                 torch.cat(views, out=part)
+        self._staging.send(self._packed, self.packed_bytes)
 
     def average(self) -> None:
         """Average the share over the local ranks, in their order, into :attr:`mean`."""
+        self._staging.receive(self.received_bytes, self._received)
         ranks = len(self._ranks)
         # Halved beforehand, as often as needed, a sum of finite values does not overflow. Powers of two
         # are exact, so that the mean is that of a sum divided by the number of ranks.
@@ -151,7 +161,7 @@ class NodeBuffers:
 
     def _map(self) -> None:
         """Map the memory of the other ranks, and note the success for them."""
-        if self.mean.device.type != "cpu":
+        if not self._staging.computes_on_host:
             return
         self._mapped = [open_ticket(bytes(note[:TICKET_BYTES].tolist())) for note in self._notes]
         has_all = self._memory is not None and all(one is not None for one in self._mapped)
@@ -159,7 +169,7 @@ class NodeBuffers:
 
     def _settle(self) -> None:
         """Read from the memory of the other ranks from now on, if all ranks can."""
-        if self.mean.device.type != "cpu":
+        if not self._staging.computes_on_host:
             return
         if self._memory is not None:
             self._memory.seal()
@@ -173,7 +183,8 @@ class NodeBuffers:
         self._sources[self._own] = self.mean[:0]
         self._notes.clear()
         self.packed_sizes = self.received_sizes = [1] * len(self._ranks)
-        self.packed_bytes, self.received_bytes = self.packed_bytes.new_zeros(2, len(self._ranks))
+        self.packed_bytes, self.received_bytes = torch.zeros(2, len(self._ranks), dtype=torch.uint8)
+        self._received = self.received_bytes
         self.is_shared = True
 
     def share_of(self, preconditioner: Preconditioner | None) -> Preconditioner | None:

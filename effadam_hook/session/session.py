@@ -186,7 +186,8 @@ class ExchangeSession:
             raise EffAdamError("The session is not open: call open() on all ranks first.")
         self.connection.phase = "laying out the bucket"
         parts = self._buckets.of(
-            index, flat, tensors, self, exchange.part_numel, kernels, connection.run_id
+            *(index, flat, tensors, self, exchange.part_numel),
+            *(kernels, exchange.staging, connection.run_id),
         )
         future: Future[Tensor] | None = None
         start = 0

@@ -14,7 +14,7 @@ from effadam_hook.feedback.checkpoint import RankState, Share, holds_all_ranks, 
 from effadam_hook.feedback.reshard import Role, deal, merge, reassign
 from effadam_hook.session.session import ExchangeSession
 
-__all__ = ["capture", "restore"]
+__all__ = ["capture", "restore", "role_of"]
 
 
 def capture(session: ExchangeSession) -> RankState:
@@ -27,7 +27,7 @@ def capture(session: ExchangeSession) -> RankState:
         The state, with copies of all tensors on the CPU. Residuals have the scale of the unscaled loss.
     """
     connection, topology, scale = session.connection, session.topology, session.loss_scale
-    role = _role(session, topology)
+    role = role_of(session, topology)
     worker = {name: (view / scale).cpu() for name, view in session.worker}
     server = {name: (view / scale).cpu() for name, view in session.server}
     return RankState(
@@ -81,7 +81,13 @@ def restore(session: ExchangeSession, saved: Any) -> None:
         )
 
 
-def _role(session: ExchangeSession, topology: Topology) -> Role:
+def role_of(session: ExchangeSession, topology: Topology) -> Role:
+    """Return the role of this rank in a topology.
+
+    Args:
+        session: The session.
+        topology: Its topology, or the one that a saved state decides for.
+    """
     table = session.connection.choice.table
     return Role(
         rank=session.group.rank(),
@@ -110,7 +116,7 @@ def _state_of_this_rank(
     parameters, mode = session.parameters, session.mode
     states = [state.renamed(parameters.resolve) for state in states]
     topology = make_topology(name, session.group) if name else session.topology
-    role = _role(session, topology)
+    role = role_of(session, topology)
     own = _dealt(states, role) if holds_all_ranks(saved) else _own(states[0], role)
     _check_parameters(session, own)
     if own.units and own.units != mode.units:

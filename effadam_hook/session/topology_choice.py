@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook.errors import EffAdamError
-from effadam_hook.exchange.nodes import check_node_options, describe_ranks, tabulate
+from effadam_hook.exchange.node_description import check_node_options, describe_ranks
+from effadam_hook.exchange.nodes import tabulate
 from effadam_hook.exchange.topology import (
     AUTO,
     FLAT_TOPOLOGIES,
