@@ -13,7 +13,7 @@ import pytest
 from effadam_hook.cli import main
 from effadam_hook.cli.conclusion import conclusion_of
 from effadam_hook.cli.rows import Row
-from effadam_hook.exchange.nodes import HOST_VARIABLE
+from effadam_hook.exchange.node_description import HOST_VARIABLE
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.quality import DENSE_LOSS, LOSSES, describe_quality
 from harness import run_ranks

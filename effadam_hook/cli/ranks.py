@@ -16,7 +16,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from effadam_hook.cli.rendezvous import check_command_lines
 from effadam_hook.errors import CommandError
-from effadam_hook.exchange.nodes import describe_rank, find_nodes
+from effadam_hook.exchange.node_description import describe_ranks
+from effadam_hook.exchange.nodes import tabulate
 from effadam_hook.exchange.probe import Probe
 from effadam_hook.exchange.topology import NodeTable
 
@@ -183,16 +184,14 @@ def _nodes(group: dist.ProcessGroup, device: torch.device) -> NodeTable:
         CommandError: On every rank, if nodes have unequal numbers of ranks.
         EffAdamError: On every rank, if hosts and launchers disagree.
     """
-    hosts = Probe(group, device).share(describe_rank(os.environ, group.rank(), group.size()).host)
-    counts = {hosts.count(host) for host in hosts}
-    if len(set(hosts)) == 1:
-        return NodeTable.of([range(len(hosts))])
+    table = tabulate(describe_ranks(group, device))
+    counts = {len(ranks) for ranks in table.nodes}
     if len(counts) > 1:
         raise CommandError(
             f"The hosts have unequal numbers of ranks, between {min(counts)} and {max(counts)}. The "
             "cost model needs equally many: start as many ranks on every host."
         )
-    return find_nodes(group, device)
+    return table
 
 
 def pick_device(device: str) -> torch.device:
