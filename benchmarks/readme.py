@@ -1,6 +1,6 @@
 """Figure and table of README.md: step times by link, measured and predicted.
 
-    python -m benchmarks.readme          # rewrites docs/images/step_time.svg and the table in README.md
+    python benchmarks/readme.py          # rewrites docs/images/step_time.svg and the table in README.md
 
 The figure shows the tables of docs/benchmarks.md, which were measured. The table is a prediction of the
 cost model, with what benchmarks/extrapolate.py assumes of a GPU: no GPU was measured.
@@ -14,7 +14,8 @@ import sys
 from html import escape
 from pathlib import Path
 
-from benchmarks.extrapolate import INSIDE, LATENCY_S, MESSAGE_S, SETTINGS
+from extrapolate import INSIDE, LATENCY_S, MESSAGE_S, SETTINGS
+
 from effadam_hook.planner.cluster import Cluster, Link
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import predict

@@ -287,6 +287,39 @@ def test_modules_with_several_parameter_groups_have_a_bucket_for_each() -> None:
         assert buckets == 5  # two of each block, and the root's
 
 
+def _tensor_parallel(rank: int, _: int, path: Path) -> tuple[float, str]:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+    models = []
+    for own in (mesh["shard"], mesh["replicate", "shard"]):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(8, 36), nn.GELU(), nn.Linear(36, 6))
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        models.append(fsdp.fully_shard(model, mesh=own))
+    state = attach(models[0], process_group=mesh.get_group("replicate"), quantizer="none")
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            inputs = torch.randn(5, 8, generator=torch.Generator().manual_seed(step + rank // 2))
+            model(inputs).square().mean().backward()
+            optimizer.step()
+    dcp.save({"effadam": state.state_dict()}, checkpoint_id=path)
+    state.load_checkpoint(path)
+    return distance(*models), str(state.state_dict()["server"]["2.weight"].placements[1])
+
+
+def test_replicas_may_be_tensor_parallel(tmp_path: Path) -> None:
+    for error, placement in run_ranks(_tensor_parallel, 4, tmp_path / "step3", timeout=60):
+        assert error < 1e-6
+        assert "1" in placement
+
+
 # Quantized exchanges
 
 
@@ -564,6 +597,46 @@ def _unused(rank: int, _: int) -> str:
 
 def test_parameters_without_a_gradient_are_an_error_unless_fsdp_includes_them() -> None:
     run_ranks(_unused, 4, timeout=30)
+
+
+class Interrupted(nn.Module):
+    """A net whose backward is interrupted on request, after the last block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.interrupts = Net(), False
+        self.net.blocks[0].register_full_backward_hook(self._interrupt)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.net(words)
+
+    def _interrupt(self, *_: Any) -> None:
+        if self.interrupts:
+            raise KeyError("interrupted")
+
+
+def _interrupted(rank: int, _: int) -> float:
+    mesh = mesh_of(2, 2)
+    model: Any = Interrupted()
+    for block in model.net.blocks:
+        fsdp.fully_shard(block, mesh=mesh["shard"])
+    fsdp.fully_shard(model, mesh=mesh["shard"])
+    state = attach(model, process_group=mesh.get_group("replicate"), quantizer="lloyd4")
+    for step in range(3):
+        model.interrupts = step == 1
+        if model.interrupts:
+            with pytest.raises(KeyError):
+                loss_of(model, step, rank).backward()
+            model.reset_iter_state()
+            continue
+        loss_of(model, step, rank).backward()
+    return state.stats()["steps"]
+
+
+def test_steps_go_on_after_a_backward_that_an_error_of_the_model_has_ended() -> None:
+    if not hasattr(fsdp.FSDPModule, "reset_iter_state"):
+        pytest.skip("FSDP does not recover from errors")
+    assert run_ranks(_interrupted, 4, timeout=40) == [2] * 4
 
 
 def _dies(rank: int, _: int) -> str:

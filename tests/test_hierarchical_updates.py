@@ -196,6 +196,36 @@ def test_ranks_of_a_node_may_run_out_of_data_apart() -> None:
     assert all(equal(weights, ranks[0]) for weights in ranks)
 
 
+# Values that are not finite
+
+
+def poison(rank: int, world_size: int, dtype: torch.dtype) -> list[tuple[bool, bool]]:
+    model = ddp(ChosenGradients(dtype=dtype))
+    optimizer = EfficientAdam(model.parameters(), lr=1e-2)
+    state = attach(model, optimizer=optimizer, **options_for(MIXED, quantizer="lloyd2"))
+    seen = []
+    for step in range(4):
+        gradients = drawn_gradients(rank, step, dtype=dtype)
+        if step == 2 and rank == 3:
+            gradients[0][5, 7], gradients[1][2] = float("nan"), float("inf")
+        optimizer.zero_grad()
+        model(gradients).backward()
+        arrived = all(bool(p.grad.isfinite().all()) for p in model.parameters())
+        if arrived:
+            optimizer.step()
+        saved = state.state_dict()
+        kept = [*saved["worker"].values(), *saved["server"].values()]
+        kept += [e[key] for e in saved["moments"].values() for key in ("exp_avg", "exp_avg_sq")]
+        seen.append((arrived, all(bool(values.isfinite().all()) for values in kept)))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_value_that_is_not_finite_reaches_no_moment(dtype: torch.dtype) -> None:
+    for seen in run_ranks(poison, 4, dtype):
+        assert seen == [(True, True)] * 2 + [(False, True), (True, True)]
+
+
 # Bounded gradients
 
 

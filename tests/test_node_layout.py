@@ -221,3 +221,22 @@ def test_memory_that_nobody_maps_does_not_use_up_the_files(monkeypatch: pytest.M
     kept.clear()
     gc.collect()
     assert node_memory.share(1) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shares", [2, 3, 5, 6, 7, 12])
+def test_the_mean_of_the_largest_values_does_not_overflow(shares: int, dtype: torch.dtype) -> None:
+    """DDP's own sum of gradients that are divided beforehand may, where rounding goes up."""
+    node = node_of(lay_out_node(layout_of((60_000,), 2, shares), shares), dtype, dtype)
+    limits = torch.finfo(dtype)
+    below = torch.randint(0, 6, (shares, 60_000)) * limits.eps / 2
+    below[:, 0] = 0
+    sign = torch.randint(0, 2, (60_000,)) * 2 - 1
+    buckets = (limits.max * (1 - below.to(torch.float64))).to(dtype) * sign
+    average(list(buckets), node)
+    means = [buffers.mean for buffers in node]
+    assert all(bool(mean.isfinite().all()) for mean in means)
+    assert all(bool((mean.abs() >= limits.max * (1 - 8 * limits.eps)).all()) for mean in means)
+    buckets[1, 3] = float("inf")
+    average(list(buckets), node)
+    assert sum(int(mean.isfinite().logical_not().sum()) for mean in means) == 1

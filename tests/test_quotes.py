@@ -11,14 +11,17 @@ output of the command below it, so that a figure is one comment and one command 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import FIGURE, draw, with_table
-from benchmarks.readme import MEASURED as MEASURED_TABLES
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from readme import FIGURE, draw, with_table  # noqa: E402
+from readme import MEASURED as MEASURED_TABLES  # noqa: E402
+
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], key=str)
 NUMBER = r"\d*\.?\d+"
 QUOTE = re.compile(rf"({NUMBER})[^\d<]*<!-- (?=[\w-]+\.md#)(.+?) -->")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.streams import Event, Streams
 
@@ -85,6 +86,9 @@ class Staging:
         Args:
             source: A buffer of the kernels.
             target: A buffer of the collectives.
+
+        Raises:
+            EffAdamError: If the device has failed.
         """
 
     def receive(self, source: Tensor, target: Tensor) -> None:
@@ -159,8 +163,14 @@ class PinnedStaging(Staging):
 
     def send(self, source: Tensor, target: Tensor) -> None:
         """Copy to pinned memory and wait for it, see :class:`Staging`."""
-        self._streams.copy(source, target)
-        self._record().synchronize()
+        try:
+            self._streams.copy(source, target)
+            self._record().synchronize()
+        except RuntimeError as error:  # as an error of this package it is the cause on all ranks
+            raise EffAdamError(
+                f"The device has failed before a payload reached the host: {error}. The cause may be "
+                "any earlier operation on it: CUDA_LAUNCH_BLOCKING=1 shows which one."
+            ) from error
 
     def receive(self, source: Tensor, target: Tensor) -> None:
         """Copy to the device in the order of the stream, see :class:`Staging`."""

@@ -28,6 +28,9 @@ from effadam_hook.errors import EffAdamError
 
 __all__ = ["ShardEngine"]
 
+_NONE = -1
+"""Identity of no backward."""
+
 
 class ShardEngine(Engine):
     """The exchange of the shards of one rank with the same shards of other replicas.
@@ -44,6 +47,7 @@ class ShardEngine(Engine):
         super().__init__(config, group)
         self.is_joining = lambda: False
         self.position: dict[str, list[int]] = {}
+        self._backward = _NONE
         self._last: Future[Tensor] | None = None
 
     def agree(self, device: torch.device) -> None:
@@ -77,10 +81,13 @@ class ShardEngine(Engine):
         try:
             if connection.is_stopped:
                 connection.watchdog.check()
-            if self._last is None:
+            # An identity rather than a flag: an error elsewhere may have ended the last backward.
+            backward = torch._C._current_graph_task_id()
+            if backward != self._backward:
                 self._begin(flat.device, owners)  # [1]
                 if not at_end_of_backward(self._end_step):
                     raise EffAdamError("FSDP has called the hook outside of a backward pass.")
+                self._backward = backward
             connection.phase = "preparing the bucket"
             if self._compressing:  # [2]
                 check_weights = self.check_replicas
@@ -88,11 +95,10 @@ class ShardEngine(Engine):
             else:
                 future = session.average(index, flat, owners)
             self._last = future
-            if not flat.is_cuda:
-                connection.watchdog.join()  # [3] where Ctrl-C is received
+            connection.watchdog.join()  # [3] where Ctrl-C is received; on NCCL nothing is in flight
             future.wait()
         except BaseException as error:
-            self._last = None
+            self._backward, self._last = _NONE, None
             failure = connection.stop(f"bucket {index}", error)
             if not isinstance(error, Exception):
                 raise
@@ -103,6 +109,6 @@ class ShardEngine(Engine):
         if self._last is None:
             return  # an error has ended the backward
         self.clock.stop_after(self._last)  # [4]
-        self._last = None
+        self._backward, self._last = _NONE, None
         self.session.counters.steps += 1
         self.session.mode.end_backward()
