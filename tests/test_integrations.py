@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from effadam_hook import EffAdamError, EfficientAdam, attach
-from effadam_hook.integrations.metrics import log_exchange
+from effadam_hook.integrations.metrics import exchange_line, log_exchange
 from harness import run_ranks
 from lightning_training import pose_as_torchrun
 from training import ddp
@@ -290,3 +292,26 @@ def test_tensorboard_and_wandb_get_the_values(tmp_path: Path) -> None:
     assert [one.step for one in ratio] == [1, 2, 3]
     assert ratio[-1].value == pytest.approx(values["effadam/ratio"])
     assert not has_wandb() or list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def describe_late_ranks(rank: int, world_size: int) -> list[str]:
+    model = ddp(nn.Linear(50, 50))
+    state = attach(model, topology="sharded")
+    lines = []
+    for late in (1, 2):
+        for _ in range(3):  # the first exchange also connects
+            time.sleep(0.3 if rank == late else 0.0)
+            model(torch.randn(4, 50)).square().mean().backward()
+        lines.append(exchange_line(state))
+    return lines
+
+
+def test_the_line_for_progress_bars_names_the_rank_that_is_late() -> None:
+    first, *others = run_ranks(describe_late_ranks, 3)
+    assert all(lines == first for lines in others)
+    for late, line in zip((1, 2), first, strict=True):
+        assert re.fullmatch(
+            rf"\d\.\d\dx fewer bytes, exchange \d+\.\d ms, of which \d+\.\d ms waiting for rank {late}",
+            line,
+        )
+        assert float(line.split("of which ")[1].split()[0]) > 150
