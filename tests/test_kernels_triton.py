@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +161,50 @@ def test_sums_and_quotients_that_overflow_saturate(
     assert server.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("lloyd4", torch.float32),
+        ("log3", torch.float64),
+        ("ternary", torch.float32),
+        ("uniform8", torch.bfloat16),
+        ("none", torch.float32),
+    ],
+)
+def test_a_block_has_one_result_in_full_and_in_partial_tiles(
+    kernels: Kernels, name: str, dtype: torch.dtype
+) -> None:
+    """The same values in an aligned tile of 4096 elements, in an unaligned one, and in short ones."""
+    values = values_like_gradients(8192, dtype)
+    layout = layout_of((8192, 3, 8192, 512, 8192 - 512), name, dtype=dtype)
+    parts = [values, values[:3], values, values[:512], values[512:]]
+    x = torch.cat(parts)
+    e = torch.cat([(part * 0.3).to(compute(dtype)) for part in parts])
+    kept, e_there = e.clone(), there(e)
+    payload = encode(kernels, layout.uplink, there(x), e_there, dtype)
+    out = decode(kernels, layout.uplink, payload, dtype)
+    aligned, _, unaligned, short, rest = out.split([len(part) for part in parts])
+    assert torch.equal(aligned, unaligned)
+    assert torch.equal(aligned, torch.cat([short, rest]))
+    first, _, second, *others = e_there.split([len(part) for part in parts])
+    assert torch.equal(first, second)
+    assert torch.equal(first, torch.cat(others))
+    assert_near(out.cpu(), decode(reference, layout.uplink, payload.cpu(), dtype), 0)
+    law = encode(reference, layout.uplink, x, kept, dtype)
+    assert_near(out.cpu(), decode(reference, layout.uplink, law, dtype))
+    both = torch.cat([payload, there(law)])
+    server_law, server = e.clone(), there(e)
+    reduced_law = reduce_encode(reference, layout, 0, both.cpu(), server_law, dtype)
+    reduced = reduce_encode(kernels, layout, 0, both, server, dtype)
+    made, expected = (
+        decode(reference, layout.downlink, one.cpu()[None], dtype) for one in (reduced, reduced_law)
+    )
+    assert_near(made, expected)
+    aligned, _, unaligned, short, rest = made.split([len(part) for part in parts])
+    assert torch.equal(aligned, unaligned)
+    assert torch.equal(aligned, torch.cat([short, rest]))
+
+
 def test_a_table_that_is_too_long_is_refused(kernels: Kernels) -> None:
     levels = Quantizer("log5", (0.0, *(2.0**-k for k in range(14, -1, -1))), 8, 8, None)
     wire = dataclasses.replace(layout_of((64,), "uniform8").uplink, quantizer=levels)
@@ -220,57 +260,6 @@ def test_updates_like_the_reference(kernels: Kernels, dtype: torch.dtype) -> Non
     first = decode(reference, layout.uplink, payload, dtype)
     assert_near(decode(reference, layout.uplink, made.cpu(), dtype), first)
     torch.testing.assert_close(kept_there.cpu().isfinite(), kept.isfinite())
-
-
-COMPILES = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton.language as tl
-from effadam_hook.kernels import triton_kernels as kernels
-from kernel_cases import layout_of
-
-types = dict.fromkeys(("x", "residual", "exp_avg", "exp_avg_sq", "table", "up_table", "out"), "*fp32")
-types |= dict.fromkeys(("payload", "payloads"), "*u8")
-types |= dict.fromkeys(("pieces", "sources", "moments"), "*i64")
-types |= {"owner": "*i32", "terms": "*fp64", "workers": "i32", "stride": "i64"}
-wire = layout_of((300,), "lloyd4").uplink
-known = kernels._constants(wire) | {"RAW": tl.float32, "RAW_BYTES": 4}
-known |= {"UP_PLANES": 5, "UP_PLANE_BYTES": 1, "UP_MAGNITUDES": 2, "UP_LINEAR": 1}
-for function in (kernels._encode_kernel, kernels._reduce_encode_kernel, kernels._decode_kernel):
-    names = function.arg_names
-    constants = {name: known[name] for name in names if name in known}
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    source = ASTSource(
-        fn=function,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernels._launch(wire))
-    print(function.__name__, len(made.asm["ptx"]))
-"""
-
-
-@pytest.mark.skipif(ON_GPU, reason="the other tests compile them")
-def test_the_kernels_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    )
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    if "No module named 'triton" in done.stderr or "ImportError" in done.stderr:
-        pytest.skip("this Triton has another compiler interface")
-    assert done.returncode == 0, done.stderr
-    assert "_decode_kernel" in done.stdout
 
 
 @pytest.mark.gpu

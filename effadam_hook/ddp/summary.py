@@ -8,8 +8,8 @@ import torch
 
 from effadam_hook._version import __version__
 from effadam_hook.ddp.engine import Engine
-from effadam_hook.exchange.topology import AUTO
 from effadam_hook.kernels import describe
+from effadam_hook.session.card import describe_card
 
 __all__ = ["describe_briefly", "stats_of", "summarize"]
 
@@ -28,7 +28,7 @@ def stats_of(engine: Engine) -> dict[str, float]:
     session = engine.session
     worker, server = session.worker.norm(), session.server.norm()
     result = _result_norm(engine)
-    if session.connection.has_topology and session.topology.shares > 1:
+    if result and session.topology.shares > 1:
         result /= math.sqrt(session.topology.shares)  # the residual covers one share
     return {
         **session.counters.to_dict(),
@@ -103,7 +103,7 @@ def _options(engine: Engine) -> list[tuple[str, str]]:
             f"{_quantizers(engine)}, blocks of {config.block_size}, scale {config.scale_rule}",
         ),
         ("feedback", "both sides" if config.error_feedback else "none"),
-        ("topology", _topology(engine)),
+        ("topology", session.connection.choice.describe()),
     ]
     if engine.auto_compress is not None:
         lines.append(("auto", engine.auto_compress.outcome))
@@ -133,6 +133,8 @@ def _traffic(engine: Engine, has_residuals: bool) -> list[tuple[str, str]]:
         )
     else:
         lines.append(("bytes", f"{human_bytes(dense)} a rank, uncompressed"))
+    if card := describe_card(engine.session):
+        lines.append(("card", card))
     if has_residuals:
         error = stats["quantization_error"]
         lines.append(
@@ -162,14 +164,6 @@ def _status(engine: Engine, is_copy: bool) -> str:
     if engine.session.counters.steps < warmup_steps:
         return f"warming up (dense all-reduce until step {warmup_steps})"
     return "on"
-
-
-def _topology(engine: Engine) -> str:
-    session = engine.session
-    connection, name = session.connection, session.config.topology
-    if name == AUTO and connection.has_topology:
-        name = f"{session.topology.name}, chosen: {connection.topology_reason}"
-    return f"{name}; {connection.route}" if connection.route else name
 
 
 def _kernels(engine: Engine) -> str:

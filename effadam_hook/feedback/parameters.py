@@ -19,6 +19,7 @@ __all__ = [
     "identify",
     "is_exchanged",
     "shaped_view",
+    "whole_numel",
 ]
 
 
@@ -241,3 +242,9 @@ class ParameterTable:
 def is_exchanged(parameter: Tensor) -> bool:
     """Return whether a parameter is trainable and not marked as one that DDP ignores."""
     return parameter.requires_grad and not getattr(parameter, "_ddp_ignored", False)
+
+
+def whole_numel(tensor: Tensor) -> int:
+    """Return the number of elements of a parameter of which a tensor may be one rank's shard."""
+    numel: int = getattr(tensor, "whole_numel", tensor.numel())
+    return numel

@@ -1,0 +1,71 @@
+"""Packing and unpacking of codes in the Triton kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from effadam_hook.kernels.triton_kernels.levels import level_of, levels_of_word
+
+__all__ = ["read_levels", "write_codes"]
+
+
+@triton.jit
+def _power_of_three(plane):
+    power = tl.where(plane == 1, 3, 1)
+    power = tl.where(plane == 2, 9, power)
+    power = tl.where(plane == 3, 27, power)
+    return tl.where(plane == 4, 81, power)
+
+
+@triton.jit
+def read_levels(
+    codes,
+    plane,
+    column,
+    width,
+    live,
+    PLANES: tl.constexpr,
+    PLANE_BYTES: tl.constexpr,
+    LEVELS: tl.constexpr,
+    MAGNITUDES: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+):
+    """Return the float32 levels of the elements ``plane * width + column`` of blocks.
+
+    ``codes`` points to the first byte of each block.
+    """
+    if PLANE_BYTES == 8:
+        code = tl.load(codes + (plane * width + column), mask=live, other=0).to(tl.int32)
+        level = level_of(code, LEVELS, MAGNITUDES, HAS_ZERO)
+    else:
+        inside = column < width
+        word = tl.load(codes + column, mask=inside, other=0).to(tl.int32)
+        for byte in tl.static_range(1, PLANE_BYTES):
+            more = tl.load(codes + (byte * width + column), mask=inside, other=0).to(tl.int32)
+            word = word | (more << (8 * byte))
+        if PLANES == 5:
+            code = (word // _power_of_three(plane)) % 3
+            level = level_of(code, LEVELS, MAGNITUDES, HAS_ZERO)
+        elif HAS_ZERO or LEVELS == 0:
+            code = (word >> (PLANE_BYTES * plane)) & ((1 << PLANE_BYTES) - 1)
+            level = level_of(code, LEVELS, MAGNITUDES, HAS_ZERO)
+        else:
+            level = levels_of_word(word, plane, LEVELS, MAGNITUDES, PLANE_BYTES)
+    return level
+
+
+@triton.jit
+def write_codes(codes, code, plane, column, width, PLANES: tl.constexpr, PLANE_BYTES: tl.constexpr):
+    """Pack the codes of a tile, 0 where there is no element; ``codes`` as in :func:`read_levels`."""
+    if PLANE_BYTES == 8:
+        tl.store(codes + (plane * width + column), code.to(tl.uint8), mask=column < width)
+    else:
+        if PLANES == 5:
+            word = tl.sum(code * _power_of_three(plane), axis=0)
+        else:
+            word = tl.sum(code << (PLANE_BYTES * plane), axis=0)
+        word = word[None, :, :]
+        for byte in tl.static_range(PLANE_BYTES):
+            packed = ((word >> (8 * byte)) & 255).to(tl.uint8)
+            tl.store(codes + (byte * width + column), packed, mask=column < width)
