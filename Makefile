@@ -8,11 +8,14 @@ STAMP := $(VENV)/.installed
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard effadam_hook/__init__.py lightning_plugin/__init__.py))
 KERNEL_SOURCES := $(wildcard effadam_hook/kernels/csrc/*.[ch])
 
+# The tests wait for one another's processes more than they compute, so two files run side by side.
+TEST_FILES_AT_ONCE ?= 2
+
 # make test ARGS="-k harness", make demo ARGS="--workers 4", make bench ARGS="--csv out.csv"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check dist schemas docs docs-serve fuzz soak bench bench-gpu gpu-check sanitize fmt clean
+.PHONY: help venv demo test check dist schemas docs docs-serve docs-release fuzz soak bench bench-gpu gpu-check sanitize fmt clean
 
 help:
 	@echo "make demo    train a small GPT on 2 local workers, dense and compressed, and compare"
@@ -20,7 +23,8 @@ help:
 	@echo "make check   ruff, mypy, the documentation with warnings as errors, dist and schemas"
 	@echo "make dist    build source archive and wheel into build/dist, and check what an index will see"
 	@echo "make schemas check the forge's files: workflows, issue forms, citation"
-	@echo "make docs    build the documentation into build/site; make docs-serve shows it while you write"
+	@echo "make docs    build the documentation into build/site; make docs-serve shows it while you write,"
+	@echo "             make docs-release RELEASE=0.2 adds a version to the branch gh-pages"
 	@echo "make fuzz    draw random runs and faults for MINUTES=30, renew the table in docs/reliability.md"
 	@echo "make soak    10,000 steps of a tiny model on three ranks"
 	@echo "make bench   time the kernels"
@@ -46,7 +50,7 @@ demo:
 	$(PY) examples/train_text.py --compare --workers 2 --quantizers lloyd4,lloyd2 --steps 400 $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(TEST_FILES_AT_ONCE) --dist loadfile $(ARGS)
 
 check: docs dist schemas
 	$(PY) -m ruff check .
@@ -75,6 +79,16 @@ schemas: $(STAMP)
 # The variable silences an advertisement of the theme's.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+	$(PY) tests/check_site.py
+
+# A version of the site beside those that the branch has: RELEASE=0.2 is what readers see first, RELEASE=dev
+# is a choice in the header. It commits to the branch gh-pages of this clone; ARGS=--push sends it.
+RELEASE ?= dev
+MIKE = PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 mike
+
+docs-release: $(STAMP)
+	$(MIKE) deploy --update-aliases $(RELEASE) $(if $(filter-out dev,$(RELEASE)),stable) $(ARGS)
+	$(if $(filter-out dev,$(RELEASE)),$(MIKE) set-default stable $(ARGS))
 
 docs-serve: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve --strict $(ARGS)

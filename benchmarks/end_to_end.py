@@ -2,12 +2,15 @@
 
     sudo python benchmarks/end_to_end.py --rate 1gbit
     sudo python benchmarks/end_to_end.py --rate 200mbit --methods "fp32,{lloyd4,lloyd2}/sharded"
+    sudo python benchmarks/end_to_end.py --rate 200mbit --hosts 2 --ranks-per-host 8 \
+        --methods "fp32,lloyd4/{sharded,hierarchical}"
 
 All methods run in turn in one set of processes, in several rounds. Each round starts with another
 method, so that other load on the machine affects all methods. A step time covers all ranks: it is the
 time between the ends of two consecutive steps on the last rank. Bytes are read from the links'
-counters. The floor is the time that the bytes take on the busiest link in its busier direction, a lower
-bound for any program that sends these bytes over these links.
+counters, one link for each host, whatever its number of ranks. The floor is the time that the bytes
+take on the busiest link in its busier direction, a lower bound for any program that sends these bytes
+over these links.
 
 The run fails if a method of this project used the reference kernels, or if the compiled kernels were
 rebuilt while it ran: see ``check_kernels`` in ``effadam_hook/cli/kernel_check.py``.
@@ -33,7 +36,7 @@ from effadam_hook.cli.rows import Row, rows_of
 from effadam_hook.planner.method import expand_names
 from effadam_hook.planner.workloads import Workload
 
-__all__ = ["LabRow", "measure", "table"]
+__all__ = ["LabRow", "measure", "show", "table"]
 
 _HERE = Path(__file__).parent
 _ALL = (
@@ -90,10 +93,10 @@ def table(cells: Sequence[Cell], link: Link) -> list[LabRow]:
     ]
 
 
-def show(rows: Sequence[LabRow], link: Link, hosts: int) -> str:
+def show(rows: Sequence[LabRow], lab: NetLab) -> str:
     """Format the rows as text."""
     lines = [
-        f"{hosts} hosts, {link.name}",
+        f"{lab.shape}, {lab.link.name}",
         f"{'method':<26}{'step ms':>9}{'p20':>8}{'p80':>8}{'x fp32':>8}"
         f"{'floor ms':>10}{'busiest MB':>12}{'all MB':>9}{'cpu ms':>8}",
     ]
@@ -109,6 +112,7 @@ def main() -> int:
     """Measure, print the table and write the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=4, metavar="N")
+    parser.add_argument("--ranks-per-host", type=int, default=1, metavar="G")
     parser.add_argument("--rate", default="1gbit", help="rate of each link, for example 200mbit")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one-way delay between hosts")
     parser.add_argument(
@@ -133,30 +137,33 @@ def main() -> int:
     run = LabRun(methods, args.rounds, args.warmup, args.steps, workload, not args.no_optimizer)
     try:
         link = Link.parse(args.rate, args.delay_ms, args.keep_windows)
-        with NetLab(args.hosts, link) as lab:
+        lab = NetLab(args.hosts, link, args.ranks_per_host)
+        with lab:
             cells = measure(run, lab)
     except (LabError, RankError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     rows = table(cells, link)
-    print(show(rows, link, args.hosts))
+    print(show(rows, lab))
     if args.json is not None:
-        about = {"environment": environment(), "link": link.name, "hosts": args.hosts}
+        about = {"environment": environment(), "link": link.name, "hosts": lab.hosts}
+        about |= {"ranks_per_host": lab.ranks_per_host}
         args.json.write_text(
             json.dumps({**about, "run": json.loads(run.to_json()), "cells": cells})
         )
     if args.csv is not None:
-        _append(args.csv, rows, link, args.hosts)
+        _append(args.csv, rows, lab)
     return 0
 
 
-def _append(path: Path, rows: Sequence[LabRow], link: Link, hosts: int) -> None:
+def _append(path: Path, rows: Sequence[LabRow], lab: NetLab) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow(["hosts", "link", *LabRow.__dataclass_fields__])
-        writer.writerows([hosts, link.name, *vars(row).values()] for row in rows)
+            writer.writerow(["hosts", "ranks_per_host", "link", *LabRow.__dataclass_fields__])
+        about = (lab.hosts, lab.ranks_per_host, lab.link.name)
+        writer.writerows([*about, *vars(row).values()] for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rank of a benchmark run in a lab, started on every host by :mod:`end_to_end`."""
+"""Rank of a benchmark run in a lab, started by :mod:`end_to_end` for each rank of every host."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_counters(probe: Probe) -> tuple[list[int], list[int]]:
     probe.share(None)
     reading: list[list[int]] = []
     if probe.rank == 0:
-        now = read_wire_bytes(os.environ["NETLAB_ID"], probe.world_size)
+        now = read_wire_bytes(os.environ["NETLAB_ID"], int(os.environ["NETLAB_HOSTS"]))
         reading = [list(now.sent), list(now.received)]
     sent, received = probe.share(reading)[0]
     return sent, received

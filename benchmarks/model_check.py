@@ -2,6 +2,8 @@
 
     sudo python benchmarks/model_check.py
     sudo python benchmarks/model_check.py --rates 200mbit --methods "fp32,lloyd4/sharded@1"
+    sudo python benchmarks/model_check.py --rates 200mbit --hosts 2 --ranks-per-host 2 --sleep-ms 60 \
+        --methods "fp32,{lloyd4,lloyd2}/{sharded,hierarchical}@1"
 
 For every rate, in one lab: ``effadam plan``, then the exchange of all gradients without training, then
 training steps as ``end_to_end.py`` measures them. The goals are exchange times within 20 % and step
@@ -60,7 +62,8 @@ def check(args: argparse.Namespace, link: Link) -> tuple[list[Comparison], dict[
     methods = tuple(expand_names(args.methods))
     sleeps = args.sleep_ms >= 0
     workload = Workload(args.layers, args.width, args.rows, args.sleep_ms)
-    with tempfile.TemporaryDirectory(prefix="netlab-") as folder, NetLab(args.hosts, link) as lab:
+    lab = NetLab(args.hosts, link, args.ranks_per_host)
+    with tempfile.TemporaryDirectory(prefix="netlab-") as folder, lab:
         sizes = (args.layers, args.width, args.rows)
         command = ["-m", "effadam_hook.cli", "plan", "--json", "--methods", ",".join(methods)]
         command += ["--mlp", "x".join(map(str, sizes))]
@@ -112,6 +115,7 @@ def show(compared: list[Comparison]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=4)
+    parser.add_argument("--ranks-per-host", type=int, default=1, metavar="G")
     parser.add_argument("--rates", default="200mbit,1gbit")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one-way delay between hosts")
     parser.add_argument(
@@ -141,6 +145,7 @@ def main() -> int:
     print(show(compared))
     if args.json is not None:
         about = {"environment": environment(), "hosts": args.hosts, "plans": plans}
+        about |= {"ranks_per_host": args.ranks_per_host}
         args.json.write_text(json.dumps({**about, "compared": [asdict(one) for one in compared]}))
     return 0
 

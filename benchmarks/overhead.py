@@ -34,6 +34,7 @@ from effadam_hook.feedback.unused import UnusedInput, UnusedMean
 
 CHECKS: tuple[tuple[type, str], ...] = (
     (ReplicaCheck, "stamp"),
+    (ReplicaCheck, "write"),
     (ReplicaCheck, "check"),
     (UnusedInput, "_find"),
     (UnusedMean, "_find"),

@@ -1,4 +1,4 @@
-"""Registration of the hook on a DDP model, with the mode that its options and optimizer require."""
+"""Registration of the hook on a model, with the mode that its options and optimizer require."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -20,11 +19,15 @@ from effadam_hook.config.options import (
 )
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh
 from effadam_hook.feedback.parameters import identify
+from effadam_hook.fsdp.attach import attach_sharded
+from effadam_hook.fsdp.groups import is_sharded
 from effadam_hook.hook import efficient_adam_hook
 from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode, WeightMode
+from effadam_hook.modes.preconditioned import adam_of
 from effadam_hook.optim.efficient_adam import EfficientAdam
-from effadam_hook.optim.wrappers import unwrapped
+from effadam_hook.optim.wrappers import describe_kind, unwrapped
 from effadam_hook.state import EfficientAdamState
 
 if TYPE_CHECKING:
@@ -35,53 +38,70 @@ __all__ = ["attach"]
 
 @accepts_options(HookOptions)
 def attach(
-    ddp_model: DistributedDataParallel,
+    ddp_model: nn.Module,
     *,
     optimizer: Optimizer | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     process_group: dist.ProcessGroup | None = None,
-    intra_node_group: dist.ProcessGroup | None = None,
-    device_mesh: DeviceMesh | None = None,
+    intra_node_group: IntraNodeGroup | None = None,
+    device_mesh: NodeMesh | None = None,
     **options: Unpack[HookOptions],
 ) -> EfficientAdamState:
-    """Register the hook on a DDP model: the one line for existing DDP code.
+    """Register the hook on a DDP model, or on one that FSDP2 shards: the one line for existing code.
 
     A collective operation: all ranks compare their options, package versions and parameters, and all
     of them raise an error if any two differ.
 
+    Gradients of a model with modules that went through ``fully_shard`` over a one-dimensional mesh are
+    averaged by FSDP inside the mesh, and exchanged by this hook between its replicas. ``process_group``
+    is then required, ``topology="auto"`` is
+    ``"sharded"``, and update mode is refused.
+
     Args:
-        ddp_model: The wrapped model, without a communication hook.
+        ddp_model: The ``DistributedDataParallel`` model, also inside ``torch.compile``, or the sharded
+            model, without a communication hook.
         optimizer: An :class:`EfficientAdam`, for update mode; or, with ``precondition``, the
             ``torch.optim.Adam`` or ``AdamW`` of the model. An optimizer inside a wrapper with an
             attribute ``optimizer``, such as those of Accelerate and Lightning, is found.
         grad_scaler: The scaler that multiplies the loss, if there is one. Residuals follow its scale.
-        process_group: Process group of the exchange; that of ``ddp_model`` by default.
+        process_group: Process group of the exchange; that of a DDP model by default. For a sharded
+            model, that of the replicas of this rank's shards: ``mesh.get_group("replicate")``.
         intra_node_group: Process group of the ranks of this node, see :class:`EfficientAdamState`.
-        device_mesh: Mesh (nodes, ranks of a node), see :class:`EfficientAdamState`.
+        device_mesh: ``(nodes, ranks of a node)``, see :class:`EfficientAdamState`.
         **options: Options of :class:`effadam_hook.config.options.HookOptions`.
 
     Returns:
         The registered state.
 
     Raises:
-        TypeError: If ``ddp_model`` is not a DDP model, or an option is unknown or has the wrong type.
+        TypeError: If ``ddp_model`` is neither a DDP model nor a sharded one, or an option is unknown or
+            has the wrong type.
         ValueError: If the value of an option is invalid, or a name pattern in ``exact`` matches no
             parameter.
         EffAdamError: If the model has a communication hook already.
         DisagreementError: On all ranks, if the ranks differ.
 
-    Example:
+    Examples:
         >>> ddp_model = DistributedDataParallel(model)
         >>> state = attach(ddp_model, enabled=args.effadam, quantizer="lloyd4")
+
+        >>> mesh = init_device_mesh("cuda", (nodes, gpus), mesh_dim_names=("replicate", "shard"))
+        >>> fully_shard(model, mesh=mesh["shard"])
+        >>> state = attach(model, process_group=mesh.get_group("replicate"), quantizer="lloyd4")
     """
     objects = ("ddp_model", "optimizer", "grad_scaler")
     objects_of_state = ("process_group", "intra_node_group", "device_mesh")
     complete = complete_options(options, HookOptions, beside=(*objects, *objects_of_state))
-    if not isinstance(ddp_model, DistributedDataParallel):
-        raise TypeError(
-            f"Invalid ddp_model: {type(ddp_model).__name__}. Must be a DistributedDataParallel: "
-            "attach after wrapping the model."
+    if is_sharded(ddp_model):
+        return attach_sharded(
+            ddp_model,
+            optimizer=optimizer,
+            grad_scaler=grad_scaler,
+            process_group=process_group,
+            names_nodes=intra_node_group is not None or device_mesh is not None,
+            options=complete,
         )
+    ddp_model = _ddp_of(ddp_model)
     taken = _taken_hooks(ddp_model)
     if taken:
         raise EffAdamError(
@@ -121,6 +141,20 @@ def attach(
     state.watch_join(lambda: (joined := model()) is not None and joined._join_config.enable)
     ddp_model.register_comm_hook(state, efficient_adam_hook)
     return state
+
+
+def _ddp_of(model: Any) -> DistributedDataParallel:
+    """Return the DDP model itself, or the one that torch.compile holds."""
+    inner = model
+    while isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+        inner = inner._orig_mod
+    if isinstance(inner, DistributedDataParallel):
+        return inner
+    kind = type(inner).__name__ if inner is model else f"torch.compile of {type(inner).__name__}"
+    raise TypeError(
+        f"Invalid ddp_model: {kind}. Must be a DistributedDataParallel, or torch.compile of one, or a "
+        "model that fully_shard has sharded: attach after wrapping the model."
+    )
 
 
 def _check_dense_gradients(
@@ -195,31 +229,17 @@ def _choose_mode(
     warmup_steps: int,
 ) -> Mode:
     """Return the mode that the optimizer and the options require."""
-    kinds: tuple[type[Optimizer], ...] = (EfficientAdam,)
-    if precondition:
-        kinds = (torch.optim.Adam, torch.optim.AdamW)
-    optimizer = unwrapped(optimizer, kinds)
-    held = getattr(optimizer, "optimizer", None)
-    kind = type(optimizer).__name__ + (f" around {type(held).__name__}" if held is not None else "")
+    if not precondition:
+        optimizer = unwrapped(optimizer, (EfficientAdam,))
+    kind = describe_kind(optimizer)
     if quantize_weights and (precondition or not isinstance(optimizer, EfficientAdam)):
         raise TypeError(
             f"Invalid optimizer for quantize_weights=True: {kind}. Must be an "
             "EfficientAdam, without precondition=True."
         )
     if precondition:
-        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-            raise TypeError(
-                f"Invalid optimizer for precondition=True: {kind}. Must be a "
-                "torch.optim.Adam or AdamW, whose second moment is the same on all ranks."
-            )
-        own = {p for group in optimizer.param_groups for p in group["params"]}
-        for known, parameter in identify(exchanged):
-            if parameter.requires_grad and parameter not in own:
-                raise ValueError(
-                    "Invalid optimizer for precondition=True: it lacks the parameter "
-                    f"{known.name!r}. Must be the optimizer of the DDP model's parameters."
-                )
-        return PreconditionedMode(optimizer)
+        named = ((known.name, parameter) for known, parameter in identify(exchanged))
+        return PreconditionedMode(adam_of(optimizer, named))
     if optimizer is None:
         return GradientMode()
     if not isinstance(optimizer, EfficientAdam):

@@ -36,7 +36,7 @@ def efficient_adam_hook(state: EfficientAdamState, bucket: GradBucket) -> Future
     Raises:
         EffAdamError: If DDP passes another object than a bucket, or the exchange has failed.
 
-    Example:
+    Examples:
         >>> ddp_model.register_comm_hook(EfficientAdamState(), efficient_adam_hook)
 
     Source:

@@ -29,7 +29,7 @@ class RunLog:
         enabled: Whether to write. With ``enabled=rank == 0`` only one rank writes.
         append: Whether to continue an existing file, for resumed runs.
 
-    Example:
+    Examples:
         >>> with RunLog("run.jsonl", enabled=dist.get_rank() == 0) as log:
         ...     log.write(step, loss.item(), **state.stats())
     """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 
 from effadam_hook.config import Config
@@ -20,6 +20,7 @@ from effadam_hook.ddp.engine import Engine
 from effadam_hook.ddp.summary import stats_of, summarize
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.collectives import device_of
+from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh
 from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.feedback.checkpoint import join_ranks
 from effadam_hook.feedback.parameters import is_exchanged
@@ -43,17 +44,19 @@ class EfficientAdamState:
     Args:
         process_group: Process group of the DDP model; None for the default group, looked up at first
             use.
-        intra_node_group: Process group of the ranks of this node, for ``topology="hierarchical"``; None
-            to find the nodes by the hosts of the ranks.
-        device_mesh: Two-dimensional ``DeviceMesh`` (nodes, ranks of a node), instead of
-            ``intra_node_group``.
+        intra_node_group: Process group of the ranks of this node, or a function that returns it and is
+            called when the ranks meet; None to find the nodes by the hosts of the ranks. For the
+            topologies ``"auto"`` and ``"hierarchical"``.
+        device_mesh: Instead of ``intra_node_group``: ``(nodes, ranks of a node)``, where the ranks of
+            a node follow one another; or a two-dimensional ``DeviceMesh``, or a function that returns
+            it.
         **options: Options of :class:`effadam_hook.config.options.StateOptions`.
 
     Raises:
         ValueError: If the value of an option is invalid.
         TypeError: If an option is unknown or has the wrong type.
 
-    Example:
+    Examples:
         >>> state = EfficientAdamState(quantizer="lloyd4", topology="sharded")
         >>> ddp_model.register_comm_hook(state, efficient_adam_hook)
 
@@ -65,18 +68,21 @@ class EfficientAdamState:
         self,
         *,
         process_group: dist.ProcessGroup | None = None,
-        intra_node_group: dist.ProcessGroup | None = None,
-        device_mesh: DeviceMesh | None = None,
+        intra_node_group: IntraNodeGroup | None = None,
+        device_mesh: NodeMesh | None = None,
         **options: Unpack[StateOptions],
     ) -> None:
         objects = ("process_group", "intra_node_group", "device_mesh")
         complete = complete_options(options, StateOptions, beside=objects)
         self.config = Config.from_options(complete)
-        self._engine = Engine(self.config, process_group)
-        self.session.connection.name_nodes(intra_node_group, device_mesh)
-        self._is_copy = self._lacks_group = False
+        self._engine = self._make_engine(process_group)
+        self.session.connection.choice.name_nodes(intra_node_group, device_mesh)
+        self._is_copy = self._lacks_group = self._lacks_nodes = False
         self.enabled = complete["enabled"]
         self.wait_timeout_s = complete["wait_timeout_s"]
+
+    def _make_engine(self, group: dist.ProcessGroup | None) -> Engine:
+        return Engine(self.config, group)
 
     @property
     def wait_timeout_s(self) -> float | None:
@@ -169,13 +175,16 @@ class EfficientAdamState:
 
     def __getstate__(self) -> dict[str, Any]:
         engine = self._engine
-        group = engine.session.connection.given_group
+        connection = engine.session.connection
+        group, choice = connection.given_group, connection.choice
         return {
             "config": self.config.to_dict(),
             "enabled": self.enabled,
             "check_replicas": self.check_replicas,
             "wait_timeout_s": self.wait_timeout_s,
             "auto": engine.auto_compress is not None,
+            "device_mesh": choice.node_numbers,
+            "lacks_nodes": self._lacks_nodes or choice.depends_on_groups,
             "lacks_group": self._lacks_group
             or (group is not None and not (dist.is_initialized() and group is dist.group.WORLD)),
         }
@@ -183,8 +192,10 @@ class EfficientAdamState:
     def __setstate__(self, options: dict[str, Any]) -> None:
         config = options["config"]
         self.config = Config(**{**config, "exact": tuple(config["exact"])})
-        self._engine = Engine(self.config, None)
+        self._engine = self._make_engine(None)
+        self.session.connection.choice.name_nodes(None, options.get("device_mesh"))
         self._is_copy, self._lacks_group = True, options["lacks_group"]
+        self._lacks_nodes = options.get("lacks_nodes", False)
         self.enabled = options["enabled"]
         self.check_replicas = options["check_replicas"]
         self.wait_timeout_s = options["wait_timeout_s"]
@@ -193,6 +204,11 @@ class EfficientAdamState:
 
     def _begin_use(self, group: dist.ProcessGroup | None) -> None:
         """Turn a copy into a new state, unless it lacks the process group of its original."""
+        if self._lacks_nodes:
+            raise EffAdamError(
+                "This is a copy of a state with intra_node_group or device_mesh, and copies have no "
+                "process groups. Use attach(ddp_model, ...) with these options."
+            )
         if self._lacks_group and group is None:
             raise EffAdamError(
                 "This is a copy of a state with a process group of its own, and copies have none. "
@@ -246,6 +262,14 @@ class EfficientAdamState:
         # After the comparison, so that all ranks have the same rules and raise the same error.
         others = [alias for name in other_names for alias in (name, canonical_name(name))]
         self.config.check_patterns([*session.parameters.aliases(), *others])
+        small = session.parameters.quantized_1d(self.config) if self.config.exact else []
+        if small and session.group.rank() == 0:
+            warnings.warn(
+                f"exact={self.config.exact} replaces the default ('1d',) and leaves one-dimensional "
+                f"parameters to the quantizer: {len(small)}, such as {small[0]!r}. Write "
+                f"exact={('1d', *self.config.exact)} to send biases and norms uncompressed as well.",
+                stacklevel=3,
+            )
 
     def watch_join(self, is_joining: Callable[[], bool]) -> None:
         """Compare weights between ranks (see :attr:`check_replicas`), except under ``join()``.

@@ -42,7 +42,7 @@ class CompressionMonitor(Base):
         prefix: Prefix of the names.
         prog_bar: Whether the progress bar shows ``ratio`` and ``quantization_error``.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(strategy="effadam", callbacks=[CompressionMonitor()])
     """
 

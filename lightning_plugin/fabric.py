@@ -30,7 +30,7 @@ class FabricStrategyMixin(ExchangeStrategy, Base):
     residuals of all ranks to the file, and ``fabric.load`` restores them, for the models in their
     argument ``state``.
 
-    Example:
+    Examples:
         >>> fabric = Fabric(strategy=EfficientAdamFabricStrategy(quantizer="lloyd4"), devices=2)
         >>> fabric.launch()
         >>> model, optimizer = fabric.setup(model, optimizer)
@@ -74,6 +74,7 @@ class FabricStrategyMixin(ExchangeStrategy, Base):
             wrapped,
             optimizer=optimizer,
             grad_scaler=getattr(self.precision, "scaler", None),
+            **self._node_options,
             **self._hook_options,
         )
         return wrapped

@@ -28,8 +28,8 @@ def installed() -> tuple[str, ...]:
     families = tuple(name for name in FAMILIES if find_spec(name) is not None)
     if not families:
         raise ImportError(
-            "lightning_plugin needs PyTorch Lightning, which is not installed. Install it with "
-            "pip install 'effadam-hook[lightning]', or pip install lightning."
+            "lightning_plugin needs PyTorch Lightning, which is not installed. Run "
+            "pip install pytorch-lightning, or pip install lightning."
         )
     return families
 

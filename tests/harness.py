@@ -49,6 +49,8 @@ _PRELOAD = [
     "torch",
     "torch._dynamo",
     "torch.nn.parallel",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
     "pytest",
     "hypothesis",
     "lightning_plugin",

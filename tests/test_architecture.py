@@ -41,6 +41,7 @@ LADDER = (
         (
             "effadam_hook.exchange.bucket_job",
             "effadam_hook.exchange.collectives",
+            "effadam_hook.exchange.streams",
             "effadam_hook.exchange.timing",
             "effadam_hook.exchange.topology",
             "effadam_hook.exchange.waiting",
@@ -61,7 +62,8 @@ LADDER = (
     Step("the backward passes of DDP", ("effadam_hook.ddp",)),
     Step("the state that a user holds", ("effadam_hook.state",)),
     Step("the hook", ("effadam_hook.hook",)),
-    Step("its registration", ("effadam_hook.attach",)),
+    Step("FSDP2 models, their hooks and states", ("effadam_hook.fsdp",)),
+    Step("registration of hooks", ("effadam_hook.attach",)),
     Step("the public names", ("effadam_hook",)),
     Step("predictions", ("effadam_hook.planner",)),
     Step("the `effadam` command", ("effadam_hook.cli",)),

@@ -1,4 +1,4 @@
-"""Choosing by measurement: the topology, and whether to compress at all."""
+"""Choosing by measurement whether to compress at all."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from effadam_hook import DisagreementError, EfficientAdam, attach
+from effadam_hook import EfficientAdam, attach
 from effadam_hook.ddp.auto_compress import AutoCompress
-from effadam_hook.exchange import auto as choice
-from effadam_hook.exchange.probe import Probe
 from effadam_hook.session.buffers import BucketBuffers
 from harness import run_ranks
-from training import ChosenGradients, close, ddp, gradients_of, mean_of
+from training import ChosenGradients, ddp, gradients_of
 
 STEPS = 16
 """That a auto_compress takes, warm-up aside."""
@@ -134,79 +132,6 @@ def test_replicas_stay_equal_when_updates_are_tried_out() -> None:
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
-def choose(rank: int, world_size: int, times_s: tuple[float, float]) -> tuple[str, list[Tensor]]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        # The slowest rank's times decide.
-        own = iter(times_s if rank == 1 else (0.0, 0.0))
-        timed = (each for seconds in own for each in [(seconds, 0.0)] * (1 + choice._REPEATS))
-        monkeypatch.setattr(Probe, "_run", lambda *_: next(timed))
-        model = ddp(ChosenGradients())
-        state = attach(model, topology="auto", quantizer="lloyd3")
-        assert "topology     auto" in state.summary()
-        got = [g for step in range(3) for g in gradients_of(model, rank, step)]
-    return state.summary(), got
-
-
-def test_the_faster_topology_is_chosen_on_all_ranks_alike() -> None:
-    slow, fast = "topology     rank0, chosen: ", "topology     sharded, chosen: "
-    results = {}
-    for times_s, expected in (((0.1, 0.2), slow), ((0.2, 0.1), fast), ((0.1, 0.099), slow)):
-        ranks = run_ranks(choose, 3, times_s)
-        assert all(expected in summary for summary, _ in ranks)
-        results[expected] = ranks[0][1]
-    assert all(torch.equal(a, b) for a, b in zip(results[slow], results[fast], strict=True))
-
-
-def measure(rank: int, world_size: int) -> tuple[str, bool]:
-    model = ddp(ChosenGradients())
-    state = attach(model, topology="auto", quantizer="none")
-    equal = close(gradients_of(model, rank, 0), mean_of(0, world_size))
-    return state.summary(), equal
-
-
-def test_topologies_are_timed_before_the_first_bucket() -> None:
-    for summary, equal in run_ranks(measure, 3):
-        assert equal
-        assert "ms in rank0" in summary and "ms in sharded" in summary
-
-
-def resume(rank: int, world_size: int, saved_with: str, how: str, loaded_on: int) -> str:
-    torch.manual_seed(0)
-    model = ddp(ChosenGradients())
-    state = attach(model, topology=saved_with, quantizer="lloyd2")
-    for step in range(3):
-        gradients_of(model, rank, step)
-    saved: list[Any] = [state.state_dict()]
-    if how == "full":
-        saved = [state.full_state_dict()]
-        torch.distributed.broadcast_object_list(saved, src=0)
-    expected = gradients_of(model, rank, 3)
-    state.close()
-
-    model = ddp(ChosenGradients())
-    state = attach(model, topology="auto", quantizer="lloyd2")
-    if rank < loaded_on:
-        state.load_state_dict(saved[0])
-    try:
-        resumed = gradients_of(model, rank, 3)
-    except DisagreementError as error:
-        return str(error)
-    assert all(torch.equal(a, b) for a, b in zip(resumed, expected, strict=True))
-    return state.summary()
-
-
-@pytest.mark.parametrize("how", ["own", "full"])
-@pytest.mark.parametrize("saved_with", ["rank0", "sharded"])
-def test_a_loaded_state_decides_the_topology(saved_with: str, how: str) -> None:
-    for summary in run_ranks(resume, 3, saved_with, how, 3):
-        assert f"topology     {saved_with}, chosen: as the saved state" in summary
-
-
-def test_a_state_that_only_some_ranks_have_loaded_is_an_error_on_all() -> None:
-    for message in run_ranks(resume, 3, "sharded", "own", 2):
-        assert "The ranks continue from different states: rank 2 is at step 0" in message
-
-
 def refuse(rank: int, world_size: int) -> None:
     model = ddp(ChosenGradients())
     with pytest.raises(ValueError, match=r"Invalid enabled: False with auto=True.*auto decides"):
@@ -218,31 +143,3 @@ def refuse(rank: int, world_size: int) -> None:
 
 def test_auto_is_refused_where_it_contradicts() -> None:
     run_ranks(refuse, 1)
-
-
-def resume_elsewhere(rank: int, world_size: int, saved: dict[str, Any]) -> str:
-    torch.manual_seed(0)
-    model = ddp(ChosenGradients())
-    state = attach(model, topology="auto", quantizer="lloyd2")
-    state.load_state_dict(saved)
-    gradients_of(model, rank, 3)
-    return state.summary()
-
-
-def save_on_one(rank: int, world_size: int, topology: str) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model = ddp(ChosenGradients())
-    state = attach(model, topology=topology, quantizer="lloyd2")
-    for step in range(3):
-        gradients_of(model, rank, step)
-    return state.full_state_dict()
-
-
-@pytest.mark.parametrize("topology", ["rank0", "sharded"])
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_state_of_another_number_of_ranks_decides_the_topology_too(
-    topology: str, ranks: int
-) -> None:
-    saved = run_ranks(save_on_one, ranks, topology)[0]
-    for summary in run_ranks(resume_elsewhere, 2, saved):
-        assert f"topology     {topology}, chosen: as the saved state" in summary

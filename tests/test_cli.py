@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from effadam_hook.cli.interface import InterfaceCounter
 from effadam_hook.cli.logfile import Log
 from effadam_hook.cli.logfile import read_log as read_columns
 from effadam_hook.cli.methods import prepare
+from effadam_hook.cli.picture import axis_limits
 from effadam_hook.cli.plan import _cluster
 from effadam_hook.cli.ranks import Ranks
 from effadam_hook.cli.rows import rows_of
 from effadam_hook.errors import CommandError
 from effadam_hook.exchange.probe import Probe, Timing
+from effadam_hook.exchange.topology import NodeTable
 from effadam_hook.planner.advice import advise, code_for
 from effadam_hook.planner.measure_compute import measure_compute
 from effadam_hook.planner.measure_link import measure_link
@@ -238,8 +240,8 @@ def test_without_a_launcher_the_command_line_that_would_is_shown(
             "Invalid --methods: ','. Must name at least one method",
         ),
         (
-            "plan --parameters 1M --methods lloyd4,lloyd4/sharded",
-            "lloyd4/sharded is the same as lloyd4",
+            "plan --parameters 1M --methods lloyd4,lloyd4/auto",
+            "lloyd4/auto is the same as lloyd4",
         ),
         ("plan --parameters 1M --methods fp32,off", "off is the same as fp32"),
         ("plan --parameters 1M --bucket-mb inf", "Invalid --bucket-mb: inf"),
@@ -449,6 +451,22 @@ def test_what_messages_take_of_the_processor_is_not_counted_with_the_kernels_aga
     assert run_ranks(call_s_beside, 2, 3600.0, timeout=TIMEOUT) == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench --bucket-bm 3", "unrecognized arguments: --bucket-bm 3. Did you mean --bucket-mb?"),
+        ("report a --jsn", "unrecognized arguments: --jsn. Did you mean --json?"),
+        ("env extra", "unrecognized arguments: extra\n"),
+    ],
+)
+def test_an_unknown_option_gets_a_suggestion(
+    command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    assert said in capsys.readouterr().err
+
+
 def test_env_as_json_says_which_kernels_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -466,7 +484,7 @@ def test_env_reports_kernels_that_are_demanded_and_cannot_run(
     assert cpu["kernels"] == "error" and "Invalid EFFADAM_KERNELS: 'fast'" in cpu["reason"]
 
 
-def test_a_missing_extra_is_named_with_its_remedy_and_json_needs_none(
+def test_env_without_rich_prints_the_same_tables_as_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = importlib.util.find_spec
@@ -475,9 +493,30 @@ def test_a_missing_extra_is_named_with_its_remedy_and_json_needs_none(
         return None if name == "rich" else real(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", without_rich)
-    assert main(["env"]) == 2
-    assert 'pip install "effadam-hook[cli]"' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["torch", torch.__version__] in [line.split() for line in lines]
+    assert ["device", "present", "kernels", "why"] in [line.split() for line in lines]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("triton", [True, False])
+def test_env_advises_nothing_about_a_device_that_is_absent(
+    triton: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> Any:
+        return real(name, package) if triton or name != "triton" else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
     assert main(["env", "--json"]) == 0
+    cuda = json.loads(capsys.readouterr().out)["kernels"]["cuda"]
+    assert (cuda["present"], cuda["kernels"], cuda["remedy"]) == (False, "none", "")
+    assert cuda["reason"] == "torch finds no CUDA device"
+    assert main(["env"]) == 0
+    assert "Install it" not in capsys.readouterr().out
 
 
 def test_a_report_as_json_needs_no_matplotlib_unless_a_picture_was_asked_for(
@@ -495,7 +534,8 @@ def test_a_report_as_json_needs_no_matplotlib_unless_a_picture_was_asked_for(
     assert main(["report", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["png"] is None
     assert main(["report", str(path), "--json", "--png", str(tmp_path / "a.png")]) == 2
-    assert "'matplotlib' is not installed" in capsys.readouterr().err
+    assert "'matplotlib' is not installed" in (error := capsys.readouterr().err)
+    assert error.endswith("Run pip install matplotlib.\n")
 
 
 def prediction(name: str, step_s: float) -> Prediction:
@@ -547,6 +587,42 @@ def test_report_makes_a_table_and_a_picture_of_a_log(
     assert Path(found["png"]).read_bytes().startswith(b"\x89PNG")
     assert main(["report", str(path), "--no-png"]) == 0
     assert "x fewer bytes" in capsys.readouterr().out
+
+
+def test_a_report_of_several_runs_compares_their_last_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, scale in (("_a$b", 1.0), ("dense", 2.0)):
+        with RunLog(f"{name}.jsonl") as log:
+            for step in range(1, 4):
+                values = {"uplink_bytes": 1e6 * step, "downlink_bytes": 1e6 * step}
+                log.write(step, scale / step, exchange_s=0.01 * step * scale, **values)
+    assert main(["report", "_a$b.jsonl", "dense.jsonl"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["_a$b"], ["dense"])]
+    assert rows == [["_a$b", "3", "0.3333", "20.0", "6.0"], ["dense", "3", "0.6667", "40.0", "6.0"]]
+    assert Path("_a$b.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["report", "_a$b.jsonl", "dense.jsonl", "--json", "--no-png"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["median_exchange_s"] for run in runs] == [0.02, 0.04]
+    assert main(["report", "dense.jsonl", "dense.jsonl"]) == 2
+    assert "Must be different files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_a_constant_with_rounding_is_no_cliff_in_the_figure(from_zero: bool) -> None:
+    low, high = axis_limits([7.7300, 7.7304, 7.7301], from_zero)
+    assert 0.0004 / (high - low) < 0.001
+    assert low < 7.73 < 7.7304 < high
+    assert low == 0.0 or not from_zero
+
+
+@pytest.mark.parametrize("values", [[0.0], [-2.0, 1.0], [5.0], [1e100, -1e100], [1.0, 1e-9]])
+def test_every_value_is_on_the_axis(values: list[float]) -> None:
+    for from_zero in (True, False):
+        low, high = axis_limits(values, from_zero)
+        assert low <= min(values) <= max(values) < high
 
 
 def test_a_log_of_a_killed_and_resumed_run_is_read(tmp_path: Path) -> None:
@@ -829,14 +905,17 @@ def test_a_method_is_compared_with_dense_of_its_own_buckets_and_must_beat_the_fa
 
 
 class FakeProbe:
-    """Stands for four ranks; remembers the sizes that were timed."""
+    """Stands for four ranks; remembers the sizes and the rings that were timed."""
 
     rank, world_size = 0, 4
+    nodes: NodeTable | None = None
 
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
 
-    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
+    def time_link(
+        self, size: int, repeats: int, depth: int = 1, ring: Sequence[int] = ()
+    ) -> Timing:
         return Timing(1.0, size / 1e12, 0.0)
 
     def time_leg(self, name: str, size: int, repeats: int, depth: int = 1) -> Timing:
@@ -851,7 +930,9 @@ class FarProbe(FakeProbe):
         super().__init__()
         self.bytes_s, self.delay_s = bytes_s, delay_s
 
-    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
+    def time_link(
+        self, size: int, repeats: int, depth: int = 1, ring: Sequence[int] = ()
+    ) -> Timing:
         took = size / self.bytes_s + self.delay_s / depth
         return Timing(took, took, 1e-3 + 2e-9 * size)
 

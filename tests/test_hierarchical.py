@@ -71,7 +71,20 @@ def build(kind: str, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     if kind == "preconditioned":
         optimizer = torch.optim.Adam(model.parameters(), lr=2**-10, foreach=False)
         options = {**options, "optimizer": optimizer, "precondition": True}
+    if kind in ("update", "shared"):
+        optimizer = updating(model, second_moment="shared" if kind == "shared" else "local")
+        options = {**options, "optimizer": optimizer}
     return model, optimizer, attach(model, block_size=16, **options)
+
+
+def updating(model: Any, **options: Any) -> EfficientAdam:
+    """An EfficientAdam with two groups of parameters."""
+    own = list(model.parameters())
+    groups = [
+        {"params": own[::2], "weight_decay": 0.1},
+        {"params": own[1::2], "lr": 2e-3, "betas": (0.8, 0.95)},
+    ]
+    return EfficientAdam(groups, lr=1e-2, refresh_every=3, **options)
 
 
 def train(
@@ -95,9 +108,18 @@ def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["gradient", "preconditioned"])
-@pytest.mark.parametrize(("nodes", "local"), SIZES)
-@pytest.mark.parametrize("quantizer", ["lloyd4", "lloyd2", "ternary"])
+QUANTIZERS = ("lloyd4", "lloyd2", "ternary")
+
+
+# A third of a mean is not representable: the dense averages of "shared" are exact between two nodes.
+@pytest.mark.parametrize(
+    ("quantizer", "kind", "nodes", "local"),
+    [
+        *((q, k, *s) for q in QUANTIZERS for k in ("gradient", "preconditioned") for s in SIZES),
+        *(("lloyd2", "update", *size) for size in SIZES),
+        ("sign", "shared", 2, 3),
+    ],
+)
 def test_it_equals_sharded_on_the_nodes_means_to_the_bit(
     quantizer: str, nodes: int, local: int, kind: str
 ) -> None:
@@ -386,18 +408,18 @@ def test_ranks_of_one_node_that_drift_apart_are_found() -> None:
         assert "on rank 1 and 0.0 on rank 0" in said
 
 
-def refuse_updates(rank: int, world_size: int) -> str:
+def refuse_weights(rank: int, world_size: int) -> str:
     model = ddp(ChosenGradients())
     optimizer = EfficientAdam(model.parameters(), lr=1e-3)
-    with pytest.raises(ValueError, match="update mode") as caught:
-        attach(model, optimizer=optimizer, **options_for(rank, TWO_BY_TWO))
+    with pytest.raises(ValueError, match="quantize_weights") as caught:
+        attach(model, optimizer=optimizer, quantize_weights=True, **options_for(rank, TWO_BY_TWO))
     attach(model, optimizer=optimizer, topology="sharded")  # both are still free
     return str(caught.value)
 
 
-def test_update_mode_is_refused() -> None:
-    for said in run_ranks(refuse_updates, 4):
-        assert "does not support update mode yet" in said and 'topology="sharded"' in said
+def test_quantized_weights_are_refused() -> None:
+    for said in run_ranks(refuse_weights, 4):
+        assert "with quantize_weights=True" in said and 'Must be "auto", "sharded"' in said
 
 
 def on_a_stream(rank: int, world_size: int, nodes: Nodes) -> tuple[list[Tensor], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from effadam_hook import EfficientAdam, EfficientAdamState, attach, efficient_adam_hook
+from effadam_hook import (
+    EffAdamError,
+    EfficientAdam,
+    EfficientAdamState,
+    attach,
+    efficient_adam_hook,
+)
 from effadam_hook.config import Config
 from effadam_hook.feedback.parameters import ParameterTable, identify
 from effadam_hook.wire.names import canonical_name, canonical_names, nearest_names
@@ -132,6 +139,48 @@ def test_a_pattern_matches_whatever_wraps_the_model(how: str) -> None:
     for exact, count in run_ranks(exact_under, 2, how, "head.*"):
         assert exact == sorted(["body.bias", "head.bias", weight])
         assert count == (4 if how == "tied" else 5)
+
+
+def compiled_ddp(rank: int, world_size: int) -> tuple[list[Tensor], str]:
+    model = DistributedDataParallel(Net())
+    compiled = torch.compile(model, backend="eager")
+    state = attach(compiled, quantizer="lloyd4")
+    with pytest.raises(EffAdamError, match="already"):
+        attach(model)
+    with pytest.raises(
+        TypeError, match=r"Invalid ddp_model: torch.compile of Net\. Must be a Dist"
+    ):
+        attach(torch.compile(Net(), backend="eager"))
+    for step in range(3):
+        model.zero_grad()
+        compiled(batch(rank, step)).backward()
+    assert state.stats()["ratio"] > 1
+    return [p.grad for p in model.parameters()], sorted(state.state_dict()["worker"])[0]
+
+
+def test_attach_takes_a_compiled_ddp_model() -> None:
+    (first, name), (second, _) = run_ranks(compiled_ddp, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert name == "body.bias"
+
+
+def patterns_alone(rank: int, world_size: int) -> list[str]:
+    found = []
+    for exact in (("head.*",), ("1d", "head.*"), ()):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attach(DistributedDataParallel(Net()), exact=exact)
+        found += [str(one.message) for one in caught if "exact" in str(one.message)]
+        assert all(one.filename == __file__ for one in caught if "exact" in str(one.message))
+    return found
+
+
+def test_rules_that_replace_the_default_say_so_once() -> None:
+    first, second = run_ranks(patterns_alone, 2)
+    assert second == []  # one rank is enough
+    (message,) = first
+    assert "exact=('head.*',) replaces the default ('1d',)" in message
+    assert "quantizer: 1, such as 'body.bias'. Write exact=('1d', 'head.*') to send" in message
 
 
 def misspell(rank: int, world_size: int) -> str:

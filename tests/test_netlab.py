@@ -261,6 +261,33 @@ def test_a_lab_counts_what_is_sent_holds_it_to_the_rate_and_leaves_nothing() -> 
     assert float(printed[0]) > RATE.seconds(PAYLOAD_BYTES - 4 * 65536)
 
 
+# Every rank prints its place; ranks 0 and 1, which share a host, transfer.
+NEIGHBOURS = f"""
+import os, sys
+print(*(os.environ[f"{{name}}RANK"] for name in ("", "LOCAL_", "GROUP_")), os.environ["WORLD_SIZE"],
+      os.environ["LOCAL_WORLD_SIZE"])
+if int(os.environ["RANK"]) > 1:
+    sys.exit()
+{TRANSFER}
+"""
+
+
+@pytest.mark.usefixtures("_namespaces")
+def test_ranks_of_a_host_have_torchruns_places_and_their_traffic_is_not_on_its_link() -> None:
+    with NetLab(2, RATE, ranks_per_host=2) as built:
+        printed = run_in_lab(built, [sys.executable, "-c", NEIGHBOURS], timeout_s=90, quiet=True)
+        passed = read_wire_bytes(built.id, 2)
+    places = [text.splitlines()[0] for text in printed]
+    assert places == ["0 0 0 4 2", "1 1 0 4 2", "2 0 1 4 2", "3 1 1 4 2"]
+    assert passed.busiest < 0.1 * PAYLOAD_BYTES
+
+
+@pytest.mark.parametrize("ranks", [0, 65])
+def test_a_number_of_ranks_out_of_range_is_refused(ranks: int) -> None:
+    with pytest.raises(ValueError, match="Invalid ranks_per_host"):
+        NetLab(2, RATE, ranks)
+
+
 # Rank 1 sends bytes one at a time, and prints how long the fastest answer took.
 ROUND_TRIPS = f"""{MEET}
 if os.environ["RANK"] == "0":

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.wire.layout import BucketLayout, Slot, lay_out_bucket
@@ -112,7 +113,7 @@ def test_a_share_is_encoded_as_in_the_whole_bucket(kernels: Any, preconditioned:
     layouts = lay_out_node(layout, shares)
     for share, own in enumerate(layouts):
         device = torch.device("cpu")
-        buffers = NodeBuffers(layouts, share, torch.float32, torch.float32, device)
+        buffers = NodeBuffers(layouts, share, torch.float32, torch.float32, device, Staging())
         buffers.pack(bucket)
         parts = buffers.packed_bytes.split(buffers.packed_sizes)
         buffers.received_bytes.copy_(parts[share].repeat(shares))  # as if all ranks were equal
@@ -134,7 +135,7 @@ def test_a_share_is_encoded_as_in_the_whole_bucket(kernels: Any, preconditioned:
 def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtype) -> None:
     layouts = lay_out_node(layout_of((100, 7), 2, shares), shares)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    buffers = NodeBuffers(layouts, 1, dtype, precise, torch.device("cpu"))
+    buffers = NodeBuffers(layouts, 1, dtype, precise, torch.device("cpu"), Staging())
     rows = torch.randint(-99, 99, (shares, layouts[1].numel)).to(dtype)
     largest = 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] - 1)
     rows[:, 0] = largest
@@ -143,3 +144,24 @@ def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtyp
     wanted = rows.to(precise).sum(0) / shares
     wanted[0] = largest
     assert torch.equal(buffers.mean, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shares", [2, 3, 5, 6, 7, 12])
+def test_the_mean_of_the_largest_values_does_not_overflow(shares: int, dtype: torch.dtype) -> None:
+    """DDP's own sum of gradients that are divided beforehand may, where rounding goes up."""
+    layouts = lay_out_node(layout_of((60_000,), 2, shares), shares)
+    buffers = NodeBuffers(layouts, 0, dtype, dtype, torch.device("cpu"))
+    limits = torch.finfo(dtype)
+    below = torch.randint(0, 6, (shares, layouts[0].numel)) * limits.eps / 2
+    below[:, 0] = 0
+    sign = torch.randint(0, 2, (layouts[0].numel,)) * 2 - 1
+    rows = (limits.max * (1 - below.to(torch.float64))).to(dtype) * sign
+    buffers.received_bytes.copy_(rows.view(-1).view(torch.uint8))
+    buffers.average()
+    assert bool(buffers.mean.isfinite().all())
+    assert bool((buffers.mean.abs() >= limits.max * (1 - 8 * limits.eps)).all())
+    rows[1, 3] = float("inf")
+    buffers.received_bytes.copy_(rows.view(-1).view(torch.uint8))
+    buffers.average()
+    assert buffers.mean.isfinite().logical_not().nonzero().tolist() == [[3]]

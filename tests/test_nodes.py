@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook import DisagreementError, EffAdamError, EfficientAdamState, attach
-from effadam_hook.exchange.nodes import HOST_VARIABLE, Description, describe_rank, tabulate
+from effadam_hook.exchange.node_description import HOST_VARIABLE, Description, describe_rank
+from effadam_hook.exchange.nodes import tabulate
 from harness import run_ranks
 from training import ChosenGradients, ddp, gradients_of
 
@@ -37,14 +38,12 @@ def test_one_rank_a_node_and_a_single_rank_are_tables() -> None:
     assert tabulate(ranks_on("a")).nodes == ((0,),)
 
 
-def test_unequal_nodes_are_named_with_their_sizes() -> None:
-    with pytest.raises(EffAdamError, match=r"'name of a' has 2 ranks \(0, 1\); .* 1 rank \(2\)"):
-        tabulate(ranks_on("a", "a", "b"))
-
-
-def test_a_single_node_is_named() -> None:
-    with pytest.raises(EffAdamError, match=r"All ranks are on one node: 'name of a'.*sharded"):
-        tabulate(ranks_on("a", "a", "a"))
+def test_unequal_nodes_and_a_single_node_are_tables_with_names() -> None:
+    table = tabulate(ranks_on("a", "b", "a"))
+    assert not table.is_even
+    assert table.describe() == "2 nodes with 2, 1 ranks, by host"
+    assert table.list_nodes() == "'name of a' has 2 ranks (0, 2); 'name of b' has 1 rank (1)"
+    assert tabulate(ranks_on("a", "a", "a")).describe() == "1 node x 3 ranks, by host"
 
 
 TORCHRUN = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
@@ -235,7 +234,9 @@ def wrong_options(rank: int, world_size: int) -> None:
         (ValueError, {"topology": "hierarchical", "intra_node_group": group, "device_mesh": mesh}),
         (ValueError, {"topology": "hierarchical", "device_mesh": DeviceMesh("cpu", [0])}),
         (TypeError, {"topology": "hierarchical", "intra_node_group": [0]}),
-        (TypeError, {"topology": "hierarchical", "device_mesh": [[0]]}),
+        (TypeError, {"topology": "hierarchical", "device_mesh": 2}),
+        (ValueError, {"device_mesh": (2, 0)}),
+        (ValueError, {"device_mesh": (2, 2, 2)}),
     ]:
         with pytest.raises(error, match=r"Invalid .*Must"):
             EfficientAdamState(**options)
@@ -243,3 +244,41 @@ def wrong_options(rank: int, world_size: int) -> None:
 
 def test_options_that_name_nodes_are_checked() -> None:
     run_ranks(wrong_options, 1)
+
+
+def name_nodes(rank: int, world_size: int) -> None:
+    nodes = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    for options in (
+        {"device_mesh": (2, 2)},
+        {"device_mesh": lambda: DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]))},
+        {"intra_node_group": lambda: nodes[rank % 2]},
+    ):
+        state = attach(ddp(ChosenGradients()), **options)
+        table = state.session.connection.choice.table
+        assert table is not None and state.session.topology.name == "hierarchical"
+        in_order = options.get("device_mesh") == (2, 2)
+        assert table.nodes == (((0, 1), (2, 3)) if in_order else ((0, 2), (1, 3)))
+
+
+def test_nodes_are_named_by_numbers_or_when_groups_exist() -> None:
+    run_ranks(name_nodes, 4)
+
+
+def fail_to_name(rank: int, world_size: int) -> list[str]:
+    def fails() -> DeviceMesh:
+        if rank == 1:
+            raise RuntimeError("no mesh here")
+        return DeviceMesh("cpu", torch.tensor([[0, 1]]))
+
+    said = []
+    for options in ({"device_mesh": (3, 1)}, {"device_mesh": fails}):
+        with pytest.raises(EffAdamError) as caught:
+            attach(ddp(ChosenGradients()), **options)
+        said.append(str(caught.value))
+    return said
+
+
+def test_nodes_that_cannot_be_named_are_an_error_on_every_rank_with_auto_too() -> None:
+    for mesh, function in run_ranks(fail_to_name, 2):
+        assert "device_mesh=(3, 1) has 3 ranks, and the process group 2" in mesh
+        assert "rank 1: no mesh here" in function

@@ -177,11 +177,15 @@ def train_on_gpu(rank: int, world_size: int, device: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_streams_are_ordered_without_waiting_and_the_result_is_the_cpus() -> None:
-    (on_gpu,) = run_ranks(train_on_gpu, 1, "cuda", backend="nccl", fresh=True, timeout=120)
-    (on_cpu,) = run_ranks(train_on_gpu, 1, "cpu")
-    for a, b in zip(on_gpu, on_cpu, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-30)
+@pytest.mark.parametrize(("backend", "world_size"), [("nccl", 1), ("gloo", 2)])
+def test_on_a_gpu_streams_are_ordered_without_waiting_and_the_result_is_the_cpus(
+    backend: str, world_size: int
+) -> None:
+    on_gpu = run_ranks(train_on_gpu, world_size, "cuda", backend=backend, fresh=True, timeout=120)
+    on_cpu = run_ranks(train_on_gpu, world_size, "cpu")
+    for gpu, cpu in zip(on_gpu, on_cpu, strict=True):
+        for a, b in zip(gpu, cpu, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-30)
 
 
 def test_renamed_collectives_are_known_to_one_module() -> None:

@@ -20,7 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.netlab", description=__doc__)
     commands = parser.add_subparsers(dest="action", required=True)
     for name, text in (
-        ("run", "run a program once on every host"),
+        ("run", "run a program on every host, once for each rank"),
         ("check", "measure TCP throughput and round trips of the links"),
     ):
         sub = commands.add_parser(name, help=text)
@@ -28,6 +28,7 @@ def main() -> int:
         sub.add_argument("--rate", default="1gbit", help="rate of each link, for example 200mbit")
         sub.add_argument("--delay-ms", type=float, default=0.0, help="one-way delay between hosts")
         if name == "run":
+            sub.add_argument("--ranks-per-host", type=int, default=1, metavar="G")
             sub.add_argument("command", nargs=argparse.REMAINDER, help="command, after --")
     commands.add_parser("cleanup", help="remove labs whose owner has ended")
     args = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> int:
             print("\n".join(removed) if removed else "Nothing to clean up.")
             return 0
         link = Link.parse(args.rate, args.delay_ms)
-        with NetLab(args.hosts, link) as lab:
+        with NetLab(args.hosts, link, getattr(args, "ranks_per_host", 1)) as lab:
             if args.action == "check":
                 print(check_links(lab))
                 return 0

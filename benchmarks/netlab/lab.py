@@ -39,6 +39,7 @@ __all__ = ["LabError", "NetLab", "cleanup", "leftovers"]
 _NAME = re.compile(r"effadam-(\d+)-(\d+)-(\d+)-(sw|h\d+)")
 _NETWORK = "10.77.0"
 _MIN_HOSTS, _MAX_HOSTS = 2, 64
+_MAX_RANKS_PER_HOST = 64
 _numbers = itertools.count()
 
 
@@ -52,24 +53,37 @@ class NetLab:
     Args:
         hosts: Number of hosts.
         link: Link of each host.
+        ranks_per_host: Number of ranks that share each host's link, see :func:`run_in_lab`. They
+            reach one another over the host's loopback interface, which is neither shaped nor counted.
 
     Raises:
         LabError: On entry, if this process is not root or the kernel lacks a feature.
-        ValueError: If the number of hosts is out of range.
+        ValueError: If the number of hosts or of ranks is out of range.
 
     Example:
         >>> with NetLab(4, Link.parse("1gbit")) as lab:
         ...     run_in_lab(lab, [sys.executable, "train.py"])
     """
 
-    def __init__(self, hosts: int, link: Link) -> None:
+    def __init__(self, hosts: int, link: Link, ranks_per_host: int = 1) -> None:
         if not _MIN_HOSTS <= hosts <= _MAX_HOSTS:
             raise ValueError(f"Invalid hosts: {hosts}. Must be from {_MIN_HOSTS} to {_MAX_HOSTS}.")
+        if not 1 <= ranks_per_host <= _MAX_RANKS_PER_HOST:
+            raise ValueError(
+                f"Invalid ranks_per_host: {ranks_per_host}. Must be from 1 to {_MAX_RANKS_PER_HOST}."
+            )
         self.hosts = hosts
         self.link = link
+        self.ranks_per_host = ranks_per_host
         self.id = f"effadam-{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}"
         self._old_handlers: dict[signal.Signals, object] = {}
         self._delay_process: subprocess.Popen[str] | None = None
+
+    @property
+    def shape(self) -> str:
+        """Return hosts and ranks in words, for tables."""
+        ranks = f" x {self.ranks_per_host} ranks" if self.ranks_per_host > 1 else ""
+        return f"{self.hosts} hosts{ranks}"
 
     @property
     def switch(self) -> str:

@@ -31,11 +31,12 @@ def run_in_lab(
     timeout_s: float | None = None,
     quiet: bool = False,
 ) -> list[str]:
-    """Run a program once on every host and wait until all have ended.
+    """Run a program on every host, once for each of its ranks, and wait until all have ended.
 
     The environment contains the variables of torchrun: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
-    ``MASTER_ADDR`` and ``MASTER_PORT``. It also contains ``GLOO_SOCKET_IFNAME`` and, for reading the
-    counters, ``NETLAB_ID``. The programs are killed when this process ends.
+    ``LOCAL_WORLD_SIZE``, ``GROUP_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. It also contains
+    ``GLOO_SOCKET_IFNAME`` and, for reading the counters, ``NETLAB_ID`` and ``NETLAB_HOSTS``. The
+    programs are killed when this process ends.
 
     Args:
         lab: The lab, entered as a context manager.
@@ -57,13 +58,13 @@ def run_in_lab(
         **os.environ,
         "OMP_NUM_THREADS": "1",
         **(env or {}),
-        "WORLD_SIZE": str(lab.hosts),
-        "LOCAL_WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(lab.hosts * lab.ranks_per_host),
+        "LOCAL_WORLD_SIZE": str(lab.ranks_per_host),
         "MASTER_ADDR": lab.address(0),
         "MASTER_PORT": port,
         "GLOO_SOCKET_IFNAME": "eth0",
         "NETLAB_ID": lab.id,
+        "NETLAB_HOSTS": str(lab.hosts),
     }
     ranks = [
         subprocess.Popen(
@@ -71,9 +72,10 @@ def run_in_lab(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**shared, "RANK": str(host)},
+            env={**shared, **_place(host, local, lab.ranks_per_host)},
         )
         for host in range(lab.hosts)
+        for local in range(lab.ranks_per_host)
     ]
     try:
         return _watchdog(ranks, lab, timeout_s, quiet)
@@ -83,6 +85,12 @@ def run_in_lab(
                 rank.kill()
         for rank in ranks:
             rank.wait()
+
+
+def _place(host: int, local: int, ranks_per_host: int) -> dict[str, str]:
+    """Return the variables by which torchrun tells a process its place."""
+    rank = str(host * ranks_per_host + local)
+    return {"RANK": rank, "LOCAL_RANK": str(local), "GROUP_RANK": str(host)}
 
 
 def _watchdog(

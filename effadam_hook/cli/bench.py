@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from effadam_hook.cli.benchmark_run import BenchmarkRun, Cell, run_cells
+from effadam_hook.cli.conclusion import conclusion_of
 from effadam_hook.cli.environment import environment
 from effadam_hook.cli.interface import InterfaceCounter
 from effadam_hook.cli.methods import read_methods
@@ -18,7 +19,7 @@ from effadam_hook.planner.workloads import TrainingTask, UserModel, Workload
 
 __all__ = ["add_bench", "run_bench"]
 
-_METHODS = "none,fp32,fp16,{lloyd4,lloyd2}/sharded"
+_METHODS = "none,fp32,fp16,{lloyd4,lloyd2}"
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -69,12 +70,14 @@ def run_bench(args: argparse.Namespace) -> int:
             cells.append(cell)
             advance(next(names, "done"))
     rows = rows_of(cells)
-    _show(screen, rows, counter)
+    conclusion = conclusion_of(rows, counter.is_loopback)
+    _show(screen, rows, counter, conclusion)
     screen.result(
         {
             "environment": environment(),
             "counted": counter.description,
             "methods": [vars(row) for row in rows],
+            "conclusion": conclusion,
             "cells": cells,
         }
     )
@@ -88,7 +91,9 @@ def _full_name(method: Method) -> str:
     return f"{method.name}@{method.bucket_mb:f}".rstrip("0").rstrip(".")
 
 
-def _show(screen: Screen, rows: list[Row], counter: InterfaceCounter) -> None:
+def _show(
+    screen: Screen, rows: list[Row], counter: InterfaceCounter, conclusion: list[str]
+) -> None:
     compared = dense_method(rows[0].method, [row.method for row in rows]) is not None
     screen.table(
         "a step",
@@ -112,5 +117,5 @@ def _show(screen: Screen, rows: list[Row], counter: InterfaceCounter) -> None:
         ],
     )
     screen.note(counter.description)
-    if not compared:
-        screen.note("There is no dense method to compare with: add fp32 to --methods.")
+    for line in conclusion:
+        screen.note(line)

@@ -8,7 +8,8 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -60,14 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 after an error at run time; 2 after a usage error, which includes files that
         cannot be read or written; 130 after Ctrl-C.
     """
-    parser = _Parser(prog="effadam", description=_ABOUT)
-    parser.add_argument("--version", action="version", version=effadam_hook.__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text, add, run in _COMMANDS:
-        sub = commands.add_parser(name, help=text, description=text)
-        add(sub)
-        sub.set_defaults(run=run)
-    args = parser.parse_args(argv)
+    parser, commands = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands[args.command].error(_unknown(unknown, commands[args.command]))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that its encoding lacks
     try:
@@ -86,6 +83,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             printable("".join([*lines[:-1], f"effadam {args.command}: {lines[-1]}\n"]))
         )
     return code
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Make the parser of the command line.
+
+    Returns:
+        The parser, and that of every subcommand by name.
+    """
+    parser = _Parser(prog="effadam", description=_ABOUT)
+    parser.add_argument("--version", action="version", version=effadam_hook.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text, add, run in _COMMANDS:
+        sub = commands.add_parser(name, help=text, description=text)
+        add(sub)
+        sub.set_defaults(run=run)
+    return parser, commands.choices
+
+
+def _unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """Return the message for words that no option takes, with the nearest option."""
+    names = [name for action in parser._actions for name in action.option_strings]
+    near = get_close_matches(words[0].partition("=")[0], names, n=1)
+    hint = f". Did you mean {near[0]}?" if near else ""
+    return f"unrecognized arguments: {' '.join(words)}{hint}"
 
 
 class _Parser(argparse.ArgumentParser):

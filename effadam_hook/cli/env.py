@@ -69,8 +69,11 @@ def _report() -> dict[str, Any]:
 
 
 def _kernels(device: str) -> dict[str, Any]:
-    """Return the kernels that would run on a device; for CUDA no GPU is needed."""
+    """Return the kernels that run on a device, and those that are requested in any case."""
     present = device == "cpu" or torch.cuda.is_available()
+    if not present and not os.environ.get(KERNELS_VARIABLE):
+        reason = "torch finds no CUDA device"
+        return {"present": False, "kernels": "none", "reason": reason, "remedy": ""}
     try:
         selected = choose(torch.device(device))
     except (ImportError, ValueError) as error:

@@ -32,11 +32,16 @@ class InterfaceCounter:
         return [sent for sent, _ in counters], [received for _, received in counters]
 
     @property
+    def is_loopback(self) -> bool:
+        """Return whether the bytes do not leave this machine."""
+        return self.name is not None and self.name.startswith("lo")
+
+    @property
     def description(self) -> str:
         """Return a description of the counted bytes."""
         if self.name is None:
             return "bytes are not counted: this system does not report which interface is used"
-        if self.name.startswith("lo"):
+        if self.is_loopback:
             return (
                 f"bytes are counted on the loopback interface {self.name!r}: for all ranks of this "
                 "machine together, without a network"

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import math
+from dataclasses import replace
 
 from effadam_hook.cli.methods import read_methods
-from effadam_hook.cli.ranks import Ranks, join_ranks, rank_here
+from effadam_hook.cli.plan_output import Plan, result_of, show
+from effadam_hook.cli.ranks import Ranks, alone, check_launched, is_launched, join_ranks, rank_here
 from effadam_hook.cli.ui import Screen
 from effadam_hook.errors import CommandError
-from effadam_hook.kernels import choose
-from effadam_hook.planner.advice import (
-    Advice,
-    advise,
-    code_for,
-    dense_for,
-    dense_methods,
-    forecast,
-)
+from effadam_hook.planner.advice import FORWARD_SHARE, advise, dense_methods, forecast
 from effadam_hook.planner.measure_compute import measure_compute
 from effadam_hook.planner.measure_link import MeasuredLink, measure_link, measurement_count
 from effadam_hook.planner.measure_speed import measure_speed
 from effadam_hook.planner.method import Method
-from effadam_hook.planner.predict import Cluster, Compute, Prediction, Speed
+from effadam_hook.planner.predict import Cluster, Compute, Link, Prediction, Speed
 from effadam_hook.planner.traffic import ParameterSize, square_model
 from effadam_hook.planner.workloads import UserModel, Workload, describe, parse_count
 
 __all__ = ["add_plan", "run_plan"]
 
-_METHODS = "fp32,fp16,powersgd4,{lloyd4,lloyd3,lloyd2}/{sharded,rank0},update:lloyd2/sharded"
-_FORWARD_SHARE = 1 / 3
+_METHODS = "fp32,fp16,powersgd4,{lloyd4,lloyd3,lloyd2},lloyd4/{sharded,rank0},update:lloyd2"
+_LATENCY_S = 5e-5
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +34,15 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="MODULE:FUNCTION", help="function that returns the model")
     model.add_argument(
         "--mlp", metavar="LAYERSxWIDTHxROWS", help="a perceptron, for example 6x1024x32"
+    )
+    cluster = parser.add_argument_group("without a launcher: calculate for a cluster you describe")
+    cluster.add_argument("--nodes", type=int, help="number of nodes")
+    cluster.add_argument(
+        "--ranks-per-node", type=int, default=1, help="ranks that share a node's network card"
+    )
+    cluster.add_argument("--gbit", type=float, help="Gbit/s of each node's network card")
+    cluster.add_argument(
+        "--inside-gbit", type=float, help="Gbit/s of a rank inside its node (default: never limits)"
     )
     parser.add_argument(
         "--compute-ms",
@@ -54,38 +58,103 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 def run_plan(args: argparse.Namespace) -> int:
     """Measure, predict, and print the recommendation."""
     screen = Screen(args.json, rank_here())
-    methods = _methods(args)
+    requested = _methods(args)
     workload, parameters = _model(args)
-    with join_ranks(args) as ranks:
+    with _ranks(args) as ranks:
+        per_node = args.ranks_per_node if ranks.is_alone else ranks.ranks_per_node
+        methods = _on_nodes(requested, per_node)
         references = dense_methods(methods, args.bucket_mb)
-        link, speeds, compute = _measure(
-            args, screen, ranks, [*methods, *references], parameters, workload
-        )
-        cluster = _cluster(ranks, link)
+        link, speeds = _measure(args, screen, ranks, [*methods, *references], parameters, per_node)
+        compute = _compute(args, ranks, workload)
+        cluster = _described(args, ranks) if link is None else _cluster(ranks, link)
         predictions = forecast(methods, parameters, cluster, speeds, compute)
         computed = forecast(references, parameters, cluster, {}, compute)
         dense = [_requested(predictions, one) for one in computed]
         advice = advise(predictions, *dense)
-        _show(screen, ranks, link, predictions, dense, advice, compute)
-        result = _result(ranks, link, speeds, compute, predictions, advice, parameters)
-        screen.result({**result, "dense": [_as_dict(one) for one in dense]})
+        plan = Plan(ranks, cluster, link, speeds, compute, parameters, predictions, dense, advice)
+        show(screen, plan)
+        screen.result(result_of(plan))
     return 0
+
+
+def _ranks(args: argparse.Namespace) -> contextlib.AbstractContextManager[Ranks]:
+    """Join the launcher's ranks, or stay alone if the cluster is described by the arguments."""
+    given = [name for name in ("nodes", "gbit", "inside_gbit") if getattr(args, name) is not None]
+    given += ["ranks_per_node"] * (args.ranks_per_node != 1)
+    if not given:
+        check_launched("plan", "or add --nodes and --gbit to calculate without one")
+        return join_ranks(args)
+    names = ", ".join("--" + name.replace("_", "-") for name in given)
+    if is_launched():
+        raise CommandError(
+            f"Given under a launcher: {names}. Under a launcher nodes and links are measured: leave "
+            "them out, or start one process without a launcher."
+        )
+    if args.nodes is None or args.gbit is None:
+        raise CommandError(
+            f"Given: {names}. Without a launcher --nodes and --gbit must both be given, for example "
+            "--nodes 4 --ranks-per-node 8 --gbit 25."
+        )
+    if args.nodes < 2 or args.ranks_per_node < 1:
+        raise CommandError(
+            f"Invalid --nodes and --ranks-per-node: {args.nodes}, {args.ranks_per_node}. Must be at "
+            "least 2 and 1."
+        )
+    for name in ("gbit", "inside_gbit"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise CommandError(
+                f"Invalid --{name.replace('_', '-')}: {value}. Must be above 0 and finite."
+            )
+    return alone(args)
+
+
+def _described(args: argparse.Namespace, ranks: Ranks) -> Cluster:
+    """Return the cluster that the arguments describe."""
+    inside = None
+    if args.inside_gbit is not None and args.ranks_per_node > 1:
+        inside = Link(args.inside_gbit * 1e9 / 8, efficiency=1.0)
+    return Cluster(
+        args.nodes * args.ranks_per_node,
+        Link(args.gbit * 1e9 / 8, latency_s=_LATENCY_S),
+        cores=_free_cores(ranks),
+        tree=ranks.on_nccl,
+        in_order=ranks.on_nccl,
+        ranks_per_node=args.ranks_per_node,
+        inside=inside,
+    )
 
 
 def _cluster(ranks: Ranks, link: MeasuredLink) -> Cluster:
     return Cluster(
         ranks.probe.world_size,
         link.as_link(ranks.cpu_weight),
-        cores=max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0,
+        cores=_free_cores(ranks),
         tree=ranks.on_nccl,
         in_order=ranks.on_nccl,
+        ranks_per_node=ranks.ranks_per_node,
+        inside=link.inside(),
     )
 
 
+def _free_cores(ranks: Ranks) -> float:
+    return max(1.0, ranks.cores) if ranks.device.type == "cpu" else 1.0
+
+
 def _methods(args: argparse.Namespace) -> list[Method]:
-    if args.compute_ms is not None and not args.compute_ms >= 0:
-        raise CommandError(f"Invalid --compute-ms: {args.compute_ms}. Must be 0 or more.")
+    if args.compute_ms is not None and not 0 <= args.compute_ms < math.inf:
+        raise CommandError(
+            f"Invalid --compute-ms: {args.compute_ms}. Must be 0 or more, and finite."
+        )
     return read_methods(args.methods, args.bucket_mb)
+
+
+def _on_nodes(methods: list[Method], ranks_per_node: int) -> list[Method]:
+    """Return the methods with their topologies on these nodes, without those that are then equal."""
+    here: dict[Method, Method] = {}
+    for method in (one.on_nodes(ranks_per_node) for one in methods):
+        here.setdefault(replace(method, name=""), method)
+    return list(here.values())
 
 
 def _requested(predictions: list[Prediction], dense: Prediction) -> Prediction:
@@ -122,20 +191,24 @@ def _measure(
     ranks: Ranks,
     methods: list[Method],
     parameters: list[ParameterSize],
-    workload: Workload | UserModel | None,
-) -> tuple[MeasuredLink, dict[str, Speed], Compute]:
+    ranks_per_node: int,
+) -> tuple[MeasuredLink | None, dict[str, Speed]]:
+    """Measure the link, unless this rank is alone, and the arithmetic of every method."""
     kinds = {method.arithmetic: method for method in methods if method.arithmetic}
-    total = measurement_count(methods) + len(kinds) + 1
-    with screen.progress("measuring", total) as advance:
-        link = measure_link(ranks.probe, methods, parameters, advance, ranks.on_nccl)
+    links = 0 if ranks.is_alone else measurement_count(methods)
+    link = None
+    with screen.progress("measuring", links + len(kinds)) as advance:
+        if not ranks.is_alone:
+            link = measure_link(ranks.probe, methods, parameters, advance, ranks.on_nccl)
+        messages = {} if link is None else link.as_link().cpu_s
         speeds = {}
         for name, method in kinds.items():
             advance(name)
             speeds[name] = measure_speed(
-                ranks.probe, method, ranks.device, link.as_link().cpu_s, ranks.cpu_weight
+                *(ranks.probe, method, ranks.device, messages, ranks.cpu_weight),
+                ranks_per_node=ranks_per_node,
             )
-        advance("compute")
-        return link, speeds, _compute(args, ranks, workload)
+        return link, speeds
 
 
 def _compute(
@@ -143,102 +216,7 @@ def _compute(
 ) -> Compute:
     if args.compute_ms is not None:
         seconds = args.compute_ms / 1e3
-        return Compute(seconds * _FORWARD_SHARE, seconds * (1 - _FORWARD_SHARE))
+        return Compute(seconds * FORWARD_SHARE, seconds * (1 - FORWARD_SHARE))
     if workload is None:
         return Compute()
     return measure_compute(ranks.probe, workload, args.bucket_mb, ranks.device)
-
-
-def _show(
-    screen: Screen,
-    ranks: Ranks,
-    link: MeasuredLink,
-    predictions: list[Prediction],
-    dense: list[Prediction],
-    advice: Advice,
-    compute: Compute,
-) -> None:
-    n = ranks.probe.world_size
-    screen.note(
-        f"{n} ranks over {ranks.backend}, {ranks.neighbours} on this machine, {ranks.device.type}; "
-        f"kernels {choose(ranks.device).reason}"
-    )
-    screen.note(
-        f"link: {link.payload_bytes_s * 8e-9:.3f} Gbit/s of payload in both directions at once, "
-        f"{1e3 * link.latency_s:.3f} ms per message"
-    )
-    screen.table(
-        "collectives",
-        ("", "MB on the busiest link", "ms", "ms if empty", "x the link alone"),
-        [
-            (
-                leg.name,
-                f"{leg.busiest_bytes / 1e6:.3f}",
-                f"{1e3 * leg.seconds:.2f}",
-                f"{1e3 * leg.overhead_s:.2f}",
-                f"{leg.slowdown:.2f}",
-            )
-            for leg in link.legs
-        ],
-    )
-    if compute == Compute():
-        screen.note("The compute time is unknown: a step is the exchange alone. Use --compute-ms.")
-    else:
-        parts = [1e3 * part for part in (compute.forward_s, compute.backward_s, compute.rest_s)]
-        screen.note(
-            f"compute: forward {parts[0]:.1f} ms, backward {parts[1]:.1f} ms, rest {parts[2]:.1f} ms"
-        )
-    screen.table(
-        "predicted",
-        ("method", "step ms", "x fp32", "exchange ms", "waits ms", "wire floor ms", "MB"),
-        [
-            (
-                p.method.name.replace("fp32", "off (fp32)"),
-                f"{1e3 * p.step_s:.1f}",
-                f"{p.step_s / dense_for(p.method, dense).step_s:.3f}",
-                f"{1e3 * p.exchange_s:.1f}",
-                f"{1e3 * p.exposed_s:.1f}",
-                f"{1e3 * p.floor_s:.1f}",
-                f"{p.busiest_bytes / 1e6:.2f}",
-            )
-            for p in predictions
-        ],
-        marked=next((i for i, p in enumerate(predictions) if p is advice.best), None),
-    )
-    screen.note(advice.reason)
-    screen.code(code_for(advice.best.method))
-
-
-def _result(
-    ranks: Ranks,
-    link: MeasuredLink,
-    speeds: dict[str, Speed],
-    compute: Compute,
-    predictions: list[Prediction],
-    advice: Advice,
-    parameters: list[ParameterSize],
-) -> dict[str, Any]:
-    return {
-        "world_size": ranks.probe.world_size,
-        "ranks_on_this_machine": ranks.neighbours,
-        "cores_per_rank": ranks.cores,
-        "backend": ranks.backend,
-        "device": ranks.device.type,
-        "kernels": choose(ranks.device).reason,
-        "parameters": sum(p.numel for p in parameters),
-        "link": link.to_dict(),
-        "speeds": {name: vars(speed) for name, speed in speeds.items()},
-        "compute": vars(compute),
-        "predictions": [_as_dict(p) for p in predictions],
-        "recommended": {
-            "method": advice.best.method.name,
-            "compression_pays": advice.pays,
-            "reason": advice.reason,
-            "code": code_for(advice.best.method),
-        },
-    }
-
-
-def _as_dict(prediction: Prediction) -> dict[str, Any]:
-    method = prediction.method
-    return {**vars(prediction), "method": method.name, "bucket_mb": method.bucket_mb}

@@ -12,12 +12,25 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from effadam_hook.cli.rendezvous import check_command_lines
 from effadam_hook.errors import CommandError
+from effadam_hook.exchange.node_description import describe_ranks
+from effadam_hook.exchange.nodes import tabulate
 from effadam_hook.exchange.probe import Probe
+from effadam_hook.exchange.topology import NodeTable
 
-__all__ = ["Ranks", "backend_for", "check_launched", "join_ranks", "pick_device", "rank_here"]
+__all__ = [
+    "Ranks",
+    "alone",
+    "backend_for",
+    "check_launched",
+    "is_launched",
+    "join_ranks",
+    "pick_device",
+    "rank_here",
+]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TIMEOUT = timedelta(minutes=5)
@@ -33,6 +46,7 @@ class Ranks:
         backend: Backend of the process group.
         neighbours: Number of ranks on this machine, including this rank.
         cores: Number of cores per rank on this machine.
+        nodes: The nodes of the ranks; None if they were not looked up.
     """
 
     probe: Probe
@@ -40,6 +54,22 @@ class Ranks:
     backend: str
     neighbours: int
     cores: float
+    nodes: NodeTable | None = None
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Return the number of ranks that share a network card; 1 if all ranks are on one node."""
+        return 1 if self.nodes is None or self.is_local else self.nodes.ranks_per_node
+
+    @property
+    def is_alone(self) -> bool:
+        """Return whether this is the only rank, so that no link can be measured."""
+        return self.probe.world_size == 1
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether all ranks are on one node, so that nothing passes through a network."""
+        return self.nodes is not None and len(self.nodes.nodes) == 1
 
     @property
     def cpu_weight(self) -> float:
@@ -57,11 +87,17 @@ def rank_here() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def check_launched(command: str) -> None:
+def is_launched() -> bool:
+    """Return whether a launcher has started this process."""
+    return all(name in os.environ for name in _NEEDED)
+
+
+def check_launched(command: str, otherwise: str = "") -> None:
     """Check that a launcher has started this process and at least one other.
 
     Args:
         command: Name of the subcommand, for the message.
+        otherwise: What to do without a launcher, for the message.
 
     Raises:
         CommandError: If there is no launcher's environment, or only one rank.
@@ -71,7 +107,9 @@ def check_launched(command: str) -> None:
         raise CommandError(
             f"`effadam {command}` measures between ranks, and {', '.join(missing)} is not set. "
             f"Start it on every host in the way you start training, for example: torchrun --nnodes 2 "
-            f"--nproc-per-node 1 --rdzv-endpoint HOST:29500 -m effadam_hook.cli {command} ..."
+            f"--nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m effadam_hook.cli "
+            f"{command} ... (HOST is one of the hosts, the same in every command)"
+            f"{otherwise and f'; {otherwise}'}"
         )
     if os.environ["WORLD_SIZE"] == "1":
         raise CommandError(
@@ -106,12 +144,54 @@ def join_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
     try:
         group = dist.group.WORLD
         assert group is not None
-        probe = Probe(group, device)
+        nodes = _nodes(group, device)
+        probe = Probe(group, device, nodes if len(nodes.nodes) > 1 else None)
         machines = probe.share(_machine())
         neighbours = machines.count(machines[probe.rank])
-        yield Ranks(probe, device, backend, neighbours, _cores() / neighbours)
+        yield Ranks(probe, device, backend, neighbours, _cores() / neighbours, nodes)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone(args: argparse.Namespace) -> Iterator[Ranks]:
+    """Make a process group of this process, to measure its arithmetic without a launcher.
+
+    Args:
+        args: Arguments of the command; ``args.device`` as in :func:`join_ranks`.
+
+    Yields:
+        The one rank, with one thread and a core of its own, as torchrun starts ranks.
+    """
+    device = pick_device(args.device)
+    backend = backend_for(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        yield Ranks(Probe(group, device), device, backend, neighbours=1, cores=1.0)
+    finally:
+        dist.destroy_process_group()
+
+
+def _nodes(group: dist.ProcessGroup, device: torch.device) -> NodeTable:
+    """Find the nodes of the ranks; a collective operation.
+
+    Raises:
+        CommandError: On every rank, if nodes have unequal numbers of ranks.
+        EffAdamError: On every rank, if hosts and launchers disagree.
+    """
+    table = tabulate(describe_ranks(group, device))
+    counts = {len(ranks) for ranks in table.nodes}
+    if len(counts) > 1:
+        raise CommandError(
+            f"The hosts have unequal numbers of ranks, between {min(counts)} and {max(counts)}. The "
+            "cost model needs equally many: start as many ranks on every host."
+        )
+    return table
 
 
 def pick_device(device: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +25,15 @@ class Row:
         ratio: Step time relative to the dense method with the same buckets, or to the first dense
             method if there is none: the median over the rounds of the ratio of the medians. NaN
             without a dense method.
+        ratio_low: Smallest ratio of a round.
+        ratio_high: Largest ratio of a round.
         busiest_mb: Megabytes per step on the busiest link in its busier direction.
         total_mb: Megabytes per step that all hosts sent.
         cpu_ms: Processor time per step, all ranks together. Divided by the cores that the ranks share,
             it is a lower bound of the step time.
         slowest_round_ms: Maximum of the medians of the rounds.
+        fastest_round_ms: Minimum of the medians of the rounds.
+        rounds: Number of rounds.
     """
 
     method: str
@@ -36,10 +41,14 @@ class Row:
     p20_ms: float
     p80_ms: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
     busiest_mb: float
     total_mb: float
     cpu_ms: float
     slowest_round_ms: float
+    fastest_round_ms: float
+    rounds: int
 
 
 def rows_of(cells: Sequence[Cell]) -> list[Row]:
@@ -67,11 +76,15 @@ def rows_of(cells: Sequence[Cell]) -> list[Row]:
                 statistics.median(steps),
                 steps[len(steps) // 5],
                 steps[len(steps) * 4 // 5],
-                statistics.median(ratios) if ratios else float("nan"),
+                statistics.median(ratios) if ratios else math.nan,
+                min(ratios, default=math.nan),
+                max(ratios, default=math.nan),
                 max(*last["sent_bytes"], *last["received_bytes"]) / 1e6,
                 sum(last["sent_bytes"]) / 1e6,
                 1e3 * statistics.median(cell["cpu_s"] for cell in rounds.values()),
                 1e3 * max(medians.values()),
+                1e3 * min(medians.values()),
+                len(medians),
             )
         )
     return rows

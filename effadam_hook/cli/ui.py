@@ -14,8 +14,6 @@ from effadam_hook.errors import CommandError
 
 __all__ = ["Screen", "printable", "require"]
 
-_EXTRA = 'pip install "effadam-hook[cli]"'
-
 
 def printable(text: str) -> str:
     """Make text safe for a terminal.
@@ -45,7 +43,8 @@ def require(package: str, purpose: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise CommandError(
-            f"The package {package!r} is not installed, and {purpose} needs it. Run {_EXTRA}."
+            f"The package {package!r} is not installed, and {purpose} needs it. "
+            f"Run pip install {package}."
         )
 
 
@@ -60,16 +59,19 @@ class Screen:
     def __init__(self, as_json: bool, rank: int = 0) -> None:
         self._as_json = as_json
         self._main = rank == 0
-        if self._main and not as_json:
-            require("rich", "showing tables")
+        self._has_rich = importlib.util.find_spec("rich") is not None
 
     def note(self, text: str) -> None:
         """Print a line of text."""
-        if self._main and not self._as_json:
+        if not self._main or self._as_json:
+            return
+        if self._has_rich:
             from rich.console import Console
             from rich.text import Text
 
             Console(soft_wrap=True).print(Text(printable(text)))
+        else:
+            sys.stdout.write(f"{printable(text)}\n")
 
     def code(self, text: str) -> None:
         """Print lines of code without formatting."""
@@ -92,6 +94,9 @@ class Screen:
             marked: Index of a row to highlight.
         """
         if not self._main or self._as_json:
+            return
+        if not self._has_rich:
+            sys.stdout.write(_plain_table(title, columns, rows))
             return
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -128,7 +133,7 @@ class Screen:
         Yields:
             Function to be called with a description at the start of each part.
         """
-        if not self._main or importlib.util.find_spec("rich") is None:
+        if not self._main or not self._has_rich:
             yield lambda part: None
             return
         from rich.console import Console
@@ -148,6 +153,21 @@ class Screen:
                 bar.update(task, advance=1, description=printable(f"{label}: {part}"))
 
             yield advance
+
+
+def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table as text, all columns except the first aligned to the right."""
+    cells = [[printable(str(cell)) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join([printable(title), *map(str.rstrip, lines), "", ""])
 
 
 def _strict(value: Any) -> Any:

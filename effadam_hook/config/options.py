@@ -64,15 +64,16 @@ class StateOptions(TypedDict, total=False):
         block_size: Number of elements that share a scale, a power of two from 16 to 4096.
             Default: ``256``.
         topology: ``"rank0"`` (rank 0 is the server), ``"sharded"`` (every rank is the server for its
-            share) or ``"auto"`` (the faster of the two, measured before the first exchange or taken
-            from a loaded state). Results do not depend on it. ``"hierarchical"`` averages gradients
-            densely inside each node first and exchanges the means of the nodes: for nodes with several
-            ranks. Default: ``"rank0"``.
+            share; the results are those of ``"rank0"``), ``"hierarchical"`` (gradients are averaged
+            densely inside each node, and the means of the nodes exchanged) or ``"auto"``:
+            ``"hierarchical"`` on several nodes with equally many ranks, two or more, else
+            ``"sharded"``; a loaded state of as many ranks keeps its topology. Default: ``"auto"``.
         error_feedback: Whether the quantization error of a step is added to the next step, on both
             sides. Default: ``True``.
         exact: Rules for parameters that are sent uncompressed: ``"1d"`` (at most one dimension),
             ``"<N"`` (fewer than N elements), or shell patterns for names, such as ``"*.norm*"``.
-            Default: ``("1d",)``.
+            A value replaces the default: write ``("1d", "head.*")`` to add a pattern. A value that
+            leaves biases and norms to the quantizer warns, except ``()``. Default: ``("1d",)``.
         warmup_steps: Number of backward passes with a dense all-reduce before compression starts.
             Default: ``0``.
         enabled: Whether to compress. The attribute ``enabled`` of the state changes it between steps;
@@ -124,7 +125,7 @@ DEFAULTS: HookOptions = {
     "worker_quantizer": None,
     "server_quantizer": None,
     "block_size": 256,
-    "topology": "rank0",
+    "topology": "auto",
     "error_feedback": True,
     "exact": ("1d",),
     "warmup_steps": 0,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from effadam_hook._version import __version__
 from effadam_hook.ddp.engine import Engine
-from effadam_hook.exchange.topology import AUTO
 from effadam_hook.kernels import describe
+from effadam_hook.session.card import describe_card
 
 __all__ = ["stats_of", "summarize"]
 
@@ -46,7 +46,7 @@ def summarize(engine: Engine, is_copy: bool) -> str:
         f"  quantizers   up {config.worker_quantizer}, down {config.server_quantizer}, "
         f"blocks of {config.block_size}, scale {config.scale_rule}",
         f"  feedback     {'both sides' if config.error_feedback else 'none'}",
-        f"  topology     {_topology(engine)}",
+        f"  topology     {session.connection.choice.describe()}",
     ]
     if engine.auto_compress is not None:
         lines.append(f"  auto         {engine.auto_compress.outcome}")
@@ -58,6 +58,7 @@ def summarize(engine: Engine, is_copy: bool) -> str:
         f"  steps        {stats['steps']}",
         f"  bytes        dense {stats['dense_bytes']}, up {stats['uplink_bytes']}, "
         f"down {stats['downlink_bytes']}: {stats['ratio']:.2f}x less",
+        *(f"  card         {text}" for text in filter(None, [describe_card(session)])),
         f"  residuals    worker {stats['worker_residual_norm']:.4g}, "
         f"server {stats['server_residual_norm']:.4g}",
     ]
@@ -73,14 +74,6 @@ def _status(engine: Engine, is_copy: bool) -> str:
     if engine.session.counters.steps < warmup_steps:
         return f"warming up (dense all-reduce until step {warmup_steps})"
     return "on"
-
-
-def _topology(engine: Engine) -> str:
-    session = engine.session
-    connection, name = session.connection, session.config.topology
-    if name == AUTO and connection.has_topology:
-        name = f"{session.topology.name}, chosen: {connection.topology_reason}"
-    return f"{name}; {connection.route}" if connection.route else name
 
 
 def _kernels(engine: Engine) -> str:

@@ -79,16 +79,18 @@ def check_steps(
     run_id: str,
     steps: int,
     optimizer_steps: int,
+    topology: str,
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> None:
-    """Compare the steps of all ranks; a collective operation.
+    """Compare the steps and topologies of all ranks; a collective operation.
 
     Args:
         run_id: Run id of the model; ranks that open two models in different orders over one group
             meet here.
         steps: Number of steps of the exchange.
         optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on them.
+        topology: Name of the topology, which a loaded state may have decided.
         group: The process group.
         device: A device whose tensors the group's backend can send.
 
@@ -97,7 +99,7 @@ def check_steps(
     """
     if group.size() == 1:
         return
-    own = json.dumps([steps, optimizer_steps, run_id]).encode()
+    own = json.dumps([steps, optimizer_steps, run_id, topology]).encode()
     rows = [json.loads(text) for text in gather_bytes(own, group, device, everywhere=True)]
     others = [str(rank) for rank, row in enumerate(rows) if row[2] != run_id]
     if others:
@@ -109,6 +111,13 @@ def check_steps(
         )
     if message := differing_steps([row[0] for row in rows], [row[1] for row in rows]):
         raise DisagreementError(message)
+    other = next((rank for rank, row in enumerate(rows) if row[3] != rows[0][3]), 0)
+    if other:
+        raise DisagreementError(
+            f"The ranks have loaded states of different topologies: rank {other} has "
+            f"{rows[other][3]!r}, and rank 0 {rows[0][3]!r}. All ranks must load the state of the same "
+            "run, or none of them."
+        )
 
 
 def differing_steps(

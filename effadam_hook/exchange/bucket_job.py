@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from effadam_hook.exchange.streams import Event
+
 __all__ = ["BucketJob", "NodeTransfer"]
 
 
@@ -37,6 +39,8 @@ class BucketJob(Protocol):
     """Digest of the layout, the same on every rank."""
     bucket: Tensor
     """``[numel]``: DDP's buffer."""
+    ready: Event | None
+    """Point of the device at which :attr:`bucket` is filled; None where the host fills it."""
     uplink: Tensor
     """``[servers of this rank's share, stride_bytes]`` uint8: the payload that this rank sends."""
     received: Tensor
@@ -55,15 +59,24 @@ class BucketJob(Protocol):
 
     @property
     def averages_first(self) -> bool:
-        """Return whether :attr:`bucket` is averaged, uncompressed, before it is encoded."""
+        """Return whether :attr:`values` are averaged, uncompressed, before they are encoded."""
+        ...
+
+    @property
+    def values(self) -> Tensor:
+        """Return the vector to encode: :attr:`bucket`, or the node's mean of this rank's share."""
         ...
 
     def pack(self) -> None:
         """Copy :attr:`bucket` into the packed bytes of :attr:`node`."""
         ...
 
+    def average(self) -> None:
+        """Average what :attr:`node` has received into :attr:`values`."""
+        ...
+
     def encode(self) -> None:
-        """Encode :attr:`bucket` and the worker residual into :attr:`uplink`."""
+        """Encode :attr:`values` and the worker residual into :attr:`uplink`."""
         ...
 
     def reduce(self) -> None:

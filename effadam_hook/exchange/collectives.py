@@ -27,6 +27,7 @@ __all__ = [
     "new_group_alone",
     "timeout_of",
     "wait_while",
+    "wire_device",
 ]
 
 _SLICE = timedelta(seconds=0.5)
@@ -192,6 +193,21 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     if any(device.type == "cpu" for device in group._device_types):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def wire_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Return the device whose tensors carry the data of a device over a group.
+
+    Args:
+        group: The group.
+        device: Device of the data.
+
+    Returns:
+        The CPU if a group sends the device's tensors by Gloo, which sends from host memory; the
+        device itself otherwise.
+    """
+    has_cpu = any(each.type == "cpu" for each in group._device_types)
+    return torch.device("cpu") if has_cpu and backend_of(group, device) == "gloo" else device
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from effadam_hook.exchange.collectives import Group, abandon, all_reduce
+from effadam_hook.exchange.collectives import Group, abandon, all_reduce, backend_of
+from effadam_hook.exchange.streams import CudaStreams, Stream, Streams
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
 from effadam_hook.exchange.worker_thread import WorkerThread
@@ -20,8 +22,9 @@ __all__ = ["DenseExchange", "start_average"]
 class DenseExchange:
     """Dense averages of buckets over DDP's own process group.
 
-    The hook itself starts the collectives, in the order in which DDP calls it. On the CPU a worker
-    thread waits for them, so that the exchange can stop; on other devices their futures do.
+    The hook itself starts the collectives, in the order in which DDP calls it. On Gloo a worker
+    thread waits for them, so that the exchange can stop; on other backends their futures do. Gloo
+    itself stages buckets on a GPU: a wait orders the stream of the waiting thread after the result.
 
     Args:
         group: DDP's process group.
@@ -32,6 +35,8 @@ class DenseExchange:
         self._group = group
         self._watchdog = watchdog
         self._worker_thread: WorkerThread[list[dist.Work]] | None = None
+        self._streams: Streams | None = None
+        self._stream: Stream | None = None
 
     def submit(self, label: str, buffer: Tensor, also: Sequence[Tensor] = ()) -> Future[Tensor]:
         """Average a bucket densely over the ranks, in place.
@@ -44,17 +49,25 @@ class DenseExchange:
         Returns:
             A future of the same tensor.
         """
-        if buffer.device.type != "cpu":
+        if backend_of(self._group, buffer.device) != "gloo":
             return _when_all_are_done(buffer, self._start(buffer, also))
+        if buffer.device.type != "cpu" and self._streams is None:
+            self._streams = CudaStreams(buffer.device)
+            self._stream = self._streams.new_stream()
         layout = "sparse" if buffer.is_sparse else f"{buffer.numel()} elements"
         inflight = self._watchdog.enter(
-            label, "a dense all-reduce", layout, "dense all-reduce", buffer
+            label,
+            "a dense all-reduce",
+            layout,
+            "dense all-reduce",
+            buffer,
+            None if self._streams is None else self._streams.new_future(),
         )
         if inflight.is_over:
             return inflight.future
         if self._worker_thread is None:
             group = self._group
-            self._worker_thread = WorkerThread("effadam-dense", _finish, self._watchdog)
+            self._worker_thread = WorkerThread("effadam-dense", self._finish, self._watchdog)
             self._watchdog.on_failure(lambda: abandon(group))
             self._watchdog.on_close(self._worker_thread.close)
         try:
@@ -67,6 +80,14 @@ class DenseExchange:
 
     def _start(self, buffer: Tensor, also: Sequence[Tensor]) -> list[dist.Work]:
         return [start_average(tensor, self._group) for tensor in (buffer, *also)]
+
+    def _finish(self, inflight: InflightBucket, works: list[dist.Work]) -> None:
+        streams, stream = self._streams, self._stream
+        with contextlib.nullcontext() if streams is None or stream is None else streams.on(stream):
+            for work in works:
+                inflight.work = work
+                inflight.wait()
+            inflight.succeed()
 
 
 def start_average(buffer: Tensor, group: Group) -> dist.Work:
@@ -81,13 +102,6 @@ def start_average(buffer: Tensor, group: Group) -> dist.Work:
     """
     buffer.div_(group.size())
     return all_reduce(buffer, group)
-
-
-def _finish(inflight: InflightBucket, works: list[dist.Work]) -> None:
-    for work in works:
-        inflight.work = work
-        inflight.wait()
-    inflight.succeed()
 
 
 def _when_all_are_done(buffer: Tensor, works: list[dist.Work]) -> Future[Tensor]:

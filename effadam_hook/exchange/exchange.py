@@ -11,9 +11,11 @@ from torch.futures import Future
 
 from effadam_hook.errors import UnsupportedBackendError
 from effadam_hook.exchange.bucket_job import BucketJob
-from effadam_hook.exchange.collectives import backend_of
+from effadam_hook.exchange.collectives import backend_of, wire_device
 from effadam_hook.exchange.gloo import GlooExchange
 from effadam_hook.exchange.nccl import NcclExchange
+from effadam_hook.exchange.staging import PinnedStaging, Staging
+from effadam_hook.exchange.streams import CudaStreams
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import Hold, InflightBucket
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
@@ -27,9 +29,11 @@ class Exchange(Protocol):
     Attributes:
         part_numel: Number of elements from which a job is worth its overhead: larger buckets are
             cut into parts. None where jobs do not overlap.
+        staging: The memory from which its collectives send.
     """
 
     part_numel: int | None
+    staging: Staging
 
     def new_future(self) -> Future[Tensor]:
         """Make a future for a job, before or after its submission."""
@@ -57,14 +61,18 @@ def make_exchange(
         held: The hold within which the exchange is opened; its phase is kept up to date.
 
     Returns:
-        For Gloo worker threads and further groups, for NCCL a side stream.
+        For Gloo worker threads and further groups, with staging if the device is a GPU; for NCCL a
+        side stream.
 
     Raises:
         UnsupportedBackendError: If the backend for that device is neither.
     """
     if check_backend(group, device) == "gloo":
-        return GlooExchange(topology, group, watchdog, held)
-    return NcclExchange(topology, group, device)
+        staging = Staging()
+        if device.type != "cpu":
+            staging = PinnedStaging(CudaStreams(device), len(topology.stages))
+        return GlooExchange(topology, group, staging, watchdog, held)
+    return NcclExchange(topology, group, CudaStreams(device))
 
 
 def check_backend(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -75,16 +83,18 @@ def check_backend(group: dist.ProcessGroup, device: torch.device) -> str:
         device: Device of the buckets.
 
     Returns:
-        ``"gloo"`` for tensors on the CPU or ``"nccl"`` for those on CUDA.
+        ``"gloo"`` or ``"nccl"``.
 
     Raises:
-        UnsupportedBackendError: If the backend for that device is neither.
+        UnsupportedBackendError: If the backend for that device is neither, or the device is neither
+            the CPU nor CUDA.
     """
     backend = backend_of(group, device)
-    if (device.type, backend) in (("cpu", "gloo"), ("cuda", "nccl")):
+    on_gloo = backend == "gloo" and wire_device(group, device).type == "cpu"
+    if (on_gloo and device.type in ("cpu", "cuda")) or (device.type, backend) == ("cuda", "nccl"):
         return backend
     raise UnsupportedBackendError(
         f"The process group uses the backend {backend!r} for tensors on {device.type!r}. "
-        "Must be gloo on cpu or nccl on cuda: start it with "
-        'init_process_group("cpu:gloo,cuda:nccl").'
+        "Must be gloo on cpu, or gloo on cpu and cuda, or nccl on cuda: start it with "
+        'init_process_group("cpu:gloo,cuda:nccl"), or with "gloo" where there is no NCCL.'
     )

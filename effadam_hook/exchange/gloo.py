@@ -16,6 +16,8 @@ bucket, as in "rank0" and "sharded"::
 While the downlink of bucket k is in flight, so is the uplink of bucket k+1, and backward continues.
 Large buckets travel in parts, for the same reason. In "hierarchical" there are two more stages, so
 that the node's mean of bucket k+2 and its gather of bucket k-1 overlap with them.
+
+Gloo sends from host memory. The buffers of buckets on a GPU are staged, see ``staging.py``.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import abandon
 from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.groups import make_gloo_groups
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import Hold, InflightBucket
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
@@ -40,18 +43,25 @@ __all__ = ["GlooExchange"]
 
 
 class GlooExchange:
-    """Run jobs on CPU tensors over Gloo.
+    """Run jobs over Gloo.
 
     Args:
         topology: This rank's view of the servers.
         group: DDP's process group, whose ranks and time-out the groups of the stages get.
+        staging: The memory of the collectives.
         watchdog: Holds the buckets in flight.
         hold: The wait within which the exchange is opened; its phase is kept up to date.
     """
 
     def __init__(
-        self, topology: Topology, group: dist.ProcessGroup, watchdog: Watchdog, hold: Hold
+        self,
+        topology: Topology,
+        group: dist.ProcessGroup,
+        staging: Staging,
+        watchdog: Watchdog,
+        hold: Hold,
     ) -> None:
+        self.staging = staging
         self.part_numel: int | None = part_numel(group.size())
         self._stages = topology.stages
         transfers = [(stage.transfer, stage.ranks) for stage in self._stages if stage.transfer]
@@ -74,7 +84,7 @@ class GlooExchange:
 
     def new_future(self) -> Future[Tensor]:
         """Make a future for a job, to be handed to DDP."""
-        return Future()
+        return self.staging.new_future()
 
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
         """Start a job.
@@ -83,22 +93,34 @@ class GlooExchange:
             job: The bucket's job; its buffers are in use until the bucket has arrived.
             inflight: Completed with the decoded bucket, or with the error.
         """
+        job.ready = self.staging.mark()
         self._threads[0].put(inflight, job)
 
     def _run(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
         """Run one stage of a bucket, in the thread of that stage."""
         stage = self._stages[number]
         inflight.wait()  # [3] [6] for the collective of the stage before
+        with self.staging.stage(number, job):
+            self._compute(number, inflight, job)
+        if stage.start is None:
+            return
+        inflight.phase = stage.transfer
+        inflight.work = stage.start(job, self._groups[number].group)  # [2] [5]
+        self._threads[number + 1].put(inflight, job)
+
+    def _compute(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
+        """Run the arithmetic of a stage, and complete the bucket after the last one."""
+        stage = self._stages[number]
+        if stage.prepare is not None:
+            inflight.phase = stage.phase
+            stage.prepare(job)
         if stage.averages_first and job.averages_first:
             inflight.phase = "dense average"
-            inflight.work = start_average(job.bucket, self._groups[number].group)
-            inflight.wait()
+            with self.staging.on_host(job.values) as values:
+                inflight.work = start_average(values, self._groups[number].group)
+                inflight.wait()
         if stage.compute is not None:
             inflight.phase = stage.phase
             stage.compute(job)  # [1] [4] [7]
         if stage.start is None:
             inflight.succeed()  # [8]
-            return
-        inflight.phase = stage.transfer
-        inflight.work = stage.start(job, self._groups[number].group)  # [2] [5]
-        self._threads[number + 1].put(inflight, job)

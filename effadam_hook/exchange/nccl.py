@@ -9,7 +9,6 @@ collective only orders streams: the host continues at once, and the device is ne
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
@@ -17,6 +16,8 @@ from torch.futures import Future
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.groups import make_stage_groups
+from effadam_hook.exchange.staging import Staging
+from effadam_hook.exchange.streams import Streams
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 
@@ -29,19 +30,20 @@ class NcclExchange:
     Args:
         topology: This rank's view of the servers.
         group: DDP's process group.
-        device: The CUDA device of the buckets.
+        streams: The streams of the buckets' device.
     """
 
-    def __init__(self, topology: Topology, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, topology: Topology, group: dist.ProcessGroup, streams: Streams) -> None:
+        self.staging = Staging(sends_from_host=False, computes_on_host=False)
         self.part_numel: int | None = None
         self._stages = topology.stages
         self._groups = make_stage_groups([stage.ranks for stage in self._stages], group)
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._streams = streams
+        self._stream = streams.new_stream()
 
     def new_future(self) -> Future[Tensor]:
         """Make a future for a job, to be handed to DDP; it orders the streams of whoever waits."""
-        return Future(devices=[self._device])
+        return self._streams.new_future()
 
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
         """Issue a job.
@@ -50,17 +52,19 @@ class NcclExchange:
             job: The bucket's job.
             inflight: Completed, on the device, with the decoded bucket.
         """
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(self._streams.current_stream())
+        with self._streams.on(self._stream):
             for stage, group in zip(self._stages, self._groups, strict=True):
+                if stage.prepare is not None:
+                    stage.prepare(job)
                 if stage.averages_first and job.averages_first:
-                    _order(start_average(job.bucket, group))
+                    _order(start_average(job.values, group))
                 if stage.compute is not None:
                     stage.compute(job)
                 if stage.start is not None:
                     _order(stage.start(job, group))
             # The allocator must not hand the bucket out again while this stream reads it.
-            job.bucket.record_stream(self._stream)
+            self._streams.keep(job.bucket, self._stream)
             inflight.succeed()
 
 

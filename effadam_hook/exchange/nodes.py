@@ -1,250 +1,25 @@
-"""Discovery of the nodes of a process group from the knowledge of its ranks.
+"""The nodes of a process group, derived from the descriptions of all ranks.
 
-A node is a host: ranks that share a host share its network card. Every rank describes itself:
-
-- its *host identity*: host name, boot id and network namespace, or the environment variable
-  ``EFFADAM_HOST`` where a host is to count as another one;
-- what its *launcher* has told it: local rank, number of local ranks and number of the node, from
-  torchrun (``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``GROUP_RANK``), Lightning (``LOCAL_RANK``,
-  ``NODE_RANK``) or SLURM (``SLURM_LOCALID``, ``SLURM_NTASKS_PER_NODE``, ``SLURM_NODEID``);
-- or the ranks of its node, where the user names them by a process group or a device mesh.
-
-All descriptions are gathered, and every rank derives the same table from them or raises the same error.
-Hosts make the nodes, launchers are the check: nothing follows from the order of the ranks.
+Every rank derives the same table, or raises the same error. Hosts make the nodes, launchers are the
+check: nothing follows from the order of the ranks.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from collections.abc import Mapping, Sequence
 
 from effadam_hook.errors import DisagreementError, EffAdamError
-from effadam_hook.exchange.topology import HIERARCHICAL, NodeTable
-from effadam_hook.exchange.waiting import gather_bytes
+from effadam_hook.exchange.node_description import Description
+from effadam_hook.exchange.topology import NodeTable
+from effadam_hook.exchange.topology.node_table import list_ranks
 
-__all__ = [
-    "HOST_VARIABLE",
-    "Description",
-    "check_node_options",
-    "describe_rank",
-    "find_nodes",
-    "tabulate",
-]
-
-HOST_VARIABLE = "EFFADAM_HOST"
-"""Environment variable that replaces the host identity of a rank."""
+__all__ = ["tabulate"]
 
 _REMEDY = (
     "Correct the environment, name the nodes with intra_node_group= or device_mesh=, or use "
     'topology="sharded".'
 )
 _MOST_SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Description:
-    """Description of the node of a rank, from its own knowledge.
-
-    Attributes:
-        host: Identity of the host.
-        name: Name of the host, for messages.
-        launcher: Name of the launcher; empty if the rank knows of none.
-        local_rank: Index among the local ranks of the launcher; None if unknown.
-        local_world_size: Number of these; None if unknown.
-        node: Number of the node; None if unknown.
-        members: Ranks of the node in the process group, as the user names them; None to find out.
-        failure: The reason for which this rank has no description; empty if it has one.
-    """
-
-    host: str
-    name: str
-    launcher: str = ""
-    local_rank: int | None = None
-    local_world_size: int | None = None
-    node: int | None = None
-    members: tuple[int, ...] | None = None
-    failure: str = ""
-
-
-def check_node_options(topology: str, intra_node_group: object, device_mesh: object) -> None:
-    """Check the options that name the nodes, as far as one rank can.
-
-    Args:
-        topology: The option ``topology``.
-        intra_node_group: The option of that name.
-        device_mesh: The option of that name.
-
-    Raises:
-        TypeError: If one has the wrong type.
-        ValueError: If both are given, one is given for another topology, or the mesh has not two
-            dimensions.
-    """
-    if intra_node_group is None and device_mesh is None:
-        return
-    if intra_node_group is not None and device_mesh is not None:
-        raise ValueError(
-            "Invalid intra_node_group and device_mesh: both are given. Must be at most one of them."
-        )
-    name = "device_mesh" if intra_node_group is None else "intra_node_group"
-    if topology != HIERARCHICAL:
-        raise ValueError(
-            f"Invalid {name} with topology={topology!r}. Must be left out: only topology="
-            f'"{HIERARCHICAL}" needs to know the nodes.'
-        )
-    if intra_node_group is not None and not isinstance(intra_node_group, dist.ProcessGroup):
-        raise TypeError(
-            f"Invalid intra_node_group: {type(intra_node_group).__name__}. Must be a process group of "
-            "the ranks of this node."
-        )
-    if device_mesh is not None and not isinstance(device_mesh, DeviceMesh):
-        raise TypeError(
-            f"Invalid device_mesh: {type(device_mesh).__name__}. Must be a two-dimensional DeviceMesh "
-            "(nodes, ranks of a node)."
-        )
-    if isinstance(device_mesh, DeviceMesh) and device_mesh.ndim != 2:
-        raise ValueError(
-            f"Invalid device_mesh: it has {device_mesh.ndim} dimensions. Must have two: nodes, "
-            "and ranks of a node."
-        )
-
-
-def find_nodes(
-    group: dist.ProcessGroup,
-    device: torch.device,
-    intra_node_group: dist.ProcessGroup | None = None,
-    device_mesh: DeviceMesh | None = None,
-) -> NodeTable:
-    """Find the nodes of a process group; a collective operation.
-
-    Args:
-        group: The process group.
-        device: Where the group's backend wants tensors.
-        intra_node_group: A group of the ranks of this node, if the user names them.
-        device_mesh: A mesh (nodes, ranks of a node), if the user names them that way.
-
-    Returns:
-        The table, the same on every rank.
-
-    Raises:
-        EffAdamError: On every rank, if nodes cannot be found, have unequal numbers of ranks, or if
-            there is only one; the message names the nodes.
-    """
-    own: Description
-    try:
-        members = _members(group, intra_node_group, device_mesh)
-        own = describe_rank(os.environ, dist.get_rank(), dist.get_world_size(), members)
-    except Exception as error:  # the other ranks must not wait for this one
-        own = Description("", "", failure=str(error) or type(error).__name__)
-    data = json.dumps(asdict(own)).encode()
-    rows = [json.loads(text) for text in gather_bytes(data, group, device, everywhere=True)]
-    return tabulate([_read(row) for row in rows])
-
-
-def _read(row: dict[str, Any]) -> Description:
-    members = row.pop("members")
-    return Description(**row, members=None if members is None else tuple(members))
-
-
-def _members(
-    group: dist.ProcessGroup,
-    intra_node_group: dist.ProcessGroup | None,
-    device_mesh: DeviceMesh | None,
-) -> tuple[int, ...] | None:
-    """The ranks of this node in the group, as the user names them; None if he does not."""
-    if intra_node_group is not None:
-        named, option = dist.get_process_group_ranks(intra_node_group), "intra_node_group"
-    elif device_mesh is not None:
-        here, option = dist.get_rank(), "device_mesh"
-        rows: list[list[int]] = device_mesh.mesh.tolist()
-        named = next((row for row in rows if here in row), [])
-        if not named:
-            raise EffAdamError(f"device_mesh lacks rank {here} of the default group.")
-    else:
-        return None
-    own = dist.get_process_group_ranks(group)
-    strangers = [str(rank) for rank in named if rank not in own]
-    if strangers:
-        raise EffAdamError(
-            f"{option} has rank {', '.join(strangers)} of the default group, which the model's process "
-            "group lacks."
-        )
-    return tuple(sorted(own.index(rank) for rank in named))
-
-
-def describe_rank(
-    environment: Mapping[str, str],
-    rank: int,
-    world_size: int,
-    members: tuple[int, ...] | None = None,
-) -> Description:
-    """Describe this rank.
-
-    Args:
-        environment: The environment variables.
-        rank: This rank in the default group. A launcher's variables count only if they mean this
-            rank: a process that was started within a launcher's process inherits them.
-        world_size: Size of the default group.
-        members: Ranks of the node, if the user names them.
-
-    Raises:
-        EffAdamError: If a variable is no whole number.
-    """
-    name = socket.gethostname()
-    host = environment.get(HOST_VARIABLE) or _host_identity(name)
-    if HOST_VARIABLE in environment:
-        name = environment[HOST_VARIABLE] or name
-
-    def number(key: str) -> int | None:
-        text = environment.get(key)
-        if text is None:
-            return None
-        if not text.isdecimal():
-            raise EffAdamError(
-                f"The environment variable {key} is {text!r}. Must be a whole number."
-            )
-        return int(text)
-
-    if "LOCAL_RANK" in environment and _means(number, "RANK", "WORLD_SIZE", rank, world_size):
-        node = number("GROUP_RANK")
-        return Description(
-            *(host, name, "torchrun" if node is not None else "the launcher"),
-            *(number("LOCAL_RANK"), number("LOCAL_WORLD_SIZE")),
-            number("NODE_RANK") if node is None else node,
-            members,
-        )
-    if "SLURM_LOCALID" in environment and _means(
-        number, "SLURM_PROCID", "SLURM_NTASKS", rank, world_size
-    ):
-        local, tasks = number("SLURM_LOCALID"), number("SLURM_NTASKS_PER_NODE")
-        return Description(host, name, "SLURM", local, tasks, number("SLURM_NODEID"), members)
-    return Description(host, name, members=members)
-
-
-def _means(
-    number: Callable[[str], int | None], rank_key: str, size_key: str, rank: int, size: int
-) -> bool:
-    """Return whether a launcher's variables are those of this rank, as far as they say."""
-    return number(rank_key) in (None, rank) and number(size_key) in (None, size)
-
-
-def _host_identity(name: str) -> str:
-    """Host name, boot and network namespace: those of another host differ in one of them."""
-    parts = [name]
-    try:
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(str(Path("/proc/self/ns/net").readlink()))
-    except OSError:  # not Linux
-        pass
-    return " ".join(parts)
 
 
 def tabulate(descriptions: Sequence[Description]) -> NodeTable:
@@ -258,7 +33,7 @@ def tabulate(descriptions: Sequence[Description]) -> NodeTable:
 
     Raises:
         DisagreementError: If the ranks contradict one another.
-        EffAdamError: If nodes have unequal numbers of ranks, or if there is only one.
+        EffAdamError: If a rank cannot be described.
     """
     failed = [f"rank {rank}: {own.failure}" for rank, own in enumerate(descriptions) if own.failure]
     if failed:
@@ -271,20 +46,7 @@ def tabulate(descriptions: Sequence[Description]) -> NodeTable:
         groups = _by_host(descriptions)
         _check_launchers(groups, descriptions)
         source = "host" + _launchers(descriptions)
-    sizes = {len(ranks) for ranks in groups}
-    if len(sizes) > 1:
-        raise EffAdamError(
-            f"The nodes have unequal numbers of ranks: {_shown(groups, descriptions)}. "
-            f'topology="{HIERARCHICAL}" needs equally many on each: use topology="sharded", '
-            "or start as many ranks on every node."
-        )
-    if len(groups) == 1 and len(descriptions) > 1:
-        raise EffAdamError(
-            f"All ranks are on one node: {_shown(groups, descriptions)}. "
-            f'topology="{HIERARCHICAL}" needs two nodes or more: use topology="sharded", or name the '
-            "nodes with intra_node_group= or device_mesh=."
-        )
-    return NodeTable.of(groups, source)
+    return NodeTable.of(groups, source, [own.name for own in descriptions])
 
 
 def _named_by_user(descriptions: Sequence[Description]) -> list[tuple[int, ...]]:
@@ -300,14 +62,14 @@ def _named_by_user(descriptions: Sequence[Description]) -> list[tuple[int, ...]]
             if descriptions[member].members != own.members:
                 raise DisagreementError(
                     f"The ranks name different nodes: rank {rank} is on a node with the ranks "
-                    f"{_listed(own.members)}, rank {member} on one with "
-                    f"{_listed(descriptions[member].members or ())}. Make intra_node_group or "
+                    f"{list_ranks(own.members)}, rank {member} on one with "
+                    f"{list_ranks(descriptions[member].members or ())}. Make intra_node_group or "
                     "device_mesh the same on all ranks."
                 )
         if rank not in own.members:
             raise DisagreementError(
-                f"The node of rank {rank} has the ranks {_listed(own.members)}, without rank {rank}. "
-                "intra_node_group and device_mesh must hold the rank itself."
+                f"The node of rank {rank} has the ranks {list_ranks(own.members)}, without rank "
+                f"{rank}. intra_node_group and device_mesh must hold the rank itself."
             )
     return list(groups)
 
@@ -358,7 +120,7 @@ def _check_local_ranks(ranks: tuple[int, ...], known: Mapping[int, Description])
     for rank, own in known.items():
         if own.local_world_size is not None and len(ranks) > own.local_world_size:
             raise _contradiction(
-                f"host {own.name!r} has {len(ranks)} ranks ({_listed(ranks)}), and {own.launcher} "
+                f"host {own.name!r} has {len(ranks)} ranks ({list_ranks(ranks)}), and {own.launcher} "
                 f"has told rank {rank} of {own.local_world_size} on it"
             )
         if own.local_rank is not None:
@@ -377,18 +139,3 @@ def _contradiction(what: str) -> DisagreementError:
 def _launchers(descriptions: Sequence[Description]) -> str:
     names = sorted({own.launcher for own in descriptions if own.launcher})
     return f", as {' and '.join(names)} says" if names else ""
-
-
-def _shown(groups: Sequence[tuple[int, ...]], descriptions: Sequence[Description]) -> str:
-    lines = [
-        f"{descriptions[ranks[0]].name!r} has {len(ranks)} rank{'s' * (len(ranks) > 1)} "
-        f"({_listed(ranks)})"
-        for ranks in groups
-    ]
-    more = f"; and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
-    return "; ".join(lines[:_MOST_SHOWN]) + more
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    more = ", ..." if len(ranks) > _MOST_SHOWN else ""
-    return ", ".join(map(str, ranks[:_MOST_SHOWN])) + more

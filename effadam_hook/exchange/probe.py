@@ -13,8 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from effadam_hook.exchange.collectives import all_gather_flat, all_to_all_flat
 from effadam_hook.exchange.dense import start_average
-from effadam_hook.exchange.topology import FLAT_TOPOLOGIES, Topology, make_topology
+from effadam_hook.exchange.topology import (
+    FLAT_TOPOLOGIES,
+    HIERARCHICAL,
+    NodeTable,
+    Topology,
+    make_topology,
+)
 from effadam_hook.exchange.waiting import finish, gather_bytes
 
 __all__ = ["LEGS", "Probe", "Timing"]
@@ -22,6 +29,7 @@ __all__ = ["LEGS", "Probe", "Timing"]
 LEGS = (
     "all_reduce",
     *(f"{direction}/{name}" for name in FLAT_TOPOLOGIES for direction in ("up", "down")),
+    *(f"{stage}/{HIERARCHICAL}" for stage in ("mean", "up", "down", "gather")),
 )
 """Collectives that can be timed; the part after the slash is the topology."""
 
@@ -49,14 +57,24 @@ class Probe:
     Args:
         group: The process group.
         device: Device of the tensors.
+        nodes: The nodes of the group, of which collectives inside and between nodes are timed.
+
+    Attributes:
+        rank: Rank of this process in the group.
+        world_size: Size of the group.
+        nodes: The nodes; None if they were not given.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, nodes: NodeTable | None = None
+    ) -> None:
         self._group = group
         self._device = device
+        self.nodes = nodes
         self.rank = group.rank()
         self.world_size = group.size()
         self._topologies: dict[str, Topology] = {}
+        self._subgroups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
     def share(self, value: Any) -> list[Any]:
         """Gather a plain value from every rank; a collective operation.
@@ -71,24 +89,29 @@ class Probe:
         gathered = gather_bytes(data, self._group, self._device, everywhere=True)
         return [json.loads(text) for text in gathered]
 
-    def time_link(self, size: int, repeats: int, depth: int = 1) -> Timing:
+    def time_link(
+        self, size: int, repeats: int, depth: int = 1, ring: Sequence[int] | None = None
+    ) -> Timing:
         """Time a transfer from every rank to the next one, all ranks at once.
 
         Args:
             size: Bytes that every rank sends.
             repeats: Number of measurements.
             depth: Number of transfers in progress at once.
+            ring: Ranks in whose order this rank sends, such as those of its node; None for all.
 
         Returns:
             The time of one transfer: that of all at once, divided by their number.
         """
-        here, n = self.rank, self.world_size
+        ring = range(self.world_size) if ring is None else ring
+        here = ring.index(self.rank)
         ranks = dist.get_process_group_ranks(self._group)
+        after, before = ranks[ring[(here + 1) % len(ring)]], ranks[ring[here - 1]]
 
         def transfer() -> Start:
             pair = [
-                dist.P2POp(dist.isend, self._bytes(size), ranks[(here + 1) % n], self._group),
-                dist.P2POp(dist.irecv, self._bytes(size), ranks[(here - 1) % n], self._group),
+                dist.P2POp(dist.isend, self._bytes(size), after, self._group),
+                dist.P2POp(dist.irecv, self._bytes(size), before, self._group),
             ]
             return lambda: list(dist.batch_isend_irecv(pair))
 
@@ -101,7 +124,8 @@ class Probe:
 
         Args:
             name: One of :data:`LEGS`.
-            size: Bytes of the gradients for ``"all_reduce"``, else of a whole payload.
+            size: Bytes of the gradients for ``"all_reduce"`` and ``"mean/hierarchical"``, else of a
+                whole payload.
             repeats: Number of measurements.
             depth: Number of collectives in progress at once, as in a step with several buckets. On
                 a busy machine a single collective measures the wait for a core rather than the
@@ -112,41 +136,52 @@ class Probe:
         """
         return self._time([self._leg(name, size) for _ in range(depth)], repeats)
 
-    def time_both_ways(self, topology: str, size: int, repeats: int) -> Timing:
-        """Time an uplink and a downlink in progress at once, as in the middle of a step.
-
-        Args:
-            topology: Name of the topology.
-            size: Bytes of a whole payload.
-            repeats: Number of measurements.
-
-        Returns:
-            The mean time of the two.
-        """
-        return self._time(
-            [self._leg(f"{direction}/{topology}", size) for direction in ("up", "down")], repeats
-        )
-
     def _leg(self, name: str, size: int) -> Start:
         """Return the start of a collective, with buffers of its own."""
         if name == "all_reduce":
             buffer = torch.zeros(max(1, size // 4), device=self._device)
             return lambda: [start_average(buffer, self._group)]
-        direction, _, kind = name.partition("/")
+        stage, _, kind = name.partition("/")
         topology = self._topology(kind)
-        payload = self._bytes(topology.servers, max(1, size // topology.servers))
-        if direction == "up":
-            rows = self.world_size if topology.serves is not None else 0
+        group, chunks = self._group, topology.servers
+        if kind == HIERARCHICAL:
+            assert self.nodes is not None
+            inside, between = self._node_groups(self.nodes)
+            if stage in ("mean", "gather"):
+                ranks = self.nodes.ranks_per_node
+                parts, whole = self._bytes(2, ranks, max(1, size // ranks))
+                if stage == "mean":
+                    return lambda: [all_to_all_flat(whole.view(-1), parts.view(-1), inside)]
+                return lambda: [all_gather_flat(whole.view(-1), parts[0], inside)]
+            group, chunks = between, len(self.nodes.nodes)
+        payload = self._bytes(chunks, max(1, size // topology.servers))
+        if stage == "up":
+            rows = group.size() if topology.serves is not None else 0
             received = self._bytes(rows, payload.shape[1])
-            return lambda: [topology.send_up(payload, received, self._group)]
+            return lambda: [topology.send_up(payload, received, group)]
         outgoing = topology.outgoing(payload)
-        return lambda: [topology.send_down(outgoing, payload, self._group)]
+        return lambda: [topology.send_down(outgoing, payload, group)]
+
+    def _node_groups(self, nodes: NodeTable) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Return the group of this rank's node, and that of its peers on other nodes."""
+        if self._subgroups is None:
+            ranks = dist.get_process_group_ranks(self._group)
+            own: list[dist.ProcessGroup] = []
+            for rows in (nodes.nodes, [*zip(*nodes.nodes, strict=True)]):
+                for row in rows:  # every rank makes every group, in one order
+                    group = dist.new_group([ranks[rank] for rank in row])
+                    own += [group] if self.rank in row else []
+            self._subgroups = (own[0], own[1])
+        return self._subgroups
 
     def _topology(self, kind: str) -> Topology:
         if kind not in self._topologies:
-            topology = self._topologies[kind] = make_topology(kind, self._group)
+            topology = self._topologies[kind] = make_topology(kind, self._group, self.nodes)
             if self._device.type == "cpu":
-                topology.measure_route(self._group)
+                group = self._group
+                if kind == HIERARCHICAL and self.nodes is not None:
+                    group = self._node_groups(self.nodes)[1]
+                topology.measure_route(group)
         return self._topologies[kind]
 
     def time_busy(self, call: Callable[[], None], seconds: float = 0.05, windows: int = 3) -> float:

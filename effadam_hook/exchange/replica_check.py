@@ -12,8 +12,9 @@ them::
 The digest covers the run id, so that a chunk of another model differs whatever its layout. The
 steps find ranks that continue from different states.
 
-To read one weight takes microseconds on the CPU. On other devices the host would have to wait for
-the device, so there is no replica check there.
+To read one weight takes microseconds on the CPU. From a GPU it is copied in the order of a stream,
+and arrives with the payload. On NCCL the host would have to wait for the device to read a payload, so
+there is no replica check.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from effadam_hook.errors import DisagreementError
 from effadam_hook.exchange.agreement import differing_steps
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.wire.layout import REPLICA_CHECK_BYTES
 
 __all__ = ["ReplicaCheck"]
@@ -48,6 +50,7 @@ class ReplicaCheck:
         parameters: The bucket's parameters.
         sent: ``[servers, stride_bytes]`` uint8, the payload of this worker.
         received: ``[world_size, stride_bytes]`` uint8, the chunks that arrive at this server.
+        staging: The memory of the payloads.
         check_every_step: Whether to include a weight in every step, rather than in every eighth.
         ranks: The ranks whose chunks are received, for messages; None for all ranks.
     """
@@ -59,6 +62,7 @@ class ReplicaCheck:
         parameters: Sequence[Tensor],
         sent: Tensor,
         received: Tensor,
+        staging: Staging,
         check_every_step: bool,
         ranks: Sequence[int] | None = None,
     ) -> None:
@@ -70,10 +74,14 @@ class ReplicaCheck:
         self._ranks = range(len(self._received)) if ranks is None else ranks
         self._every = 1 if check_every_step else _OTHERS_EVERY
         self._stamped = 0
+        self._staging = staging
+        self._weight = staging.zeros((1,), torch.float64, torch.device("cpu"))
+        self._has_weight = False
+        self._number = 0
         self._read = (0, 0)
 
     def stamp(self, reads_weight: bool, steps: int, optimizer_steps: int = 0) -> None:
-        """Write the last bytes of this worker's chunks.
+        """Read what :meth:`write` writes, at the beginning of a step.
 
         Args:
             reads_weight: Whether to include a weight.
@@ -82,7 +90,7 @@ class ReplicaCheck:
                 them.
         """
         self._stamped += 1
-        weight = _UNKNOWN
+        self._has_weight = False
         if reads_weight and self._stamped % self._every == 0:
             which = self._stamped // self._every
             index = which % len(self._parameters)
@@ -90,12 +98,18 @@ class ReplicaCheck:
             if parameter.numel():
                 element = which * _STRIDE % parameter.numel()
                 self._read = (index, element)
-                weight = float(parameter[_unravel(element, parameter.shape)])
+                self._staging.read(parameter[_unravel(element, parameter.shape)], self._weight)
+                self._has_weight = True
         number = self._digest << (_OPTIMIZER_BITS + _STEP_BITS)
         number |= optimizer_steps % (1 << _OPTIMIZER_BITS) << _STEP_BITS
         number |= steps % (1 << _STEP_BITS)
+        self._number = number
+
+    def write(self) -> None:
+        """Write the last bytes of this worker's chunks, once these have reached the host."""
+        weight = float(self._weight) if self._has_weight else _UNKNOWN
         for row in self._sent:
-            _FORMAT.pack_into(row, 0, number, weight)
+            _FORMAT.pack_into(row, 0, self._number, weight)
 
     def check(self) -> None:
         """Compare the last bytes of all workers' chunks.

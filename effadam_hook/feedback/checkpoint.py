@@ -67,7 +67,7 @@ class RankState:
     Attributes:
         rank: Rank in the process group.
         world_size: Number of ranks.
-        topology: Name of the topology; empty if ``topology="auto"`` had not chosen one.
+        topology: Name of the topology; empty if ``topology="auto"`` had chosen none.
         servers: Number of servers.
         block_size: Number of elements that share a scale.
         counters: Steps and bytes.
@@ -201,13 +201,12 @@ class RankState:
         Raises:
             StateMismatchError: If one is no parameter of the model, or has another size.
         """
-        for what, name, values in self._vectors():
+        for what, name, start, values in self._vectors():
             if name not in numels:
                 raise StateMismatchError(
                     f"The saved state has a {what} of {name!r}, which is no parameter of this model."
                 )
-            start = self.worker_start.get(name, 0)
-            is_share = self.nodes is not None and start + values.numel() <= numels[name]
+            is_share = start is not None and start + values.numel() <= numels[name]
             if values.numel() != numels[name] and not is_share:
                 raise StateMismatchError(
                     f"The saved {what} of {name!r} has {values.numel()} elements, the parameter "
@@ -234,12 +233,14 @@ class RankState:
                     f"one has {held.numel()}. Load a state of the same model."
                 )
 
-    def _vectors(self) -> Iterator[tuple[str, str, Tensor]]:
+    def _vectors(self) -> Iterator[tuple[str, str, int | None, Tensor]]:
+        """Return kind, name, first element if it is a share, and values of every vector."""
         for name, values in self.worker.items():
-            yield "worker residual", name, values
+            start = None if self.nodes is None else self.worker_start.get(name, 0)
+            yield "worker residual", name, start, values
         for name, entry in self.moments.items():
             for key in MOMENTS:
-                yield key, name, entry[key]
+                yield key, name, entry.get("start"), entry[key]
 
 
 def read_states(saved: Any) -> list[RankState]:

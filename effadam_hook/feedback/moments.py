@@ -7,6 +7,8 @@ the two moments of Adam and these plain values:
 - ``decay``: product of all β2 used so far. The bias correction of the second moment divides by
   1 - ``decay``;
 - ``refreshed``: last step that changed the second moment;
+- ``start``: first element of the moments in the parameter, where they are a part of it, as in the
+  hierarchical topology. They are then one-dimensional, with the elements in the order of DDP's bucket;
 - ``estimate_until``, ``unused``: see :class:`~effadam_hook.optim.efficient_adam.EfficientAdam`; usually
   absent.
 
@@ -35,7 +37,7 @@ ADAM_ONLY_OPTIONS = frozenset(
 )
 """Options of a parameter group of ``torch.optim.Adam`` that EfficientAdam does not have."""
 
-_COUNTS = ("step", "refreshed", "unused", "estimate_until")
+_COUNTS = ("step", "refreshed", "unused", "estimate_until", "start")
 _KNOWN = frozenset((*MOMENTS, *_COUNTS, "decay"))
 _LARGEST_COUNT = 1 << 53  # up to here a float represents every integer
 
@@ -189,7 +191,16 @@ def adopt_state(
     precise = compute_dtype(parameter.dtype)
     for key in MOMENTS:
         value = adopted[key]
-        if value.shape != parameter.shape:
+        if "start" in adopted:
+            end = adopted["start"] + value.numel()
+            if value.ndim != 1 or end > parameter.numel():
+                raise _invalid(
+                    f"shape of {key}",
+                    name,
+                    f"{tuple(value.shape)} from element {adopted['start']} on",
+                    f"a part of its {parameter.numel()} elements",
+                )
+        elif value.shape != parameter.shape:
             raise _invalid(
                 f"shape of {key}", name, tuple(value.shape), f"{tuple(parameter.shape)}, its own"
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
 from effadam_hook.wire.names import canonical_name, canonical_names
 
@@ -18,6 +19,7 @@ __all__ = [
     "identify",
     "is_exchanged",
     "shaped_view",
+    "whole_numel",
 ]
 
 
@@ -198,6 +200,22 @@ class ParameterTable:
         """Return the number of elements by name."""
         return {parameter.name: tensor.numel() for tensor, parameter in self._known.values()}
 
+    def quantized_1d(self, config: Config) -> list[str]:
+        """Return the parameters of at most one dimension that no rule of ``exact`` selects.
+
+        Args:
+            config: The options.
+
+        Returns:
+            Names of exchanged parameters.
+        """
+        return [
+            parameter.name
+            for tensor, parameter in self._exchanged()
+            if tensor.ndim <= 1
+            and not config.is_exact(parameter.aliases, tensor.ndim, tensor.numel())
+        ]
+
     def describe(self) -> dict[str, list[object]]:
         """Return position, shape and dtype by name, as plain values, for comparison between ranks.
 
@@ -224,3 +242,9 @@ class ParameterTable:
 def is_exchanged(parameter: Tensor) -> bool:
     """Return whether a parameter is trainable and not marked as one that DDP ignores."""
     return parameter.requires_grad and not getattr(parameter, "_ddp_ignored", False)
+
+
+def whole_numel(tensor: Tensor) -> int:
+    """Return the number of elements of a parameter of which a tensor may be one rank's shard."""
+    numel: int = getattr(tensor, "whole_numel", tensor.numel())
+    return numel

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from effadam_hook.errors import StateMismatchError
 from effadam_hook.feedback.checkpoint import RankState, Share
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.feedback.schema import reject
-from effadam_hook.wire.node_shares import node_share_of, position_of
+from effadam_hook.wire.node_shares import NodeShare, position_of
 from effadam_hook.wire.shares import share_of, turn_of
 
 __all__ = ["Role", "deal", "merge", "reassign"]
@@ -77,9 +78,8 @@ class Role:
             name: Name of the parameter.
             numel: Its number of elements.
         """
-        return node_share_of(
-            numel, turn_of(name), self.block_size, self.local_rank, self.shares, self.servers
-        )
+        share = NodeShare(self.local_rank, self.shares, self.servers, self.block_size)
+        return share.of(name, numel)
 
     def has_workers_of(self, state: RankState) -> bool:
         """Return whether each rank of a state holds the worker residual of the same rank now."""
@@ -135,8 +135,7 @@ def merge(states: Sequence[RankState]) -> RankState:
                 f"The saved moments of {name!r} are those of {len(entries)} of {ranks} ranks. Must be "
                 "the states of all ranks at one step: use another checkpoint."
             )
-        means = {key: _mean(key, name, [e[key] for e in entries], ranks) for key in MOMENTS}
-        moments[name] = {**entries[0], **means}
+        moments[name] = {**entries[0], **_mean_moments(name, entries)}
     return replace(
         states[0],
         rank=0,
@@ -163,6 +162,31 @@ def _mean(what: str, name: str, held: Sequence[Tensor], ranks: int) -> Tensor:
             "another. Must be the states of all ranks of one run."
         )
     return (torch.stack([values.double() for values in held]).sum(dim=0) / ranks).to(held[0].dtype)
+
+
+def _mean_moments(name: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean moments of a parameter, whole: of every element over the ranks that hold it."""
+    parts = sum("start" in entry for entry in entries)
+    if parts == 0:
+        return {key: _mean(key, name, [e[key] for e in entries], len(entries)) for key in MOMENTS}
+    if parts < len(entries):
+        raise StateMismatchError(
+            f"The saved moments of {name!r} are shares on {parts} of {len(entries)} ranks. Must be so "
+            "on all ranks or on none: use another checkpoint."
+        )
+    spans = [slice(e["start"], e["start"] + e[MOMENTS[0]].numel()) for e in entries]
+    holders = torch.zeros(max(span.stop for span in spans), dtype=torch.int64)
+    for span in spans:
+        holders[span] += 1
+    if not bool(holders.all()):
+        reject(f"moments.{name}.start", [s.start for s in spans], "those of shares without gaps")
+    means: dict[str, Any] = {"start": 0}
+    for key in MOMENTS:
+        total = torch.zeros(len(holders), dtype=torch.float64)
+        for span, entry in zip(spans, entries, strict=True):
+            total[span] += entry[key].double()
+        means[key] = (total / holders).to(entries[0][key].dtype)
+    return means
 
 
 def _mean_of_nodes(name: str, states: Sequence[RankState], nodes: int) -> Tensor:

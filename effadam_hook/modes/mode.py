@@ -13,6 +13,8 @@ from torch import Tensor
 
 from effadam_hook.kernels.fusions import AdamSource, Preconditioner
 from effadam_hook.wire.layout import Piece, Slot
+from effadam_hook.wire.node_layout import Run
+from effadam_hook.wire.node_shares import NodeShare
 
 __all__ = ["Content", "Mode"]
 
@@ -85,6 +87,8 @@ class Mode:
         scales_with_loss: Whether residuals are in units of the scaled loss.
         max_grad_norm: Bound on the 2-norm of a worker's gradient; None for no bound.
         generation: A number that changes when buckets must create their contents anew.
+        undivided: The option or optimizer that makes every rank encode whole buckets; empty if the
+            ranks of a node can divide the encoding among themselves, as "hierarchical" requires.
     """
 
     name = "gradient"
@@ -93,6 +97,7 @@ class Mode:
     scales_with_loss = True
     max_grad_norm: float | None = None
     generation = 0
+    undivided = ""
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which uncompressed elements travel.
@@ -106,7 +111,11 @@ class Mode:
         return dtype
 
     def content(
-        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+        self,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        runs: Sequence[Run],
     ) -> Content:
         """Create the content of a bucket.
 
@@ -114,11 +123,19 @@ class Mode:
             parameters: The parameters of the bucket.
             slots: Their positions in it.
             dtype: The dtype of the bucket.
+            runs: The elements that this rank encodes: all, or its share of them.
 
         Returns:
             The content, which is used as long as the bucket has these parameters.
         """
         return Content()
+
+    def divide(self, share: NodeShare | None) -> None:
+        """Follow the division of the encoding among the ranks of a node; called before any content.
+
+        Args:
+            share: This rank's share of the parameters; None for all of them.
+        """
 
     def begin_backward(self, joins: bool) -> None:
         """Prepare the buckets of a backward; called before the first of them.

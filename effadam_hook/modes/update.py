@@ -19,6 +19,8 @@ from effadam_hook.modes.mode import Content, Mode
 from effadam_hook.optim.efficient_adam import EfficientAdam
 from effadam_hook.optim.groups import group_settings
 from effadam_hook.wire.layout import Slot
+from effadam_hook.wire.node_layout import Run
+from effadam_hook.wire.node_shares import NodeShare
 
 __all__ = ["UpdateContent", "UpdateMode"]
 
@@ -56,10 +58,18 @@ class UpdateMode(Mode):
         return compute_dtype(dtype)
 
     def content(
-        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+        self,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        runs: Sequence[Run],
     ) -> Content:
         """Create a content with the moments of the bucket, in the order of the bucket."""
-        return UpdateContent(self, parameters, slots, dtype)
+        return UpdateContent(self, parameters, slots, dtype, runs)
+
+    def divide(self, share: NodeShare | None) -> None:
+        """Advance the moments of this rank's share only."""
+        self._recursion.share = share
 
     def begin_backward(self, joins: bool) -> None:
         """Drop the results that no step has applied."""
@@ -86,7 +96,7 @@ class UpdateMode(Mode):
             start += parameter.numel()
             self._recursion.pending.deliver_mean(parameter, mean)
             if parameter in self.differing:
-                state = self.optimizer.state[parameter]
+                state = self._recursion.widen_moments(parameter)
                 moments += [state[key] for key in MOMENTS if key in state]
         self.differing.difference_update(parameters)
         return moments
@@ -139,6 +149,7 @@ class UpdateContent(Content):
         parameters: The parameters of the bucket.
         slots: Their positions in it.
         bucket_dtype: The dtype of the bucket.
+        runs: The elements that this rank encodes.
     """
 
     def __init__(
@@ -147,6 +158,7 @@ class UpdateContent(Content):
         parameters: Sequence[Tensor],
         slots: Sequence[Slot],
         bucket_dtype: torch.dtype,
+        runs: Sequence[Run],
     ) -> None:
         self._mode = mode
         self._recursion = mode.optimizer.recursion
@@ -158,12 +170,15 @@ class UpdateContent(Content):
         self._update: Tensor | None = None
         if self.sends_weights or bucket_dtype != dtype:
             self._update = torch.zeros(numel, dtype=dtype, device=device)
-        flats = {key: torch.zeros(numel, dtype=dtype, device=device) for key in MOMENTS}
-        for parameter, slot in self._items():
-            state = self._recursion.init_state(parameter)
-            for key, flat in flats.items():
-                view = shaped_view(flat[slot.start : slot.start + slot.numel], parameter)
-                state[key] = view.copy_(state[key])
+        moments_numel = sum(run.numel for run in runs)
+        flats = {key: torch.zeros(moments_numel, dtype=dtype, device=device) for key in MOMENTS}
+        places = {run.slot: slice(run.local, run.local + run.numel) for run in runs}
+        self._flats = [
+            {key: flat[places.get(index, slice(0))] for key, flat in flats.items()}
+            for index in range(len(slots))
+        ]
+        self._placed: list[Tensor | None] = [None] * len(slots)
+        self._place_moments()
         self._address = -1
         self._results: dict[Tensor, Tensor] = {}
         terms = torch.zeros(len(slots), len(ADAM_TERMS), dtype=torch.float64, device="cpu")
@@ -172,6 +187,7 @@ class UpdateContent(Content):
     def begin(self) -> None:
         """Compute the terms of the step."""
         assert self.adam is not None
+        self._place_moments()
         self.averages_first = self._recursion.needs_mean(self._parameters)
         rows = [self._recursion.prepare(p, self.averages_first) for p in self._parameters]
         self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
@@ -194,6 +210,15 @@ class UpdateContent(Content):
     def withdraw(self, parameter: Tensor) -> None:
         """Drop the update of a parameter that no rank used."""
         self._recursion.withdraw(parameter)
+
+    def _place_moments(self) -> None:
+        """Move moments into the buffers of the bucket, unless they are there."""
+        # Dense steps make the moments of a share whole, in tensors of their own.
+        for index, parameter in enumerate(self._parameters):
+            state = self._recursion.init_state(parameter)
+            if state["exp_avg"] is not self._placed[index]:
+                self._recursion.place_moments(parameter, self._flats[index])
+                self._placed[index] = state["exp_avg"]
 
     def _items(self) -> list[tuple[Tensor, Slot]]:
         return list(zip(self._parameters, self._slots, strict=True))

@@ -11,6 +11,7 @@ from effadam_hook.feedback.parameters import flat_view
 from effadam_hook.modes.mode import Content
 from effadam_hook.modes.update import UpdateContent, UpdateMode
 from effadam_hook.wire.layout import Piece, Slot
+from effadam_hook.wire.node_layout import Run
 
 __all__ = ["WeightMode"]
 
@@ -24,14 +25,19 @@ class WeightMode(UpdateMode):
     """
 
     name = "update up, weights down"
+    undivided = "quantize_weights=True"
     units = "updates and weights"
     server_sign = -1  # updates are subtracted from weights
 
     def content(
-        self, parameters: Sequence[Tensor], slots: Sequence[Slot], dtype: torch.dtype
+        self,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        runs: Sequence[Run],
     ) -> Content:
         """Create a content whose servers apply the update."""
-        return _WeightContent(self, parameters, slots, dtype)
+        return _WeightContent(self, parameters, slots, dtype, runs)
 
 
 class _WeightContent(UpdateContent):

@@ -69,7 +69,7 @@ class EfficientAdam(Optimizer):
     Raises:
         ValueError: If an option is out of its range.
 
-    Example:
+    Examples:
         >>> optimizer = EfficientAdam(ddp_model.parameters(), lr=1e-3)
         >>> state = attach(ddp_model, optimizer=optimizer, quantizer="lloyd2")
 

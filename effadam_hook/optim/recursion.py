@@ -18,8 +18,10 @@ from torch import Tensor
 from effadam_hook.errors import EffAdamError
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.kernels.arguments import compute_dtype
+from effadam_hook.optim.moment_parts import place, widen
 from effadam_hook.optim.pending import MomentStep, PendingStep
 from effadam_hook.optim.second_moment import SecondMomentRule
+from effadam_hook.wire.node_shares import NodeShare
 
 if TYPE_CHECKING:
     from effadam_hook.optim.efficient_adam import EfficientAdam
@@ -42,6 +44,7 @@ class AdamRecursion:
         names: By parameter of the attached DDP model, its name; None before :meth:`attach_to`.
         pending: Results of the exchange for the next step.
         generation: Number of times that a loaded state has replaced the moments.
+        share: This rank's share of the parameters, whose moments it advances; None for all of them.
     """
 
     def __init__(self, optimizer: EfficientAdam) -> None:
@@ -51,6 +54,7 @@ class AdamRecursion:
         self.names: dict[Tensor, str] | None = None
         self.pending = PendingStep()
         self.generation = 0
+        self.share: NodeShare | None = None
 
     @property
     def _optimizer(self) -> EfficientAdam:
@@ -95,11 +99,10 @@ class AdamRecursion:
         if parameter not in self._groups and not parameter.requires_grad:
             return _FROZEN
         if parameter not in self._groups:
-            name = (self.names or {}).get(parameter, "")
             raise EffAdamError(
-                f"Parameter {name!r} of the DDP model is not in the EfficientAdam optimizer. In "
-                "update mode every trainable parameter must be: use ddp_model.parameters(), or "
-                "add_param_group()."
+                f"Parameter {self._name(parameter)!r} of the DDP model is not in the EfficientAdam "
+                "optimizer. In update mode every trainable parameter must be: use "
+                "ddp_model.parameters(), or add_param_group()."
             )
         return self._groups[parameter]
 
@@ -164,8 +167,29 @@ class AdamRecursion:
                 if state["decay"] != 1:
                     state.setdefault("refreshed", state["step"])
                 for key, own in moments.items():
-                    state[key] = own.copy_(saved[name][key].view_as(own))
+                    value = saved[name][key]
+                    if "start" in saved[name]:
+                        state[key] = value.to(own.device, own.dtype, copy=True)
+                    else:
+                        state[key] = own.copy_(value.view_as(own))
         self.generation += 1
+
+    def place_moments(self, parameter: Tensor, flats: Mapping[str, Tensor]) -> None:
+        """Move the moments of a parameter into a bucket's buffers; see :func:`moment_parts.place`."""
+        place(self.init_state(parameter), parameter, self._name(parameter), flats, self.share)
+
+    def widen_moments(self, parameter: Tensor) -> dict[str, Any]:
+        """Make the moments of a parameter whole; see :func:`moment_parts.widen`.
+
+        Returns:
+            The state of the parameter.
+        """
+        state: dict[str, Any] = self._optimizer.state[parameter]
+        widen(state, parameter, self._name(parameter), self.share)
+        return state
+
+    def _name(self, parameter: Tensor) -> str:
+        return (self.names or {}).get(parameter, "")
 
     # Terms of a step
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["unwrapped"]
+__all__ = ["describe_kind", "unwrapped"]
 
 
 def unwrapped(optimizer: Any, kinds: tuple[type[Optimizer], ...]) -> Any:
@@ -27,3 +27,9 @@ def unwrapped(optimizer: Any, kinds: tuple[type[Optimizer], ...]) -> Any:
         if any(inner is one for one in seen):
             break
     return inner if isinstance(inner, kinds) else optimizer
+
+
+def describe_kind(optimizer: Any) -> str:
+    """Return the class of an optimizer, and of the one that it wraps, for messages."""
+    held = getattr(optimizer, "optimizer", None)
+    return type(optimizer).__name__ + (f" around {type(held).__name__}" if held is not None else "")

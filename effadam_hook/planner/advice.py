@@ -10,12 +10,25 @@ from effadam_hook.planner.predict import Cluster, Compute, Prediction, Speed, pr
 from effadam_hook.planner.traffic import ParameterSize
 from effadam_hook.wire.quantizers import get_quantizer
 
-__all__ = ["Advice", "advise", "code_for", "dense_for", "dense_methods", "forecast"]
+__all__ = [
+    "Advice",
+    "advise",
+    "bits_of",
+    "break_even_s",
+    "code_for",
+    "dense_for",
+    "dense_methods",
+    "forecast",
+    "select",
+]
 
 _MIN_GAIN = 0.10
 """Minimum reduction of the step time, as a fraction, for which another method is recommended."""
 _MIN_GAIN_OF_FEWER_BITS = 0.15
 _NEAR_DENSE_BITS = 4.0
+_HALVINGS = 8
+FORWARD_SHARE = 1 / 3
+"""Share of the forward pass in a compute time of which only the total is known."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +126,9 @@ def advise(predictions: Sequence[Prediction], *dense: Prediction) -> Advice:
     """
     if not dense:
         raise ValueError("Invalid dense: none. Must be one prediction for every bucket size.")
-    fine = [p for p in predictions if _bits(p.method) >= _NEAR_DENSE_BITS]
-    coarse = [p for p in predictions if 0 < _bits(p.method) < _NEAR_DENSE_BITS]
-    fastest_dense = best = min(dense, key=lambda p: p.step_s)
-    for candidates, gain in ((fine, _MIN_GAIN), (coarse, _MIN_GAIN_OF_FEWER_BITS)):
-        fastest = min(candidates, key=lambda p: p.step_s, default=best)
-        if fastest.step_s < (1 - gain) * best.step_s:
-            best = fastest
+    fastest_dense = min(dense, key=lambda p: p.step_s)
+    chosen = select([(p.method, p.step_s) for p in predictions], fastest_dense.step_s)
+    best = fastest_dense if chosen is None else predictions[chosen]
     same = dense_for(best.method, dense)
     share = same.exposed_s / same.step_s
     if best is fastest_dense:
@@ -139,8 +148,66 @@ def advise(predictions: Sequence[Prediction], *dense: Prediction) -> Advice:
     )
 
 
-def _bits(method: Method) -> float:
-    """Return the bits per element of a method that can be recommended; 0 for other methods."""
+def select(steps: Sequence[tuple[Method, float]], dense_s: float) -> int | None:
+    """Select the method to recommend, by the rule of :func:`advise`.
+
+    Args:
+        steps: Methods and the seconds of their steps.
+        dense_s: Seconds of the fastest dense step.
+
+    Returns:
+        Index of the method; None for the dense all-reduce.
+    """
+    best, best_s = None, dense_s
+    for is_fine, gain in ((True, _MIN_GAIN), (False, _MIN_GAIN_OF_FEWER_BITS)):
+        candidates = [
+            (seconds, index)
+            for index, (method, seconds) in enumerate(steps)
+            if bits_of(method) and (bits_of(method) >= _NEAR_DENSE_BITS) == is_fine
+        ]
+        seconds, index = min(candidates, default=(best_s, -1))
+        if seconds < (1 - gain) * best_s:
+            best, best_s = index, seconds
+    return best
+
+
+def break_even_s(
+    advice: Advice,
+    parameters: Sequence[ParameterSize],
+    cluster: Cluster,
+    speeds: Mapping[str, Speed],
+) -> float:
+    """Compute up to which compute time of a step the recommended method pays.
+
+    Args:
+        advice: A recommendation other than dense, for a compute time of zero.
+        parameters: Sizes of the trained parameters, in the model's order.
+        cluster: The ranks.
+        speeds: See :func:`forecast`.
+
+    Returns:
+        Seconds of computing, a third of it forward, above which the step is not 10 % shorter.
+    """
+
+    def pays(compute_s: float) -> bool:
+        compute = Compute(compute_s * FORWARD_SHARE, compute_s * (1 - FORWARD_SHARE))
+        pair = [advice.best.method, advice.dense.method]
+        ours, dense = forecast(pair, parameters, cluster, speeds, compute)
+        return ours.step_s < (1 - _MIN_GAIN) * dense.step_s
+
+    low, high = 0.0, advice.dense.exchange_s / _MIN_GAIN * 2
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low
+
+
+def bits_of(method: Method) -> float:
+    """Return the bits per element of a method that can be recommended; 0 for other methods.
+
+    Args:
+        method: The method.
+    """
     if method.kind == "cast":
         return 16.0
     return get_quantizer(method.quantizer).bits if method.kind == "gradient" else 0.0

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from effadam_hook.exchange.probe import Probe, Timing
-from effadam_hook.exchange.topology import TOPOLOGIES, Leg
 from effadam_hook.planner.method import Method
-from effadam_hook.planner.predict import Link
-from effadam_hook.planner.traffic import ParameterSize, legs_of, make_buckets, parts_of
+from effadam_hook.planner.predict import Cluster, Link
+from effadam_hook.planner.traffic import (
+    ParameterSize,
+    legs_of,
+    make_buckets,
+    parts_of,
+    unit_leg,
+)
 
 __all__ = ["MeasuredLeg", "MeasuredLink", "measure_link", "measurement_count"]
 
@@ -30,18 +35,20 @@ class MeasuredLeg:
 
     Attributes:
         name: Name of the leg, see :data:`effadam_hook.exchange.probe.LEGS`.
-        busiest_bytes: Bytes in the busier direction of the busiest link, in the measurement.
+        busiest_bytes: Bytes in the busier direction of the busiest node's card, in the measurement.
+        inside_bytes: Bytes in the busier direction between a rank and the others of its node.
         seconds: Duration of one of several concurrent collectives. The minimum of several repeats, as
             other processes on the machine can only add to it.
         overhead_s: Duration of one nearly empty collective that runs alone, likewise a minimum.
         slowdown: ``seconds`` without a share of ``overhead_s``, divided by the time that the bytes need
-            on the link.
+            on the links.
         cpu_s: Processor time of a rank for one nearly empty collective.
         cpu_s_per_byte: Further processor time of a rank per byte.
     """
 
     name: str
     busiest_bytes: float
+    inside_bytes: float
     seconds: float
     overhead_s: float
     slowdown: float
@@ -54,14 +61,19 @@ class MeasuredLink:
     """Measured performance of the link.
 
     Attributes:
-        payload_bytes_s: Bytes per second that every rank sends while it receives as many.
+        payload_bytes_s: Bytes per second that every node sends to others while it receives as many.
         latency_s: Seconds from sending a message of one byte to its reception by the other program.
         legs: Measured performance of the collectives.
+        inside_bytes_s: Bytes per second that every rank sends inside its node while it receives as many
+            and all other ranks do the same; None if nodes have one rank.
+        inside_latency_s: Likewise for a message of one byte.
     """
 
     payload_bytes_s: float
     latency_s: float
     legs: Sequence[MeasuredLeg]
+    inside_bytes_s: float | None = None
+    inside_latency_s: float = 0.0
 
     def as_link(self, cpu_weight: float = 1.0) -> Link:
         """Convert to the link of the cost model, with an efficiency of 1, as headers were not measured.
@@ -83,11 +95,19 @@ class MeasuredLink:
             cpu_s_per_byte={leg.name: leg.cpu_s_per_byte * cpu_weight for leg in self.legs},
         )
 
+    def inside(self) -> Link | None:
+        """Convert to the cost model's link inside a node; None if nodes have one rank."""
+        if self.inside_bytes_s is None:
+            return None
+        return Link(self.inside_bytes_s, latency_s=self.inside_latency_s, efficiency=1.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the measurements as plain values."""
         return {
             "payload_bytes_s": self.payload_bytes_s,
             "latency_s": self.latency_s,
+            "inside_bytes_s": self.inside_bytes_s,
+            "inside_latency_s": self.inside_latency_s,
             "legs": [vars(leg) for leg in self.legs],
         }
 
@@ -107,8 +127,9 @@ def measure_link(
     """Measure the link, then every collective that the methods use; a collective operation.
 
     Args:
-        probe: The probe of the ranks.
-        methods: The methods that will be predicted.
+        probe: The probe of the ranks. With nodes of several ranks, the link between nodes and that
+            inside them are measured one after the other.
+        methods: The methods that will be predicted, with their topologies on these nodes.
         parameters: Sizes of the model's parameters. They determine the size of the messages.
         advance: Called with a description at the start of each measurement.
         nccl: Whether the backend is NCCL instead of Gloo.
@@ -117,18 +138,40 @@ def measure_link(
         The measured link.
     """
     advance("link")
-    empty = probe.time_link(1, _EMPTY_REPEATS)
-    size = _FIRST_BYTES
-    while (sending_s := _sending_s(probe.time_link(size, 1), empty)) < _MIN_SENDING_S:
-        if size == _MAX_BYTES:
-            break
-        size = min(_MAX_BYTES, max(2 * size, int(size * _MIN_SENDING_S / max(sending_s, 1e-6))))
-    rate = size / _sending_s(probe.time_link(size, _REPEATS, _DEPTH), empty, _DEPTH)
+    nodes = probe.nodes
+    inside: tuple[float, float] | None = None
+    if nodes is None or nodes.ranks_per_node == 1:
+        ranks_per_node, (rate, latency_s) = 1, _rate(probe, range(probe.world_size))
+    else:
+        ranks_per_node = nodes.ranks_per_node
+        rate, latency_s = _rate(probe, nodes.peers_of(probe.rank))
+        rate *= ranks_per_node  # all ranks of a node send at once through its card
+        inside = _rate(probe, nodes.node_of(probe.rank))
+    cluster = Cluster(
+        probe.world_size,
+        Link(rate, efficiency=1.0),
+        tree=nccl,
+        in_order=nccl,
+        ranks_per_node=ranks_per_node,
+        inside=None if inside is None else Link(inside[0], efficiency=1.0),
+    )
     legs = []
     for name, method in _examples(methods).items():
         advance(name)
-        legs.append(_measure_leg(probe, name, method, parameters, rate, nccl))
-    return MeasuredLink(rate, empty.seconds, legs)
+        legs.append(_measure_leg(probe, name, method, parameters, cluster))
+    return MeasuredLink(rate, latency_s, legs, *(inside or ()))
+
+
+def _rate(probe: Probe, ring: Sequence[int]) -> tuple[float, float]:
+    """Measure bytes per second of every rank in a ring, and the seconds of an empty message."""
+    empty = probe.time_link(1, _EMPTY_REPEATS, ring=ring)
+    size = _FIRST_BYTES
+    while (sending_s := _sending_s(probe.time_link(size, 1, ring=ring), empty)) < _MIN_SENDING_S:
+        if size == _MAX_BYTES:
+            break
+        size = min(_MAX_BYTES, max(2 * size, int(size * _MIN_SENDING_S / max(sending_s, 1e-6))))
+    full = probe.time_link(size, _REPEATS, _DEPTH, ring)
+    return size / _sending_s(full, empty, _DEPTH), empty.seconds
 
 
 def _examples(methods: Sequence[Method]) -> Mapping[str, Method]:
@@ -136,9 +179,9 @@ def _examples(methods: Sequence[Method]) -> Mapping[str, Method]:
     tiny = [ParameterSize(1 << 16, 1 << 8)]
     largest: dict[str, tuple[float, Method]] = {}
     for method in methods:
-        for leg in legs_of(method, tiny, 2):
-            if leg.name not in largest or leg.busiest_bytes > largest[leg.name][0]:
-                largest[leg.name] = (leg.busiest_bytes, method)
+        for leg in legs_of(method, tiny, 2, ranks_per_node=2):
+            if leg.name not in largest or leg.size_bytes > largest[leg.name][0]:
+                largest[leg.name] = (leg.size_bytes, method)
     return {name: method for name, (_, method) in largest.items()}
 
 
@@ -147,32 +190,31 @@ def _measure_leg(
     name: str,
     method: Method,
     parameters: Sequence[ParameterSize],
-    rate: float,
-    nccl: bool,
+    cluster: Cluster,
 ) -> MeasuredLeg:
-    n = probe.world_size
+    n, shape = cluster.world_size, (cluster.nodes, cluster.tree, cluster.ranks_per_node)
     parts = [
         part
         for bucket in make_buckets(parameters, method.bucket_mb)
-        for part in parts_of(method, bucket, n, nccl)
+        for part in parts_of(method, bucket, n, cluster.in_order)
     ]
     largest = max(parts, key=lambda part: sum(p.numel for p in part))
-    leg = next(leg for leg in legs_of(method, largest, n, tree=nccl) if leg.name == name)
-    share = _share(leg, n, nccl)
-    size = int(leg.busiest_bytes / share)
-    size = max(_EMPTY_BYTES * n * 16, min(size, int(rate * _MAX_LEG_S / share)))
-    busiest = size * share
+    leg = next(leg for leg in legs_of(method, largest, *shape) if leg.name == name)
+    unit = unit_leg(name, cluster.nodes, cluster.ranks_per_node, cluster.tree)
+    size = int(leg.size_bytes / unit.size_bytes)
+    size = max(_EMPTY_BYTES * n * 16, min(size, int(_MAX_LEG_S / cluster.alone_s(unit))))
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
     empties = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS, _DEPTH)
     full = probe.time_leg(name, size, _REPEATS, _DEPTH)
     return MeasuredLeg(
         name,
-        busiest,
+        size * unit.busiest_bytes,
+        size * unit.inside_bytes,
         full.best_s,
         empty.best_s,
-        max(1.0, _sending_s(full, empty, _DEPTH) * rate / busiest),
+        max(1.0, _sending_s(full, empty, _DEPTH) / (size * cluster.alone_s(unit))),
         empties.cpu_s,
-        max(0.0, full.cpu_s - empties.cpu_s) / busiest,
+        max(0.0, full.cpu_s - empties.cpu_s) / (size * unit.size_bytes),
     )
 
 
@@ -183,12 +225,3 @@ def _sending_s(full: Timing, empty: Timing, depth: int = 1) -> float:
     subtracted for all of them: after the last byte is sent, only its latency remains.
     """
     return max(full.best_s - empty.best_s / depth, full.best_s / 100, 1e-9)
-
-
-def _share(leg: Leg, n: int, nccl: bool) -> float:
-    """Return the bytes in the busier direction per byte of payload or gradient."""
-    if leg.name == "all_reduce":
-        return 2 * (n - 1) / n
-    kind = TOPOLOGIES[leg.name.partition("/")[2]]
-    (share,) = (one.busiest_bytes for one in kind.legs(1.0, n, nccl) if one.name == leg.name)
-    return share

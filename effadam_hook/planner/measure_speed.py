@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from effadam_hook.config import Config
 from effadam_hook.exchange.probe import Probe
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels import select
 from effadam_hook.kernels.fusions import AdamSource
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Speed
+from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.session.session import ExchangeSession, exchange_all
-from effadam_hook.wire.layout import Slot, lay_out_bucket
-from effadam_hook.wire.quantizers import get_quantizer
+from effadam_hook.wire.layout import BucketLayout, Slot, lay_out_bucket
+from effadam_hook.wire.node_layout import lay_out_node
+from effadam_hook.wire.quantizers import Quantizer, get_quantizer
 
 __all__ = ["measure_speed"]
 
@@ -25,7 +29,7 @@ _FEW, _MANY = 2, 6
 _SETS = 8
 _TINY, _ROW = 256, 16
 _BUCKETS = 8
-_KERNELS = 3
+_MOST_KERNELS = 4
 _ADAM = (0.9, 0.1, 0.999, 0.001, 1e-3, 1.0, 1e-8)
 
 
@@ -35,6 +39,8 @@ def measure_speed(
     device: torch.device,
     cpu_s: Mapping[str, float],
     cpu_weight: float = 1.0,
+    *,
+    ranks_per_node: int = 1,
 ) -> Speed:
     """Time a method's arithmetic; a collective operation.
 
@@ -42,9 +48,11 @@ def measure_speed(
         probe: The probe of the ranks.
         method: The method.
         device: Device of the gradients.
-        cpu_s: Processor time of a rank for one nearly empty collective, by name of the leg.
+        cpu_s: Processor time of a rank for one nearly empty collective, by name of the leg; empty for
+            the processor time of a kernel alone.
         cpu_weight: Seconds of computing that a second of processor time displaces, see
             :meth:`MeasuredLink.as_link <effadam_hook.planner.measure_link.MeasuredLink.as_link>`.
+        ranks_per_node: Number of ranks of a node, for the node's mean of the hierarchical topology.
 
     Returns:
         The durations, measured while the other ranks of this machine do the same, and on memory that is
@@ -56,13 +64,20 @@ def measure_speed(
         return _cast(probe, method, device)
     if method.kind == "powersgd":
         return _powersgd(probe, method.rank, device)
-    if device.type == "cpu":
-        messages_s = sum(cpu_s[f"{direction}/{method.topology}"] for direction in ("up", "down"))
-        part_s = max(0.0, _cpu_s_of_empty_part(probe, method) - messages_s)
-        call_s = cpu_weight * part_s / _KERNELS
+    legs = [leg for leg in cpu_s if leg.endswith(f"/{method.topology}")]
+    if device.type == "cpu" and legs:
+        part_s = _cpu_s_of_empty_part(probe, method) - sum(cpu_s[leg] for leg in legs)
+        # One kernel more than transfers; nothing is computed before the gather in the node.
+        call_s = cpu_weight * max(0.0, part_s) / min(len(legs) + 1, _MOST_KERNELS)
     else:
         call_s = probe.time_busy(_Calls(method, device, _TINY).encode)
-    return _quantized(probe, method, device, call_s)
+    speed = _quantized(probe, method, device, call_s)
+    if ranks_per_node == 1:
+        return speed
+    pack, average = _node_mean(device, ranks_per_node)
+    return replace(
+        speed, pack_s=probe.time_busy(pack) / _NUMEL, mean_s=probe.time_busy(average) / _NUMEL
+    )
 
 
 def _in_turn(sets: Tensor) -> Callable[[], Tensor]:
@@ -118,6 +133,32 @@ def _quantized(probe: Probe, method: Method, device: torch.device, call_s: float
     )
 
 
+def _node_mean(device: torch.device, ranks: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return packing a bucket for the ranks of a node, and averaging this rank's share."""
+    layout = _lay_out(_NUMEL, get_quantizer("lloyd4"), 2 * ranks, ranks)
+    shares = lay_out_node(layout, ranks)
+    sets = [
+        NodeBuffers(shares, 0, torch.float32, torch.float32, device, Staging())
+        for _ in range(_SETS)
+    ]
+    pack, average = itertools.cycle(sets).__next__, itertools.cycle(sets).__next__
+    bucket = _in_turn(torch.randn(_SETS, _NUMEL, device=device))
+    return lambda: pack().pack(bucket()), lambda: average().average()
+
+
+def _lay_out(numel: int, quantizer: Quantizer, servers: int = 1, shares: int = 1) -> BucketLayout:
+    return lay_out_bucket(
+        [Slot("weight", 0, numel, False)],
+        uplink=quantizer,
+        downlink=quantizer,
+        scale_rule="least_squares",
+        block_size=256,
+        servers=servers,
+        itemsize=4,
+        shares=shares,
+    )
+
+
 class _Calls:
     """Calls of the three kernels, each on other memory than the call before.
 
@@ -130,15 +171,7 @@ class _Calls:
     def __init__(self, method: Method, device: torch.device, numel: int) -> None:
         quantizer = get_quantizer(method.quantizer)
         self._kernels = select(device)
-        self._layout = lay_out_bucket(
-            [Slot("weight", 0, numel, False)],
-            uplink=quantizer,
-            downlink=quantizer,
-            scale_rule="least_squares",
-            block_size=256,
-            servers=1,
-            itemsize=4,
-        )
+        self._layout = _lay_out(numel, quantizer)
         stride = self._layout.uplink.stride_bytes
         self._x = torch.randn(_SETS, numel, device=device)
         self._worker, self._server, self._out = (torch.zeros_like(self._x) for _ in range(3))

@@ -10,8 +10,9 @@
 ``update:lloyd2``           this project in update mode (``EfficientAdam``)
 ==========================  ==================================================================
 
-A method of this project accepts ``/rank0`` or ``/sharded`` after the quantizer; the default is
-``sharded``. Every method accepts ``@5`` at the end: DDP buckets of 5 MB instead of the default 25.
+A method of this project accepts ``/hierarchical``, ``/sharded`` or ``/rank0`` after the quantizer. The
+default is ``/auto``, the rule of ``topology="auto"``: hierarchical where nodes have several ranks, else
+sharded. Every method accepts ``@5`` at the end: DDP buckets of 5 MB instead of the default 25.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from effadam_hook.exchange.topology import FLAT_TOPOLOGIES
+from effadam_hook.exchange.topology import AUTO, HIERARCHICAL, TOPOLOGIES
 from effadam_hook.wire.quantizers import QUANTIZERS
 
 __all__ = ["Method", "expand_names"]
 
-_DEFAULT_TOPOLOGY = "sharded"
+_CHOICES = (AUTO, *TOPOLOGIES)
+_FLAT = "sharded"
 _NAME = re.compile(r"(?P<rest>[^@]+)(@(?P<cap>[0-9.]+))?")
 
 
@@ -45,7 +47,7 @@ class Method:
     name: str
     kind: str
     quantizer: str = ""
-    topology: str = _DEFAULT_TOPOLOGY
+    topology: str = AUTO
     rank: int = 0
     bucket_mb: float | None = None
 
@@ -97,9 +99,21 @@ class Method:
             return cls(name, "powersgd", rank=int(rank))
         kind = "update" if rest.startswith("update:") else "gradient"
         quantizer, _, topology = rest.removeprefix("update:").partition("/")
-        if quantizer not in QUANTIZERS or (topology or _DEFAULT_TOPOLOGY) not in FLAT_TOPOLOGIES:
+        if quantizer not in QUANTIZERS or (topology or AUTO) not in _CHOICES:
             raise _unknown(name)
-        return cls(name, kind, quantizer, topology or _DEFAULT_TOPOLOGY, bucket_mb=bucket_mb)
+        return cls(name, kind, quantizer, topology or AUTO, bucket_mb=bucket_mb)
+
+    def on_nodes(self, ranks_per_node: int) -> Method:
+        """Return the method with the topology that the ranks use.
+
+        ``auto`` becomes a topology by the rule. With one rank a node, hierarchical is sharded.
+
+        Args:
+            ranks_per_node: Number of ranks of a node.
+        """
+        if not self.is_effadam or self.topology not in (AUTO, HIERARCHICAL):
+            return self
+        return replace(self, topology=HIERARCHICAL if ranks_per_node > 1 else _FLAT)
 
     def with_buckets(self, bucket_mb: float | None) -> Method:
         """Return the method with another bucket size.
@@ -117,7 +131,8 @@ def _unknown(name: str) -> ValueError:
     return ValueError(
         f"Invalid method: {name!r}. Must be none, fp32, fp16, bf16, powersgdR with a rank R, or a "
         f"quantizer ({', '.join(QUANTIZERS)}), with 'update:' before it for update mode and "
-        "'/sharded' or '/rank0' after it; '@5' at the end means buckets of 5 MB."
+        f"{', '.join(repr('/' + one) for one in _CHOICES)} after it; '@5' at the end means buckets of "
+        "5 MB."
     )
 
 

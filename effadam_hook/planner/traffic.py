@@ -1,19 +1,23 @@
 """Traffic of a method: parameter sizes, DDP buckets, payload sizes, and collectives.
 
-With N ranks, a payload of U bytes up and D bytes down, and S bytes of gradients, the link of the
-busiest rank carries, in its busier direction:
+With M nodes of G ranks, N = M G, a payload of U bytes up and D bytes down, and S bytes of gradients,
+the network card of the busiest node carries, in its busier direction:
 
-====================  ==========================  ===========================
+====================  ==========================  ===================================
 method                up                          down
-====================  ==========================  ===========================
+====================  ==========================  ===================================
 dense ring            ``2 S (N-1)/N`` in total
-``sharded``           ``U (N-1)/N``               ``D (N-1)/N``
-``rank0``             ``U (N-1)``, into rank 0    ``D ⌈log2 N⌉``, out of rank 0
-====================  ==========================  ===========================
+``hierarchical``      ``U (M-1)/M``               ``D (M-1)/M``
+``sharded``           ``U G (M-1)/M``             ``D (N-1)/N``
+``rank0``             ``U (N-G)``, into rank 0    ``D G ⌈log2 M⌉``, out of the first node
+====================  ==========================  ===================================
 
-In ``sharded`` a rank sends as many bytes as it receives, so both legs use both directions of the link.
-In ``rank0`` the uplink fills one direction and the downlink the other. Gloo broadcasts along a tree
-with rank 0 at its root. NCCL forwards chunks from rank to rank, and rank 0 sends D bytes.
+A ring of consecutive ranks crosses a card once in each direction, whatever the number of its ranks; an
+all-to-all crosses it once for each of them. In ``hierarchical`` and ``sharded`` a node sends as many
+bytes as it receives, so both legs use both directions of the card. In ``rank0`` the uplink fills one
+direction and the downlink the other. Gloo broadcasts along a tree with rank 0 at its root. NCCL
+forwards chunks from rank to rank, and the first node sends D bytes. ``D G ⌈log2 M⌉`` holds for powers
+of two; other numbers are counted.
 
 This module contains integers and floats only, no tensors.
 """
@@ -21,24 +25,32 @@ This module contains integers and floats only, no tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from effadam_hook.exchange.topology import TOPOLOGIES, Leg
+from effadam_hook.exchange.topology import HIERARCHICAL, TOPOLOGIES, Leg, Load
 from effadam_hook.planner.method import Method
 from effadam_hook.wire.layout import REPLICA_CHECK_BYTES, aligned
+from effadam_hook.wire.node_shares import position_of
 from effadam_hook.wire.parts import cut, part_numel
 from effadam_hook.wire.quantizers import SCALE_BYTES, get_quantizer
 from effadam_hook.wire.shares import share_of, turn_of
 
 __all__ = [
+    "ALL_REDUCE",
     "ParameterSize",
+    "all_reduce",
     "legs_of",
     "make_buckets",
     "parts_of",
     "payload_bytes",
+    "shares_of",
     "square_model",
+    "unit_leg",
 ]
+
+ALL_REDUCE = "all_reduce"
+"""Name of the leg of a dense all-reduce."""
 
 _FIRST_BUCKET_MB, _BUCKET_MB = 1.0, 25.0
 _MB = 1 << 20
@@ -129,7 +141,11 @@ def parts_of(
 
 
 def payload_bytes(
-    bucket: Sequence[ParameterSize], quantizer: str, servers: int, block_size: int = 256
+    bucket: Sequence[ParameterSize],
+    quantizer: str,
+    servers: int,
+    block_size: int = 256,
+    shares: int = 1,
 ) -> int:
     """Compute the size of a bucket's payload, the chunks of all servers together.
 
@@ -138,18 +154,19 @@ def payload_bytes(
         quantizer: Name of the quantizer.
         servers: Number of servers, and so of chunks.
         block_size: Number of elements that share a scale.
+        shares: Number of ranks of a node that divide the bucket among themselves.
 
     Returns:
         Bytes, equal to those of :func:`effadam_hook.wire.layout.lay_out_bucket`. If parameters times
         servers exceed 200,000, the chunks are assumed to be of equal size, as incomplete blocks are
         then distributed evenly.
     """
-    return _payload_bytes(tuple(bucket), quantizer, servers, block_size)
+    return _payload_bytes(tuple(bucket), quantizer, servers, block_size, shares)
 
 
 @lru_cache(maxsize=4096)
 def _payload_bytes(
-    bucket: tuple[ParameterSize, ...], quantizer: str, servers: int, block_size: int
+    bucket: tuple[ParameterSize, ...], quantizer: str, servers: int, block_size: int, shares: int
 ) -> int:
     codec = get_quantizer(quantizer)
 
@@ -165,8 +182,9 @@ def _payload_bytes(
     else:
         longest = max(
             sum(
-                size(each, share_of(each.numel, turn_of(str(at)), block_size, server, servers)[1])
+                size(each, share_of(each.numel, 0, block_size, place, servers)[1])
                 for at, each in enumerate(bucket)
+                for place in [position_of(server, turn_of(str(at)), servers, shares)]
             )
             for server in range(servers)
         )
@@ -174,38 +192,84 @@ def _payload_bytes(
 
 
 def legs_of(
-    method: Method, bucket: Sequence[ParameterSize], world_size: int, tree: bool = False
+    method: Method,
+    bucket: Sequence[ParameterSize],
+    nodes: int,
+    tree: bool = False,
+    ranks_per_node: int = 1,
 ) -> list[Leg]:
     """List the collectives of one bucket.
 
     Args:
-        method: The method.
+        method: The method; its topology is not ``auto``, see :meth:`Method.on_nodes`.
         bucket: Parameter sizes of the bucket.
-        world_size: Number of ranks.
+        nodes: Number of nodes.
         tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees do, instead of
             ``2 (N-1)``, and whether the root of a broadcast sends its bytes once.
+        ranks_per_node: Number of ranks of a node, which share its card.
 
     Returns:
         The legs, in their order; an empty list for one rank or for ``none``.
     """
-    n = world_size
-    if n == 1 or method.kind == "none":
-        return []
     numel = sum(parameter.numel for parameter in bucket)
+    load = Load(numel * _ITEM_BYTES, 0.0, nodes, ranks_per_node, tree)
+    if load.world_size == 1 or method.kind == "none":
+        return []
     if method.kind in ("dense", "cast"):
-        return [_all_reduce(numel * (_ITEM_BYTES if method.kind == "dense" else 2), n, tree)]
+        return [all_reduce(load if method.kind == "dense" else _sized(load, numel * 2))]
     if method.kind == "powersgd":
         matrices = [p for p in bucket if p.rows]
         rank = method.rank
         sizes = [sum(p.numel for p in bucket if not p.rows)]
         sizes.append(sum(p.rows * min(rank, p.rows) for p in matrices))
         sizes.append(sum(p.numel // p.rows * min(rank, p.rows) for p in matrices))
-        return [_all_reduce(size * _ITEM_BYTES, n, tree) for size in sizes]
+        return [all_reduce(_sized(load, size * _ITEM_BYTES)) for size in sizes]
     topology = TOPOLOGIES[method.topology]
-    size = payload_bytes(bucket, method.quantizer, topology.servers_among(n))
-    return topology.legs(size, n, tree)
+    servers = topology.servers_among(load.world_size)
+    shares = shares_of(method, ranks_per_node)
+    size = payload_bytes(bucket, method.quantizer, servers, shares=shares)
+    return topology.legs(replace(load, payload_bytes=size))
 
 
-def _all_reduce(size: int, n: int, tree: bool) -> Leg:
-    share = 2 * size * (n - 1) / n
-    return Leg("all_reduce", share, share, 2 * ((n - 1).bit_length() if tree else n - 1))
+def shares_of(method: Method, ranks_per_node: int) -> int:
+    """Return the number of ranks that divide the encoding of a bucket among themselves.
+
+    Args:
+        method: The method.
+        ranks_per_node: Number of ranks of a node.
+    """
+    return ranks_per_node if method.topology == HIERARCHICAL else 1
+
+
+def unit_leg(name: str, nodes: int, ranks_per_node: int, tree: bool) -> Leg:
+    """Describe a collective for one byte of gradients, or one byte of a whole payload.
+
+    Args:
+        name: Name of the leg.
+        nodes: Number of nodes.
+        ranks_per_node: Number of ranks of a node.
+        tree: See :func:`legs_of`.
+
+    Returns:
+        The leg; bytes are proportional to those of the gradients or of the payload.
+    """
+    load = Load(1.0, 1.0, nodes, ranks_per_node, tree)
+    if name == ALL_REDUCE:
+        return all_reduce(load)
+    legs = TOPOLOGIES[name.partition("/")[2]].legs(load)
+    return next(leg for leg in legs if leg.name == name)
+
+
+def all_reduce(load: Load) -> Leg:
+    """Describe the dense all-reduce of the bytes of a bucket, around a ring.
+
+    Args:
+        load: Sizes and nodes.
+    """
+    n = load.world_size
+    rounds = 2 * ((n - 1).bit_length() if load.tree else n - 1)
+    return load.around_ring(ALL_REDUCE, 2 * load.bucket_bytes * (n - 1) / n, rounds)
+
+
+def _sized(load: Load, bucket_bytes: float) -> Load:
+    return replace(load, bucket_bytes=bucket_bytes)

@@ -10,13 +10,17 @@ from torch import Tensor
 
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.exchange.topology import Topology
-from effadam_hook.feedback.parameters import ParameterTable
+from effadam_hook.feedback.parameters import ParameterTable, whole_numel
 from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.kernels import Kernels
+from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Mode
 from effadam_hook.session.buffers import BucketBuffers
+from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.wire.layout import Slot, lay_out_bucket
+from effadam_hook.wire.node_layout import lay_out_node, whole_runs
 from effadam_hook.wire.parts import cut
 
 __all__ = ["Buckets"]
@@ -64,6 +68,7 @@ class Buckets:
         model: Model,
         part_numel: int | None,
         kernels: Kernels,
+        staging: Staging,
         run_id: str,
     ) -> list[BucketBuffers]:
         """Return the buffers of a bucket, one for each part; new ones if its tensors have changed.
@@ -75,6 +80,7 @@ class Buckets:
             model: Options, names and residuals.
             part_numel: Elements of a part; None for one part.
             kernels: The implementation of the arithmetic.
+            staging: The memory of the collectives.
             run_id: Run id of the model.
 
         Raises:
@@ -98,6 +104,7 @@ class Buckets:
                 tensors[part],
                 model,
                 kernels,
+                staging,
                 check_every_step=index == number == 0,
                 run_id=run_id,
             )
@@ -113,6 +120,7 @@ def _make(
     tensors: Sequence[Tensor],
     model: Model,
     kernels: Kernels,
+    staging: Staging,
     *,
     check_every_step: bool,
     run_id: str,
@@ -130,16 +138,26 @@ def _make(
         itemsize=dtype.itemsize,
         shares=topology.shares,
     )
+    runs, node = whole_runs(slots), None
+    if topology.shares > 1:
+        layouts = lay_out_node(layout, topology.shares)
+        node = NodeBuffers(
+            layouts, topology.share, flat.dtype, compute_dtype(flat.dtype), flat.device, staging
+        )
+        runs = node.layout.runs
     return BucketBuffers(
         label,
         layout,
+        runs,
+        node,
         kernels,
+        staging,
         topology,
         dtype,
         flat.device,
         model.worker if config.error_feedback else None,
         model.server if config.error_feedback else None,
-        mode.content(tensors, slots, flat.dtype),
+        mode.content(tensors, slots, flat.dtype, runs),
         tensors,
         check_every_step=check_every_step,
         run_id=run_id,
@@ -151,7 +169,7 @@ def _slots(tensors: Sequence[Tensor], config: Config, parameters: ParameterTable
     start = 0
     for tensor in tensors:
         known = parameters.find(tensor)
-        exact = config.is_exact(known.aliases, tensor.ndim, tensor.numel())
+        exact = config.is_exact(known.aliases, tensor.ndim, whole_numel(tensor))
         slots.append(Slot(known.name, start, tensor.numel(), exact))
         start += tensor.numel()
     return slots

@@ -10,24 +10,24 @@ payload have the layout of the bucket.
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from effadam_hook.exchange.replica_check import ReplicaCheck
+from effadam_hook.exchange.staging import Staging
+from effadam_hook.exchange.streams import Event
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.feedback.residuals import Place, Residuals
-from effadam_hook.feedback.unused import UnusedInput, UnusedMean
+from effadam_hook.feedback.unused import UnusedInput, UnusedMean, put_aside
 from effadam_hook.kernels import Kernels
 from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Content
 from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.wire.layout import BucketLayout
-from effadam_hook.wire.node_layout import lay_out_node
+from effadam_hook.wire.node_layout import Run
 
 __all__ = ["BucketBuffers"]
 
@@ -38,7 +38,10 @@ class BucketBuffers:
     Args:
         label: Name of the bucket in messages.
         layout: Places of the elements in the payloads.
+        runs: The elements that this rank encodes.
+        node: The buffers inside the node; None in topologies without nodes.
         kernels: The implementation of the arithmetic.
+        staging: The memory of the collectives.
         topology: This rank's view of the servers.
         dtype: Dtype of the uncompressed elements in the payloads.
         device: Device of the bucket.
@@ -54,7 +57,10 @@ class BucketBuffers:
         self,
         label: str,
         layout: BucketLayout,
+        runs: Sequence[Run],
+        node: NodeBuffers | None,
         kernels: Kernels,
+        staging: Staging,
         topology: Topology,
         dtype: torch.dtype,
         device: torch.device,
@@ -70,66 +76,61 @@ class BucketBuffers:
         digest = _digest(label, layout, dtype, run_id)
         self.fingerprint = f"{digest:08x}"
         self._kernels = kernels
+        self._staging = staging
         self._server = topology.serves
         self._dtype = dtype
         self._content = content
         self._parameters = list(parameters)
         self.bucket = torch.empty(0, dtype=dtype, device=device)
+        self.ready: Event | None = None
         precise = compute_dtype(dtype)
 
         def payload(rows: int, stride_bytes: int) -> Tensor:
-            return torch.zeros(rows, stride_bytes, dtype=torch.uint8, device=device)
+            return staging.zeros((rows, stride_bytes), torch.uint8, device)
 
         up, down = layout.uplink, layout.downlink
-        self._sent_wire = up
-        self.node: NodeBuffers | None = None
-        if topology.shares > 1:
-            shares = lay_out_node(layout, topology.shares)
-            self.node = NodeBuffers(shares, topology.share, dtype, precise, device)
-            self._sent_wire = self.node.layout.uplink
+        self.node = node
+        self._runs = runs
+        self._sent_wire = up if node is None else node.layout.uplink
         servers = len(self._sent_wire.chunks)
         self.uplink = payload(servers, up.stride_bytes)
         rows = len(topology.worker_ranks) if self._server is not None else 0
         self.received = payload(rows, up.stride_bytes)
         self.downlink = payload(topology.servers, down.stride_bytes)
         self.served = self.downlink if self.node is None else payload(servers, down.stride_bytes)
-        self.outgoing = topology.outgoing(self.served)
+        outgoing = topology.outgoing(self.served)
+        self.outgoing = outgoing if outgoing is self.served else staging.adopt(outgoing)
+        # The kernels' side of each: the same tensors without staging.
+        self._uplink, self._received = staging.twin(self.uplink), staging.twin(self.received)
+        self._outgoing, self._downlink = staging.twin(self.outgoing[0]), staging.twin(self.downlink)
         # Servers compare their workers; in a node, all ranks also compare all servers.
         self._checks: list[ReplicaCheck] = []
-        if device.type == "cpu":
+        if staging.sends_from_host:
             names = [slot.name for slot in layout.slots]
             compared = [(self.uplink, self.received, topology.worker_ranks)]
             if self.node is not None:
                 compared.append((self.outgoing, self.downlink, topology.server_ranks))
             self._checks = [
-                ReplicaCheck(digest, names, parameters, sent, got, check_every_step, ranks)
+                ReplicaCheck(digest, names, parameters, sent, got, staging, check_every_step, ranks)
                 for sent, got, ranks in compared
             ]
 
-        # On other devices the host would have to wait for the gradient.
-        self._finds_unused: tuple[UnusedInput, UnusedMean] | None = None
-        if device.type == "cpu":
-            self._finds_unused = (
-                UnusedInput(self._sent_wire),
-                UnusedMean(up, down, self._server or 0),
-            )
-
+        looks = staging.computes_on_host
+        self._unused_input = UnusedInput(self._sent_wire, looks)
+        self._unused_mean = UnusedMean(up, down, self._server or 0, dtype, looks)
         # Otherwise zeros in a gradient are found before they are sent.
-        self._restores = content.adam is not None or self._finds_unused is None
+        self._restores = content.adam is not None
         self._savepoint: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
 
         self._raw = up.as_raw()
         rows = int(content.sends_weights and self._server is not None)
-        self._weights = payload(rows, self._raw.stride_bytes)
+        self._weights = torch.zeros(rows, self._raw.stride_bytes, dtype=torch.uint8, device=device)
 
         self._worker_residual = self._server_residual = None
         if worker is not None:
-            places = [Place(slot.name, slot.start, slot.numel) for slot in layout.slots]
-            if self.node is not None:
-                places = [
-                    Place(layout.slots[run.slot].name, run.local, run.numel, run.offset)
-                    for run in self.node.layout.runs
-                ]
+            places = [
+                Place(layout.slots[run.slot].name, run.local, run.numel, run.offset) for run in runs
+            ]
             numel = self._sent_wire.numel
             self._worker_residual = worker.adopt(places, numel, precise, device)
         if server is not None and self._server is not None:
@@ -184,23 +185,21 @@ class BucketBuffers:
 
     def _views_of(self, index: int) -> list[Tensor]:
         """Return the residuals and moments of one parameter that this rank holds."""
-        slot = self.layout.slots[index]
-        here = slice(slot.start, slot.start + slot.numel)
-        views = []
-        if self._worker_residual is not None and self.node is None:
-            views.append(self._worker_residual[here])
-        elif self._worker_residual is not None and self.node is not None:
-            views += [
-                self._worker_residual[run.local : run.local + run.numel]
-                for run in self.node.layout.runs
-                if run.slot == index
-            ]
+        flats = [] if self._worker_residual is None else [self._worker_residual]
         if self._content.adam is not None:
-            views += [self._content.adam.exp_avg[here], self._content.adam.exp_avg_sq[here]]
+            flats += [self._content.adam.exp_avg, self._content.adam.exp_avg_sq]
+        views = [
+            flat[run.local : run.local + run.numel]
+            for run in self._runs
+            if run.slot == index
+            for flat in flats
+        ]
         if self._server_residual is not None and self._server is not None:
-            for piece in self.layout.uplink.chunks[self._server].pieces:
-                if piece.slot == index:
-                    views.append(self._server_residual[piece.local : piece.local + piece.numel])
+            views += [
+                self._server_residual[piece.local : piece.local + piece.numel]
+                for piece in self.layout.uplink.chunks[self._server].pieces
+                if piece.slot == index
+            ]
         return views
 
     def restore_unused(self) -> None:
@@ -221,74 +220,87 @@ class BucketBuffers:
         assert self.node is not None
         self.node.pack(self.bucket)
 
+    @property
+    def values(self) -> Tensor:
+        """Return the vector to encode: the bucket, or the node's mean of this rank's share."""
+        return self.bucket if self.node is None else self.node.mean
+
+    def average(self) -> None:
+        """Average what the ranks of this node have sent."""
+        assert self.node is not None
+        self.node.average()
+
     def encode(self) -> None:
         """Encode the content and the worker residual into the uplink payload."""
-        values, preconditioner = self.bucket, self._content.preconditioner
+        values, preconditioner = self.values, self._content.preconditioner
         if self.node is not None:
-            self.node.average()
-            values, preconditioner = self.node.mean, self.node.share_of(preconditioner)
-        with self._unused_input(values):
+            preconditioner = self.node.share_of(preconditioner)
+        # Momentum continues an Adam update without a gradient: no element is unused there.
+        find = None if self._content.adam else self._unused_input
+        with put_aside(find, values, self._worker_residual) as residual:
             self._kernels.encode_(
                 self._sent_wire,
                 values,
-                self._worker_residual,
-                self.uplink,
+                residual,
+                self._uplink,
                 self._dtype,
                 preconditioner=preconditioner,
                 adam=self._content.adam,
             )
+        self._staging.send(self._uplink, self.uplink)
+        for check in self._checks[:1]:
+            check.write()
 
     def reduce(self) -> None:
         """Reduce the workers' chunks and the server residual into the downlink chunk."""
         assert self._server is not None
         if self._checks:
             self._checks[0].check()
+        self._staging.receive(self.received, self._received)
         if self._content.sends_weights:
             self._reduce_to_weights(self._server)
-            return
-        with self._unused_mean():
+        else:
+            self._reduce_to_mean(self._server)
+        self._staging.send(self._outgoing, self.outgoing[0])
+        for check in self._checks[1:]:
+            check.write()
+
+    def _reduce_to_mean(self, server: int) -> None:
+        """Decode the mean and encode it again."""
+        find, received = self._unused_mean, self._received
+        with put_aside(find, received, self._server_residual) as residual:
             self._kernels.reduce_encode_(
                 self.layout.uplink,
                 self.layout.downlink,
-                self._server,
-                self.received,
-                self._server_residual,
+                server,
+                received,
+                residual,
                 self._dtype,
-                self.outgoing[0],
+                self._outgoing,
                 preconditioner=self._content.preconditioner,
             )
-
-    def _unused_input(self, values: Tensor) -> AbstractContextManager[None]:
-        # Momentum continues an Adam update without a gradient: no element is unused there.
-        if self._finds_unused is None or self._worker_residual is None or self._content.adam:
-            return contextlib.nullcontext()
-        return self._finds_unused[0].put_aside(values, self._worker_residual)
-
-    def _unused_mean(self) -> AbstractContextManager[None]:
-        if self._finds_unused is None or self._server_residual is None:
-            return contextlib.nullcontext()
-        return self._finds_unused[1].put_aside(self.received, self._server_residual)
 
     def _reduce_to_weights(self, server: int) -> None:
         """Decode the mean, replace it by the server's new weights, and encode those."""
         up, raw, down = self.layout.uplink, self._raw, self.layout.downlink
         chunk = raw.chunks[server]
         self._kernels.reduce_encode_(
-            up, raw, server, self.received, None, self._dtype, self._weights[0]
+            up, raw, server, self._received, None, self._dtype, self._weights[0]
         )
         values = self._weights[0, : chunk.used_bytes].view(self._dtype)
         self._content.apply_on_server(values, self._server_residual, chunk.pieces)
         self._kernels.reduce_encode_(
-            raw, down, server, self._weights, self._server_residual, self._dtype, self.outgoing[0]
+            raw, down, server, self._weights, self._server_residual, self._dtype, self._outgoing
         )
 
     def decode(self) -> None:
         """Decode the downlink payload into the bucket or the weights."""
         for check in self._checks[1:]:
             check.check()
+        self._staging.receive(self.downlink, self._downlink)
         self._kernels.decode(
             self.layout.downlink,
-            self.downlink,
+            self._downlink,
             self._content.target(self.bucket),
             self._dtype,
             preconditioner=self._content.preconditioner,

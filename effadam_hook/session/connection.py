@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,33 +9,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError, UnsupportedBackendError
 from effadam_hook.exchange.agreement import check_agreement, check_steps
-from effadam_hook.exchange.auto import agree_on_topology
-from effadam_hook.exchange.collectives import abandon
+from effadam_hook.exchange.collectives import abandon, wire_device
 from effadam_hook.exchange.exchange import Exchange, check_backend, make_exchange
-from effadam_hook.exchange.nodes import check_node_options, find_nodes
-from effadam_hook.exchange.topology import (
-    AUTO,
-    HIERARCHICAL,
-    TOPOLOGIES,
-    NodeTable,
-    Topology,
-    make_topology,
-)
+from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.waiting import phase as waiting_phase
 from effadam_hook.exchange.watchdog.watchdog import CONNECTING, Watchdog
 from effadam_hook.kernels import Kernels, select
+from effadam_hook.session.topology_choice import TopologyChoice
+from effadam_hook.wire.node_shares import NodeShare
 
 __all__ = ["Connection"]
-
-_PROBED_NUMEL = 1 << 20
-"""Elements of the payloads with which topologies are timed."""
-
-_log = logging.getLogger(__name__)
 
 
 class Connection:
@@ -49,27 +35,19 @@ class Connection:
     Attributes:
         exchange: Runs bucket jobs; None before :meth:`open`.
         kernels: The implementation of the arithmetic; None before :meth:`open`.
-        loaded_topology: Topology of a loaded state, which decides for ``topology="auto"`` before
-            the first bucket; empty otherwise.
-        topology_reason: The reason for the choice of ``topology="auto"``; empty without a choice.
+        choice: The choice of the topology, and the nodes that it follows from.
         run_id: The same on all ranks and new in every run; empty before :meth:`agree`.
         phase: The current operation, for messages.
-        nodes: The ranks of each node; None before :meth:`agree` and in flat topologies.
     """
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         self.exchange: Exchange | None = None
         self.kernels: Kernels | None = None
-        self.loaded_topology = ""
-        self.topology_reason = ""
+        self.choice = TopologyChoice(config.topology)
         self.run_id = ""
         self.phase = ""
-        self.nodes: NodeTable | None = None
-        self._intra_node_group: dist.ProcessGroup | None = None
-        self._device_mesh: DeviceMesh | None = None
         self._config = config
         self._group = group
-        self._topology: Topology | None = None
         self._watchdog: Watchdog | None = None
         self._wait_timeout_s: float | None = None
 
@@ -93,24 +71,15 @@ class Connection:
     @property
     def topology(self) -> Topology:
         """This rank's view of the servers."""
-        if self._topology is not None:
-            return self._topology
-        if self._config.topology == AUTO:  # not chosen before the first bucket
-            return make_topology(self.loaded_topology or next(iter(TOPOLOGIES)), self.group)
-        self._topology = make_topology(self._config.topology, self.group, self.nodes)
-        return self._topology
+        return self.choice.view(self.group)
 
     @property
-    def route(self) -> str:
-        """The nodes and the route of messages, with the reason; empty before they are known."""
-        nodes = "" if self.nodes is None else self.nodes.describe()
-        route = "" if self._topology is None else self._topology.route
-        return "; ".join(filter(None, (nodes, route)))
-
-    @property
-    def has_topology(self) -> bool:
-        """Return whether the servers are known."""
-        return self._topology is not None or self._config.topology != AUTO
+    def share(self) -> NodeShare | None:
+        """This rank's share of its node's bucket; None where every rank encodes whole buckets."""
+        topology = self.topology
+        if topology.shares == 1:
+            return None
+        return NodeShare(topology.share, topology.shares, topology.servers, self._config.block_size)
 
     @property
     def given_group(self) -> dist.ProcessGroup | None:
@@ -121,35 +90,25 @@ class Connection:
         """Set the process group to that of DDP."""
         self._group = group
 
-    def name_nodes(
-        self, intra_node_group: dist.ProcessGroup | None, device_mesh: DeviceMesh | None
-    ) -> None:
-        """Take the nodes from the user instead of finding them.
-
-        Args:
-            intra_node_group: A group of the ranks of this node.
-            device_mesh: A mesh (nodes, ranks of a node).
-
-        Raises:
-            TypeError: If one has the wrong type.
-            ValueError: If both are given, or the topology knows no nodes.
-        """
-        check_node_options(self._config.topology, intra_node_group, device_mesh)
-        self._intra_node_group, self._device_mesh = intra_node_group, device_mesh
-
     def agree(
-        self, device: torch.device, describe: Callable[[], dict[str, Any]], name: str
+        self,
+        device: torch.device,
+        describe: Callable[[], dict[str, Any]],
+        name: str,
+        undivided: str = "",
     ) -> None:
-        """Compare options and model with the other ranks; a collective operation.
+        """Compare options and model with the other ranks, and find the nodes; a collective operation.
 
         Args:
-            device: A device whose tensors the group's backend can send.
+            device: The device of the buckets, or another whose tensors the group can send.
             describe: Returns plain values, which must be equal on all ranks.
             name: Name of the model in messages.
+            undivided: The option that needs a whole bucket on every rank; empty without one.
 
         Raises:
             DisagreementError: On every rank, if any two differ.
         """
+        device = wire_device(self.group, device)
         description: dict[str, Any] | Exception
         try:
             description = describe()
@@ -166,19 +125,14 @@ class Connection:
             self._watchdog.on_failure(lambda: abandon(group))
         # Threads reference the watchdog and not the connection, so that both can end.
         weakref.finalize(self, self._watchdog.close)
-        if self._config.topology == HIERARCHICAL:
-            self._find_nodes(device)
-
-    def _find_nodes(self, device: torch.device) -> None:
         with self.waiting("finding the nodes"):
-            self.nodes = find_nodes(self.group, device, self._intra_node_group, self._device_mesh)
-        if self.nodes.ranks_per_node == 1 and self.group.rank() == 0:
-            _log.info(
-                'Every node has one rank: topology="%s" is topology="sharded" here.', HIERARCHICAL
-            )
+            self.choice.find(self.group, device, undivided)
+        table = self.choice.table
+        if table is not None and 1 < len(table.nodes) < self.group.size():
+            self._watchdog.name_nodes(table)
 
     def open(self, device: torch.device, steps: int, progress: Any, compressing: bool) -> None:
-        """Connect the ranks, choose topology and kernels; a collective operation.
+        """Connect the ranks and choose kernels; a collective operation.
 
         It runs before the first bucket, even if that is dense: a rank that opened its groups later
         than the others could not report that it differs.
@@ -203,18 +157,13 @@ class Connection:
             return  # dense steps need no exchange
         with self.watchdog.hold("opening the exchange", "comparing steps") as held:
             # Over DDP's own connections, which break at once when a rank has died.
-            check_steps(self.run_id, steps, progress, self.group, device)
-            if not self.has_topology:
-                held.phase = "measuring topologies"
-                name, self.topology_reason = agree_on_topology(
-                    self.loaded_topology,
-                    self._config.uplink.code_bytes(_PROBED_NUMEL),
-                    self.group,
-                    device,
-                )
-                self._topology = make_topology(name, self.group)
+            topology = self.topology.name
+            wire = wire_device(self.group, device)
+            check_steps(self.run_id, steps, progress, topology, self.group, wire)
             held.phase = CONNECTING
             self.exchange = make_exchange(self.topology, self.group, device, self.watchdog, held)
+        if self.group.rank() == 0 and self.group.size() > 1:
+            self.choice.log()
         self.phase = "choosing kernels"
         self.kernels = select(device)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.wire.node_layout import NodeLayout
 
@@ -23,6 +24,7 @@ class NodeBuffers:
         dtype: The bucket's dtype.
         precise: The arithmetic's dtype.
         device: The bucket's device.
+        staging: The memory of the collectives.
 
     Attributes:
         layout: This rank's share.
@@ -40,16 +42,20 @@ class NodeBuffers:
         dtype: torch.dtype,
         precise: torch.dtype,
         device: torch.device,
+        staging: Staging,
     ) -> None:
         self.layout = layouts[own]
         numels = [layout.numel for layout in layouts]
         self._runs = [run for layout in layouts for run in layout.runs]
-        self._packed = torch.zeros(sum(numels), dtype=dtype, device=device)
-        self._rows = torch.zeros(len(layouts), self.layout.numel, dtype=dtype, device=device)
+        self._staging = staging
+        self._sent = staging.zeros((sum(numels),), dtype, device)
+        self._packed = staging.twin(self._sent)
+        self._received = staging.zeros((len(layouts), self.layout.numel), dtype, device)
+        self._rows = staging.twin(self._received)
         self.mean = torch.zeros(self.layout.numel, dtype=precise, device=device)
-        self.packed_bytes = self._packed.view(torch.uint8)
+        self.packed_bytes = self._sent.view(torch.uint8)
         self.packed_sizes = [numel * dtype.itemsize for numel in numels]
-        self.received_bytes = self._rows.view(-1).view(torch.uint8)
+        self.received_bytes = self._received.view(-1).view(torch.uint8)
         self.received_sizes = [self.layout.numel * dtype.itemsize] * len(layouts)
         self._address = -1
         self._views: list[Tensor] = []
@@ -66,9 +72,11 @@ class NodeBuffers:
             self._views = [bucket[run.start : run.start + run.numel] for run in self._runs]
         if self._views:
             torch.cat(self._views, out=self._packed)
+            self._staging.send(self._packed, self._sent)
 
     def average(self) -> None:
         """Average what the local ranks have sent, in the order of the ranks, into :attr:`mean`."""
+        self._staging.receive(self._received, self._rows)
         ranks = len(self._rows)
         # Halved beforehand, as often as needed, a sum of finite values does not overflow. Powers of two
         # are exact, so that the mean is that of a sum divided by the number of ranks.

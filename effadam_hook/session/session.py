@@ -31,7 +31,7 @@ from effadam_hook.exchange.topology import HIERARCHICAL, Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
-from effadam_hook.modes import GradientMode, Mode, UpdateMode
+from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.connection import Connection
@@ -95,10 +95,10 @@ class ExchangeSession:
         Raises:
             ValueError: If the topology does not support it.
         """
-        if self.config.topology == HIERARCHICAL and isinstance(mode, UpdateMode):
+        if self.config.topology == HIERARCHICAL and mode.undivided:
             raise ValueError(
-                f"Invalid topology: {HIERARCHICAL!r} with an EfficientAdam. It does not support update "
-                'mode yet: use topology="sharded", or another optimizer, in gradient mode.'
+                f"Invalid topology: {HIERARCHICAL!r} with {mode.undivided}, which needs whole buckets "
+                'on every rank. Must be topology="sharded", "rank0", or "auto", which takes "sharded".'
             )
         self.mode = mode
 
@@ -115,7 +115,8 @@ class ExchangeSession:
         ExchangeSession._named += 1
         first = self.parameters.first_name()
         name = f"model {ExchangeSession._named}" + (f" (with {first!r})" if first else "")
-        self.connection.agree(device, lambda: self._describe(further or {}), name)
+        undivided = self.mode.undivided
+        self.connection.agree(device, lambda: self._describe(further or {}), name, undivided)
 
     def _describe(self, further: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -142,6 +143,7 @@ class ExchangeSession:
             EffAdamError: If the ranks are at different steps, or one is gone.
         """
         if self.connection.exchange is None:
+            self.mode.divide(self.connection.share)
             steps, progress = self.counters.steps, self.mode.progress()
             self.connection.open(device, steps, progress, compressing)
 
@@ -184,7 +186,8 @@ class ExchangeSession:
             raise EffAdamError("The session is not open: call open() on all ranks first.")
         self.connection.phase = "laying out the bucket"
         parts = self._buckets.of(
-            index, flat, tensors, self, exchange.part_numel, kernels, connection.run_id
+            *(index, flat, tensors, self, exchange.part_numel),
+            *(kernels, exchange.staging, connection.run_id),
         )
         future: Future[Tensor] | None = None
         start = 0

@@ -14,7 +14,7 @@ from effadam_hook.feedback.checkpoint import RankState, Share, holds_all_ranks, 
 from effadam_hook.feedback.reshard import Role, deal, merge, reassign
 from effadam_hook.session.session import ExchangeSession
 
-__all__ = ["capture", "restore"]
+__all__ = ["capture", "restore", "role_of"]
 
 
 def capture(session: ExchangeSession) -> RankState:
@@ -27,13 +27,13 @@ def capture(session: ExchangeSession) -> RankState:
         The state, with copies of all tensors on the CPU. Residuals have the scale of the unscaled loss.
     """
     connection, topology, scale = session.connection, session.topology, session.loss_scale
-    role = _role(session, topology)
+    role = role_of(session, topology)
     worker = {name: (view / scale).cpu() for name, view in session.worker}
     server = {name: (view / scale).cpu() for name, view in session.server}
     return RankState(
         rank=role.rank,
         world_size=role.world_size,
-        topology=topology.name if connection.has_topology else connection.loaded_topology,
+        topology=topology.name if connection.choice.is_made else "",
         servers=role.servers,
         block_size=role.block_size,
         counters=replace(session.counters),
@@ -61,9 +61,10 @@ def restore(session: ExchangeSession, saved: Any) -> None:
     Raises:
         StateMismatchError: If the state is damaged, or does not fit the model, the mode or the ranks.
     """
-    state = _state_of_this_rank(session, saved)
-    if not session.connection.has_topology:
-        session.connection.loaded_topology = state.topology
+    states = read_states(saved)
+    name = _topology_after(session, states[0])
+    state = _state_of_this_rank(session, saved, states, name)
+    session.connection.choice.follow(name)
     session.mode.load(state.moments)
     session.loss_scale = 1.0
     session.counters = replace(state.counters)
@@ -80,8 +81,14 @@ def restore(session: ExchangeSession, saved: Any) -> None:
         )
 
 
-def _role(session: ExchangeSession, topology: Topology) -> Role:
-    table = session.connection.nodes
+def role_of(session: ExchangeSession, topology: Topology) -> Role:
+    """Return the role of this rank in a topology.
+
+    Args:
+        session: The session.
+        topology: Its topology, or the one that a saved state decides for.
+    """
+    table = session.connection.choice.table
     return Role(
         rank=session.group.rank(),
         world_size=session.group.size(),
@@ -94,14 +101,22 @@ def _role(session: ExchangeSession, topology: Topology) -> Role:
     )
 
 
-def _state_of_this_rank(session: ExchangeSession, saved: Any) -> RankState:
-    """Read a saved state, check it against the session, and return this rank's part."""
+def _topology_after(session: ExchangeSession, state: RankState) -> str:
+    """Return the topology in which a saved state continues; empty to leave the choice as it is."""
+    connection = session.connection
+    if connection.exchange is not None:
+        return ""
+    return connection.choice.name_after(state.topology, state.world_size, session.group)
+
+
+def _state_of_this_rank(
+    session: ExchangeSession, saved: Any, states: list[RankState], name: str
+) -> RankState:
+    """Check a saved state against the session, and return this rank's part."""
     parameters, mode = session.parameters, session.mode
-    states = [state.renamed(parameters.resolve) for state in read_states(saved)]
-    topology = session.topology
-    if not session.connection.has_topology and states[0].topology:
-        topology = make_topology(states[0].topology, session.group)
-    role = _role(session, topology)
+    states = [state.renamed(parameters.resolve) for state in states]
+    topology = make_topology(name, session.group) if name else session.topology
+    role = role_of(session, topology)
     own = _dealt(states, role) if holds_all_ranks(saved) else _own(states[0], role)
     _check_parameters(session, own)
     if own.units and own.units != mode.units:

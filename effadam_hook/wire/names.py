@@ -27,7 +27,7 @@ def canonical_name(name: str) -> str:
     Returns:
         The name without wrapper components; the name itself if it has no other component.
 
-    Example:
+    Examples:
         >>> canonical_name("module._orig_mod.head._checkpoint_wrapped_module.weight")
         'head.weight'
     """

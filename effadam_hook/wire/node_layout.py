@@ -15,21 +15,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from effadam_hook.wire.layout import BucketLayout, Chunk, Piece, Wire
+from effadam_hook.wire.layout import BucketLayout, Chunk, Piece, Slot, Wire
 
-__all__ = ["NodeLayout", "Run", "lay_out_node"]
+__all__ = ["NodeLayout", "Run", "lay_out_node", "whole_runs"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A rank's share of one parameter.
+    """A rank's share of one parameter; all of it in topologies without nodes.
 
     Attributes:
         slot: Index of the parameter's slot.
         offset: First element in the parameter.
         start: First element in the bucket.
         local: First element in the compact share.
-        numel: Number of elements, at least 1.
+        numel: Number of elements.
     """
 
     slot: int
@@ -53,6 +53,17 @@ class NodeLayout:
     runs: tuple[Run, ...]
     numel: int
     uplink: Wire
+
+
+def whole_runs(slots: Sequence[Slot]) -> tuple[Run, ...]:
+    """Return the runs of a rank that encodes a whole bucket.
+
+    Args:
+        slots: The bucket's slots.
+    """
+    return tuple(
+        Run(index, 0, slot.start, slot.start, slot.numel) for index, slot in enumerate(slots)
+    )
 
 
 def lay_out_node(layout: BucketLayout, shares: int) -> tuple[NodeLayout, ...]:

@@ -8,7 +8,11 @@ are the shares of :func:`~effadam_hook.wire.shares.share_of`.
 
 from __future__ import annotations
 
-__all__ = ["node_share_of", "position_of"]
+from dataclasses import dataclass
+
+from effadam_hook.wire.shares import turn_of
+
+__all__ = ["NodeShare", "node_share_of", "position_of"]
 
 
 def position_of(server: int, turn: int, servers: int, shares: int) -> int:
@@ -51,3 +55,30 @@ def node_share_of(
     first = position * blocks // servers * block_size
     last = min((position + peers) * blocks // servers * block_size, numel)
     return first, max(0, last - first)
+
+
+@dataclass(frozen=True)
+class NodeShare:
+    """The share of a rank of a node in every parameter.
+
+    Attributes:
+        share: Index of the rank in its node, from 0.
+        shares: Number G of ranks of a node.
+        servers: Number of servers, M * G.
+        block_size: Number of elements of a full block.
+    """
+
+    share: int
+    shares: int
+    servers: int
+    block_size: int
+
+    def of(self, name: str, numel: int) -> tuple[int, int]:
+        """Return the first element and the number of elements of the share in a parameter.
+
+        Args:
+            name: Canonical name of the parameter.
+            numel: Its number of elements.
+        """
+        turn = turn_of(name)
+        return node_share_of(numel, turn, self.block_size, self.share, self.shares, self.servers)

@@ -33,7 +33,8 @@ def missing(case: Case, reports: list[Report]) -> Iterator[str]:
     if case.updates:
         # Dense steps, shared moments and join() mix the ranks' moments.
         local = case.optimizer_options["second_moment"] == "local"
-        if local and not case.options["warmup_steps"] and not case.batches:
+        is_dense = case.options["warmup_steps"] or case.switched
+        if local and not is_dense and not case.batches:
             yield from _missing_updates(case, reports)
     else:
         yield from _missing_gradients(case, reports)
@@ -48,7 +49,7 @@ def _missing_gradients(case: Case, reports: list[Report]) -> Iterator[str]:
             continue
         given = sum(report.given[p] for report in reports).flatten() / len(reports)
         size = max(float(report.given[p].abs().max()) for report in reports)
-        total = longest.arrived[p].flatten() + _residual(reports, p, 1, 1)
+        total = longest.arrived[p].flatten() + _residual(case, reports, p, 1, 1)
         yield from _compare(case, p, total, given, max(size, float(given.abs().max())))
 
 
@@ -58,11 +59,11 @@ def _missing_updates(case: Case, reports: list[Report]) -> Iterator[str]:
     for p in range(len(case.shapes)):
         # A server that keeps the weights holds what the quantized ones lack, not what was not sent.
         server = 1 if case.mode == "weights" else -1
-        total = reports[0].weights[p].double().flatten() + _residual(reports, p, -1, server)
+        total = reports[0].weights[p].double().flatten() + _residual(case, reports, p, -1, server)
         yield from _compare(case, p, total, expected[p].flatten(), case.optimizer_options["lr"])
 
 
-def _residual(reports: list[Report], p: int, worker: int, server: int) -> Tensor:
+def _residual(case: Case, reports: list[Report], p: int, worker: int, server: int) -> Tensor:
     """The workers' mean residual and the servers', each with a sign."""
     key, total = f"weights.{p}", torch.zeros(reports[0].given[p].numel(), dtype=torch.float64)
     for report in reports:
@@ -70,7 +71,9 @@ def _residual(reports: list[Report], p: int, worker: int, server: int) -> Tensor
             side: _by_name(report.saved[side]) for side in ("worker", "server", "server_start")
         }
         if key in saved["worker"]:
-            total += worker * saved["worker"][key].double() / len(reports)
+            start = _by_name(report.saved.get("worker_start", {})).get(key, 0)
+            values = saved["worker"][key].double() / len(case.workers(len(reports)))
+            total[start : start + values.numel()] += worker * values
         if key in saved["server"]:
             start, share = saved["server_start"][key], saved["server"][key]
             total[start : start + share.numel()] += server * share.double()
@@ -90,15 +93,16 @@ def _compare(case: Case, p: int, total: Tensor, wanted: Tensor, size: float) -> 
 
 
 def _expected_weights(case: Case, world_size: int) -> list[Tensor]:
-    """From zero, less the mean of the updates of an Adam on every rank.
+    """From zero, less the mean of the updates of an Adam on every worker: a rank, or a node.
 
     A parameter is stepped where it has a gradient: where some rank uses it, or where one of an earlier
     step was filled with zeros. A rank that does not use it then has a gradient of zero.
     """
+    workers = case.workers(world_size)
     beta1, beta2, eps, lr = 0.9, 0.999, 1e-8, case.optimizer_options["lr"]
     weights = [torch.zeros(shape, dtype=torch.float64) for shape in case.shapes]
-    firsts = [[torch.zeros_like(w) for w in weights] for _ in range(world_size)]
-    seconds = [[torch.zeros_like(w) for w in weights] for _ in range(world_size)]
+    firsts = [[torch.zeros_like(w) for w in weights] for _ in workers]
+    seconds = [[torch.zeros_like(w) for w in weights] for _ in workers]
     counts, has_gradient = [0] * len(weights), [False] * len(weights)
     for step in range(case.steps):
         if step == case.resumed:
@@ -111,12 +115,13 @@ def _expected_weights(case: Case, world_size: int) -> list[Tensor]:
                 continue
             counts[p] += 1
             correction1, correction2 = 1 - beta1 ** counts[p], 1 - beta2 ** counts[p]
-            for rank, chosen in enumerate(given):
-                own = chosen[p]
-                g = torch.zeros_like(weight) if own is None else own.double()
-                m, v = firsts[rank][p], seconds[rank][p]
+            for worker, ranks in enumerate(workers):
+                g = torch.zeros_like(weight)
+                for own in (given[rank][p] for rank in ranks):
+                    g += 0 if own is None else own.double() / len(ranks)
+                m, v = firsts[worker][p], seconds[worker][p]
                 m.mul_(beta1).add_(g, alpha=1 - beta1)
                 v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 update = lr * (m / correction1) / ((v / correction2).sqrt() + eps)
-                weight.sub_(update / world_size)
+                weight.sub_(update / len(workers))
     return weights

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fuzz.books import missing
-from fuzz.cases import ENDINGS, LOSSES, Case, Ending, draw
+from fuzz.cases import ENDINGS, LOSSES, NODES, Case, Ending, draw
 from fuzz.ranks import Report, lose_a_rank, run_batch
 from harness import Died, run_ranks
 
@@ -71,11 +71,12 @@ def run(seed: int, *, minutes: float = 0.0, batches: int = 0, batch: int = _BATC
     number = 0
     print(f"fuzz: first seed {seed}", flush=True)
     while number < batches if batches else time.monotonic() - began < 60 * minutes:
-        world_size = chance.choice([1, 2, 2, 3, 3, 4])
+        nodes, local = chance.choice(NODES) if number % 2 else (0, 0)
+        world_size = nodes * local or chance.choice([1, 2, 2, 3, 3, 4])
         seeds = [seed + number * _BATCH + i for i in range(batch)]
-        _run_batch(tally, _plan(chance, seeds, world_size, number), world_size)
+        _run_batch(tally, _plan(chance, seeds, world_size, number), world_size, nodes)
         if number % 4 == 2:
-            _lose_a_rank(tally, seed + number, chance.choice(LOSSES))
+            _lose_a_rank(tally, seed + number, chance.choice(LOSSES), 2 * (number // 4 % 2))
         number += 1
         if number % 10 == 0:
             print(f"fuzz: {tally.runs} runs, {len(tally.wrong)} wrong", flush=True)
@@ -102,10 +103,11 @@ def _plan(
     return plan
 
 
-def _run_batch(tally: Tally, plan: list[tuple[int, str]], world_size: int) -> None:
-    name = f"{world_size} ranks, seeds {plan[0][0]} to {plan[-1][0]}"
+def _run_batch(tally: Tally, plan: list[tuple[int, str]], world_size: int, nodes: int) -> None:
+    ranks = f"{nodes} nodes x {world_size // nodes} ranks" if nodes else f"{world_size} ranks"
+    name = f"{ranks}, seeds {plan[0][0]} to {plan[-1][0]}"
     try:
-        by_rank = run_ranks(run_batch, world_size, plan, timeout=240, env=_QUIET)
+        by_rank = run_ranks(run_batch, world_size, plan, nodes, timeout=240, env=_QUIET)
     except TimeoutError as error:
         tally.note("hang", name, str(error))
         return
@@ -113,10 +115,10 @@ def _run_batch(tally: Tally, plan: list[tuple[int, str]], world_size: int) -> No
         tally.note("crash", name, str(error)[:6000])
         return
     for (seed, ending), reports in zip(plan, zip(*by_rank, strict=False), strict=False):
-        case = draw(seed, world_size, ending)
+        case = draw(seed, world_size, ending, nodes)
         tally.runs += 1
         _count(tally, case)
-        _judge(tally, case, f"seed {seed} on {world_size} ranks", list(reports))
+        _judge(tally, case, f"seed {seed} on {ranks}", list(reports))
     done = min(len(reports) for reports in by_rank)
     if done < len(plan) and not by_rank[0][-1].error:
         tally.note("silence", name, f"only {done} of {len(plan)} cases were run")
@@ -132,6 +134,8 @@ def _count(tally: Tally, case: Case) -> None:
         "compression switched on all ranks": len(case.switched),
         "join() with uneven batches": len(set(case.batches)) > 1,
         "loss scale changed by GradScaler": case.scales,
+        "topology hierarchical": bool(case.nodes),
+        "topology hierarchical, in update mode": bool(case.nodes) and case.updates,
         "DDP model copied": case.copied >= 0,
         "phases delayed at random": case.jitter,
     }
@@ -190,32 +194,34 @@ def _kinds(case: Case) -> str:
     return ", ".join([case.mode, *(kind for kind, is_drawn in kinds.items() if is_drawn)])
 
 
-def _lose_a_rank(tally: Tally, seed: int, kind: str) -> None:
+def _lose_a_rank(tally: Tally, seed: int, kind: str, nodes: int) -> None:
+    world_size = 4 if nodes else 3
+    name = f"{kind}, seed {seed} on {world_size} ranks of {nodes or 'any'} nodes"
     tally.injected[kind] += 1
     tally.runs += 1
     with tempfile.TemporaryDirectory() as folder:
         try:
             results = run_ranks(
                 lose_a_rank,
-                3,
-                *(folder, seed, kind),
+                world_size,
+                *(folder, seed, kind, nodes),
                 backend=None,
-                may_die=(0, 1, 2),
+                may_die=tuple(range(world_size)),
                 timeout=60,
                 grace=30,
                 env=_QUIET,
             )
         except (TimeoutError, RuntimeError) as error:
-            tally.note("hang", f"{kind}, seed {seed}", str(error)[:3000])
+            tally.note("hang", name, str(error)[:3000])
             return
     survivors = [result for result in results if not isinstance(result, Died)]
-    if len(survivors) != 2:
-        tally.note("crash", f"{kind}, seed {seed}", f"{len(survivors)} survivors")
+    if len(survivors) != world_size - 1:
+        tally.note("crash", name, f"{len(survivors)} survivors")
     for report in survivors:
         told = "Rank " in report.error and report.seconds <= _SOON_S
         if not told or not report.is_finite:
             text = f"{report.seconds:.0f} s, finite {report.is_finite}: {report.error}"
-            tally.note("silence", f"{kind}, seed {seed}", text)
+            tally.note("silence", name, text)
 
 
 def table(tally: Tally, seed: int) -> str:
@@ -227,7 +233,7 @@ def table(tally: Tally, seed: int) -> str:
     """
     kinds = ("hang", "divergence", "poison", "loss", "silence", "crash")
     lines = [
-        f"{tally.runs} fuzzed runs on 1 to 4 ranks in {tally.seconds / 60:.0f} minutes, first seed "
+        f"{tally.runs} fuzzed runs on 1 to 6 ranks in {tally.seconds / 60:.0f} minutes, first seed "
         f"{seed}, torch {torch.__version__}, Python {sys.version.split()[0]}.",
         "",
         "| injected | times |",

@@ -14,6 +14,7 @@ from effadam_hook.wire.quantizers import QUANTIZERS
 __all__ = [
     "ENDINGS",
     "LOSSES",
+    "NODES",
     "REBUILDS",
     "WRAPPERS",
     "Case",
@@ -22,6 +23,9 @@ __all__ = [
     "draw",
     "gradients",
 ]
+
+NODES = ((2, 2), (2, 2), (3, 2), (2, 3))
+"""Numbers of nodes, and of ranks of a node, of the hierarchical topology."""
 
 DTYPES = (torch.float32, torch.float64, torch.float64, torch.bfloat16, torch.float16)
 PRECISE = (torch.float32, torch.float64)
@@ -106,6 +110,7 @@ class Case:
         jitter: Whether every phase is delayed by random times.
         culprit: The rank where the ending happens.
         part_numel: Elements of the parts into which buckets are cut.
+        nodes: In the hierarchical topology the node of each rank; empty in flat ones.
     """
 
     seed: int
@@ -130,6 +135,12 @@ class Case:
     jitter: bool = False
     culprit: int = 0
     part_numel: int = 1 << 19
+    nodes: tuple[int, ...] = ()
+
+    def workers(self, world_size: int) -> list[list[int]]:
+        """Return the ranks of each worker of the algorithm."""
+        names = self.nodes or range(world_size)
+        return [[r for r, n in enumerate(names) if n == name] for name in sorted(set(names))]
 
     @property
     def updates(self) -> bool:
@@ -180,17 +191,20 @@ class Model(nn.Module):
         return torch.stack(terms).sum()
 
 
-def draw(seed: int, world_size: int, ending: str = "") -> Case:
+def draw(seed: int, world_size: int, ending: str = "", nodes: int = 0) -> Case:
     """A case.
 
     Args:
         seed: Any number.
         world_size: On how many ranks it runs.
         ending: The fault that is to end it, one of :data:`ENDINGS`; ``"lost"`` for a rank that is lost.
+        nodes: Number of nodes in the hierarchical topology; 0 for a flat one.
     """
     chance = random.Random(seed)
     shapes = tuple(_shape(chance) for _ in range(chance.randint(1, 7)))
     modes = ["gradient"] * 4 + ["preconditioned"] + ["update"] * 2 + ["weights"]
+    if nodes:
+        modes = [mode for mode in modes if mode != "weights"]
     mode = "gradient" if ending else chance.choice(modes)
     dtypes = {"gradient": DTYPES, "preconditioned": PRECISE[:1]}.get(mode, PRECISE)
     dtype = chance.choice(dtypes)
@@ -200,7 +214,7 @@ def draw(seed: int, world_size: int, ending: str = "") -> Case:
         "worker_quantizer": chance.choice(names),
         "server_quantizer": chance.choice(names),
         "block_size": 2 ** chance.randint(4, 10),
-        "topology": chance.choice(["rank0", "sharded"]),
+        "topology": "hierarchical" if nodes else chance.choice(["rank0", "sharded"]),
         "error_feedback": chance.random() < 0.9,
         "exact": chance.choice([("1d",), (), ("<40",), ("weights.0",)]),
         "scale_rule": chance.choice(["least_squares", "least_squares", "absmax"]),
@@ -240,8 +254,22 @@ def draw(seed: int, world_size: int, ending: str = "") -> Case:
         # In topology "rank0" only rank 0 reduces.
         culprit=0 if "reduce" in ending else chance.randrange(world_size),
         part_numel=chance.choice([100, 1000, 1 << 19]),
+        nodes=_draw_nodes(chance, world_size, nodes),
         **kinds,
     )
+
+
+def _draw_nodes(chance: random.Random, world_size: int, nodes: int) -> tuple[int, ...]:
+    """Draw the node of each rank: in order, dealt in turn, or in any order."""
+    if not nodes:
+        return ()
+    drawn = [rank * nodes // world_size for rank in range(world_size)]
+    order = chance.randrange(3)
+    if order == 1:
+        drawn = [rank % nodes for rank in range(world_size)]
+    elif order == 2:
+        chance.shuffle(drawn)
+    return tuple(drawn)
 
 
 def _draw_kinds(
@@ -280,7 +308,7 @@ def _draw_kinds(
             for step in range(steps)
             if chance.random() < 0.3
         }
-    if gradient and chance.random() < 0.3:
+    if mode in ("gradient", "update") and chance.random() < 0.3:
         kinds["switched"] = frozenset(s for s in range(1, steps) if chance.random() < 0.5)
     if chance.random() < 0.25:
         kinds["resumed"] = chance.randint(1, steps - 1)

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import EfficientAdam, EfficientAdamState, attach
 from effadam_hook.ddp.accumulation import AccumulationCheck
+from effadam_hook.exchange.node_description import HOST_VARIABLE
 from effadam_hook.exchange.watchdog import watchdog
 from effadam_hook.session import buckets, connection
 from effadam_hook.session.buffers import BucketBuffers
@@ -31,6 +32,7 @@ from fuzz.cases import WRAPPERS, Case, Model, draw, gradients
 __all__ = ["Report", "lose_a_rank", "run_batch"]
 
 _PHASES = ("encode", "reduce", "decode")
+_NODE_PHASES = ("pack", "average")
 _RAISING: dict[str, tuple[Any, str]] = {
     **{f"exception in {phase}": (BucketBuffers, phase) for phase in _PHASES},
     "exception in planning": (buckets, "BucketBuffers"),
@@ -88,13 +90,16 @@ class _Run:
         return parameters
 
 
-def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[Report]:
+def run_batch(
+    rank: int, world_size: int, plan: list[tuple[int, str]], nodes: int = 0
+) -> list[Report]:
     """Run cases one after the other, in one process.
 
     Args:
         rank: This rank.
         world_size: How many there are.
         plan: Seed and ending of each case.
+        nodes: Number of nodes in the hierarchical topology; 0 for flat ones.
 
     Returns:
         A report per case; fewer if one ended as it should not have.
@@ -103,7 +108,8 @@ def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[R
     alone = [dist.new_group([other]) for other in range(world_size)][rank]
     reports = []
     for seed, ending in plan:
-        case = draw(seed, world_size, ending)
+        case = draw(seed, world_size, ending, nodes)
+        _name_host(case, rank)
         report = Report()
         reports.append(report)
         parts.PART_NUMEL = case.part_numel
@@ -114,6 +120,11 @@ def run_batch(rank: int, world_size: int, plan: list[tuple[int, str]]) -> list[R
         if bool(report.error) != bool(case.ending):
             break
     return reports
+
+
+def _name_host(case: Case, rank: int) -> None:
+    """Pretend that this rank is on the host of its node."""
+    os.environ[HOST_VARIABLE] = f"host{case.nodes[rank]}" if case.nodes else "host"
 
 
 def _run(case: Case, rank: int, report: Report, alone: dist.ProcessGroup) -> None:
@@ -172,6 +183,8 @@ def _build(
     module = Model(case.shapes, case.dtype, order, wrapper)
     model = DistributedDataParallel(module, process_group=group, **case.ddp_options)
     options = dict(case.options)
+    if case.nodes and group is not None:  # a rank alone
+        options["topology"] = "sharded"
     if wrapper and case.seed % 2:
         # Rules hold for names as they are in the model, too.
         options["exact"] = tuple(
@@ -294,7 +307,8 @@ def _fail(*_: Any, **__: Any) -> None:
 @contextlib.contextmanager
 def _replaced(case: Case, rank: int) -> Iterator[None]:
     """Delay every phase, if the case wants it; and put back whatever was replaced."""
-    originals = [(owner, name, getattr(owner, name)) for owner, name in _RAISING.values()]
+    replaced = [*_RAISING.values(), *((BucketBuffers, name) for name in _NODE_PHASES)]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in replaced]
     chance = random.Random(case.seed * 7 + rank)
 
     def delayed(original: Any) -> Any:
@@ -306,7 +320,7 @@ def _replaced(case: Case, rank: int) -> Iterator[None]:
         return run
 
     for owner, name, original in originals if case.jitter else ():
-        if name in _PHASES:
+        if owner is BucketBuffers:
             setattr(owner, name, delayed(original))
     try:
         yield
@@ -315,7 +329,9 @@ def _replaced(case: Case, rank: int) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def lose_a_rank(rank: int, world_size: int, folder: str, seed: int, kind: str) -> Report:
+def lose_a_rank(
+    rank: int, world_size: int, folder: str, seed: int, kind: str, nodes: int
+) -> Report:
     """Run a case until one rank is lost at a random moment.
 
     Args:
@@ -324,6 +340,7 @@ def lose_a_rank(rank: int, world_size: int, folder: str, seed: int, kind: str) -
         folder: For the rendezvous.
         seed: Of the case.
         kind: One of :data:`fuzz.cases.LOSSES`.
+        nodes: Number of nodes in the hierarchical topology; 0 for a flat one.
     """
     watchdog.PATIENCE_S = 1.0
     chance = random.Random(seed)
@@ -339,8 +356,10 @@ def lose_a_rank(rank: int, world_size: int, folder: str, seed: int, kind: str) -
     )
     pids: list[Any] = [None] * world_size
     dist.all_gather_object(pids, os.getpid())
-    case = draw(seed, world_size, "lost")
-    countdown, name = chance.randint(1, 12), chance.choice(_PHASES)
+    case = draw(seed, world_size, "lost", nodes)
+    _name_host(case, rank)
+    phases = _PHASES + _NODE_PHASES if nodes else _PHASES
+    countdown, name = chance.randint(1, 12), chance.choice(phases)
     # In topology "rank0" only rank 0 reduces.
     culprit = 0 if name == "reduce" and not exits else case.culprit
     if rank == culprit and not exits:

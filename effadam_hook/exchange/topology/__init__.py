@@ -6,9 +6,10 @@ import torch.distributed as dist
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.topology.hierarchical import Hierarchical
-from effadam_hook.exchange.topology.leg import Leg
+from effadam_hook.exchange.topology.leg import Leg, Load
 from effadam_hook.exchange.topology.node_table import NodeTable
 from effadam_hook.exchange.topology.rank0 import Rank0
+from effadam_hook.exchange.topology.rule import Choice, choose_topology, describe_obstacle
 from effadam_hook.exchange.topology.sharded import Sharded
 from effadam_hook.exchange.topology.topology import Stage, Topology
 
@@ -17,10 +18,14 @@ __all__ = [
     "FLAT_TOPOLOGIES",
     "HIERARCHICAL",
     "TOPOLOGIES",
+    "Choice",
     "Leg",
+    "Load",
     "NodeTable",
     "Stage",
     "Topology",
+    "choose_topology",
+    "describe_obstacle",
     "make_topology",
 ]
 
@@ -34,7 +39,7 @@ TOPOLOGIES: dict[str, type[Topology]] = {**FLAT_TOPOLOGIES, HIERARCHICAL: Hierar
 """Every topology, by its public name."""
 
 AUTO = "auto"
-"""The name that leaves the choice to the ranks, see :mod:`effadam_hook.exchange.auto`."""
+"""The name that leaves the choice to :mod:`effadam_hook.exchange.topology.rule`."""
 
 
 def make_topology(name: str, group: dist.ProcessGroup, table: NodeTable | None = None) -> Topology:

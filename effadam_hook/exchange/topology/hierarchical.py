@@ -24,7 +24,7 @@ from torch import Tensor
 
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import Group, all_gather_flat, all_to_all_flat
-from effadam_hook.exchange.topology.leg import Leg
+from effadam_hook.exchange.topology.leg import Leg, Load
 from effadam_hook.exchange.topology.node_table import NodeTable
 from effadam_hook.exchange.topology.sharded import Sharded
 from effadam_hook.exchange.topology.topology import Stage, Topology, decode, encode, reduce
@@ -61,9 +61,17 @@ class Hierarchical(Topology):
         return world_size
 
     @classmethod
-    def legs(cls, payload_bytes: float, world_size: int, tree: bool) -> list[Leg]:
-        """Describe the collectives between nodes, for a node's card and ``world_size`` nodes."""
-        return Sharded.legs(payload_bytes, world_size, tree)
+    def legs(cls, load: Load) -> list[Leg]:
+        """Describe the collectives inside a node and between nodes; see :class:`Topology`."""
+        nodes, ranks = load.nodes, load.ranks_per_node
+        card = load.payload_bytes * (nodes - 1) / nodes
+        others = (ranks - 1) / ranks
+        return [
+            Leg("mean/hierarchical", 0, 0, 1, ranks - 2, load.bucket_bytes * others),
+            Leg("up/hierarchical", card, card, 1, nodes - 2),
+            Leg("down/hierarchical", card, card, 1, nodes - 2),
+            Leg("gather/hierarchical", 0, 0, 1, ranks - 2, load.payload_bytes * others),
+        ]
 
     @property
     def stages(self) -> Sequence[Stage]:
@@ -71,7 +79,15 @@ class Hierarchical(Topology):
         node, peers = self._node, self._peers
         return (
             Stage("pack", _pack, "node mean", _start_node_mean, ranks=node),
-            Stage("encode", encode, "uplink", self._start_uplink, ranks=peers),
+            Stage(
+                "encode",
+                encode,
+                "uplink",
+                self._start_uplink,
+                prepare=_average,
+                averages_first=True,
+                ranks=peers,
+            ),
             Stage("reduce", reduce, "downlink", self._start_downlink, ranks=peers),
             Stage("gather", None, "node gather", _start_node_gather, ranks=node),
             Stage("decode", decode),
@@ -97,6 +113,10 @@ class Hierarchical(Topology):
 
 def _pack(job: BucketJob) -> None:
     job.pack()
+
+
+def _average(job: BucketJob) -> None:
+    job.average()
 
 
 def _start_node_mean(job: BucketJob, group: Group) -> dist.Work | None:

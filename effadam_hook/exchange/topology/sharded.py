@@ -23,7 +23,7 @@ from torch import Tensor
 
 from effadam_hook.exchange.collectives import Group, all_gather_flat, all_to_all_flat
 from effadam_hook.exchange.timing import slowest
-from effadam_hook.exchange.topology.leg import Leg
+from effadam_hook.exchange.topology.leg import Leg, Load
 from effadam_hook.exchange.topology.topology import Topology
 from effadam_hook.exchange.waiting import finish
 
@@ -50,12 +50,17 @@ class Sharded(Topology):
         return world_size
 
     @classmethod
-    def legs(cls, payload_bytes: float, world_size: int, tree: bool) -> list[Leg]:
-        """Describe the all-to-all and the all-gather; see :class:`Topology`."""
-        share = payload_bytes * (world_size - 1) / world_size
+    def legs(cls, load: Load) -> list[Leg]:
+        """Describe the all-to-all and the all-gather around a ring; see :class:`Topology`.
+
+        Every rank of a node sends to every rank of the others, through the node's card.
+        """
+        n, ranks = load.world_size, load.ranks_per_node
+        chunk = load.payload_bytes / n
+        card = ranks * (n - ranks) * chunk
         return [
-            Leg("up/sharded", share, share, 1, world_size - 2),
-            Leg("down/sharded", share, share, 1, world_size - 2),
+            Leg("up/sharded", card, card, 1, n - 2, (ranks - 1) * chunk),
+            load.around_ring("down/sharded", (n - 1) * chunk, 1, n - 2),
         ]
 
     def measure_route(self, group: Group) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import Group
-from effadam_hook.exchange.topology.leg import Leg
+from effadam_hook.exchange.topology.leg import Leg, Load
 
 __all__ = ["Stage", "Topology", "decode", "encode", "reduce"]
 
@@ -37,8 +37,9 @@ class Stage:
         compute: The arithmetic; None where this rank has none to do.
         transfer: Name of the collective in messages; empty for the last stage, which has none.
         start: Starts the collective on a group that only this stage uses, and returns the work.
-        averages_first: Whether a bucket with :attr:`BucketJob.averages_first` is averaged densely,
-            on the group of this stage, before the arithmetic.
+        prepare: Arithmetic before that average; None for none.
+        averages_first: Whether the values of a bucket with :attr:`BucketJob.averages_first` are
+            averaged densely, on the group of this stage, before the arithmetic.
         ranks: The ranks of the process group that take part in the collective, ascending; None for
             all of them.
     """
@@ -47,6 +48,7 @@ class Stage:
     compute: Callable[[BucketJob], None] | None
     transfer: str = ""
     start: Callable[[BucketJob, Group], dist.Work | None] | None = None
+    prepare: Callable[[BucketJob], None] | None = None
     averages_first: bool = False
     ranks: tuple[int, ...] | None = None
 
@@ -89,16 +91,14 @@ class Topology(ABC):
 
     @classmethod
     @abstractmethod
-    def legs(cls, payload_bytes: float, world_size: int, tree: bool) -> list[Leg]:
+    def legs(cls, load: Load) -> list[Leg]:
         """Describe the collectives of one bucket.
 
         Args:
-            payload_bytes: Bytes of a whole payload.
-            world_size: Number of ranks.
-            tree: Whether a broadcast sends its bytes once, as on NCCL, rather than once a round.
+            load: Sizes and nodes.
 
         Returns:
-            The uplink and the downlink.
+            One leg for each collective, in their order.
         """
 
     @property

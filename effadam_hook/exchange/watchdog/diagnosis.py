@@ -9,10 +9,18 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from effadam_hook.errors import DisagreementError, EffAdamError
+from effadam_hook.exchange.topology import NodeTable
 from effadam_hook.exchange.watchdog.inflight import CONNECTING, Hold, InflightBucket
 from effadam_hook.exchange.watchdog.status_board import Entry, Position
 
-__all__ = ["disagreement", "first_failure", "gone_before", "overdue", "who_is_late"]
+__all__ = [
+    "disagreement",
+    "first_failure",
+    "gone_before",
+    "no_answer",
+    "overdue",
+    "who_is_late",
+]
 
 CONNECT_S = 15.0
 """Seconds that a silent rank may take while all ranks make connections at once."""
@@ -90,13 +98,36 @@ def gone_before(positions: Mapping[int, Position], sequence: int) -> EffAdamErro
     return None
 
 
-def who_is_late(positions: Mapping[int, Position], silent: Sequence[int], started: int) -> str:
+def no_answer(silent: Sequence[int], nodes: NodeTable | None = None) -> str:
+    """Describe the ranks that do not answer.
+
+    Args:
+        silent: The ranks.
+        nodes: The nodes, if they are known.
+
+    Returns:
+        A sentence after a space; empty if all ranks answer.
+    """
+    if not silent:
+        return ""
+    ranks = ", ".join(map(str, silent))
+    whom = f"rank {ranks}" if nodes is None else nodes.name(silent)
+    return f" No answer from {whom}: killed, stopped, or unreachable."
+
+
+def who_is_late(
+    positions: Mapping[int, Position],
+    silent: Sequence[int],
+    started: int,
+    nodes: NodeTable | None = None,
+) -> str:
     """Describe the ranks that others may be waiting for.
 
     Args:
         positions: The positions of the other ranks.
         silent: The ranks that do not answer.
         started: Number of buckets that this rank has started.
+        nodes: The nodes, if they are known.
 
     Returns:
         Sentences, each after a space; empty if no rank is late.
@@ -108,10 +139,7 @@ def who_is_late(positions: Mapping[int, Position], silent: Sequence[int], starte
         for rank, position in positions.items()
         if position.started < started and not position.left
     ]
-    text = ""
-    if silent:
-        ranks = ", ".join(map(str, silent))
-        text += f" No answer from rank {ranks}: killed, stopped, or unreachable."
+    text = no_answer(silent, nodes)
     if gone:
         text += f" Rank {', '.join(gone)} has ended."
     return text + "".join(behind[:3])

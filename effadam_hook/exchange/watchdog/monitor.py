@@ -7,7 +7,8 @@ Rounds that find nothing late and hear no alarm send nothing. Otherwise a round 
     [3] read the positions of the others
     [4] diagnose: the first of these that holds stops the exchange
           two ranks have started different buckets under one sequence number
-          a rank has reported a failure
+          a rank has reported a failure; the loss of a connection counts some seconds later, as it
+          follows from a failure elsewhere, and the rank that reports it looks for that
           a rank has ended its training
           threads wait for one another for ever, found twice
           the wait is longer than ``wait_timeout_s``, or a rank is silent while all ranks connect
@@ -24,11 +25,13 @@ import time
 from collections.abc import Callable, Mapping
 
 from effadam_hook.errors import DisagreementError, EffAdamError
+from effadam_hook.exchange.topology import NodeTable
 from effadam_hook.exchange.watchdog.deadlock import Deadlock, Process, find_deadlock
 from effadam_hook.exchange.watchdog.diagnosis import (
     disagreement,
     first_failure,
     gone_before,
+    no_answer,
     overdue,
     who_is_late,
 )
@@ -62,6 +65,7 @@ class Monitor:
     Attributes:
         wait_timeout_s: Seconds after which a wait is an error; None for the process group's
             time-out.
+        nodes: The nodes, for messages; None if they are not known.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Monitor:
         stop_models: Callable[[Deadlock, Process, FlightRecord], None],
     ) -> None:
         self.wait_timeout_s: float | None = None
+        self.nodes: NodeTable | None = None
         self._rank = rank
         self._record = record
         self._stopping = stopping
@@ -88,6 +93,7 @@ class Monitor:
         self._alarm_until = 0.0
         self._round_done = threading.Condition()
         self._wake = threading.Event()
+        self._lost_since: float | None = None
         self._warned = -1
         self._errors = 0
         self._thread: threading.Thread | None = None
@@ -138,7 +144,7 @@ class Monitor:
         failure = first_failure({rank: p for rank, p in positions.items() if p.is_cause})
         if failure is not None:
             return type(failure)(f"{message} {failure}")
-        late = who_is_late(positions, self._status_board.silent_since(began), self._record.started)
+        late = self._who_is_late(positions, began)
         if not late and (failure := first_failure(positions)) is not None:
             late = f" {failure}"
         return kind(message + late)
@@ -224,7 +230,9 @@ class Monitor:
 
     def _diagnose(self, oldest: InflightBucket | Hold | None, process: Process) -> None:
         positions = self._status_board.positions()
-        diagnosis = self._disagreement(positions) or first_failure(positions)
+        diagnosis = self._disagreement(positions) or self._reported(positions)
+        if diagnosis is None and self._lost_since is not None:
+            return
         if diagnosis is None and oldest is not None:
             diagnosis = gone_before(positions, oldest.sequence)
         is_first, deadlock = False, None
@@ -255,6 +263,26 @@ class Monitor:
         histories = {rank: position.history for rank, position in positions.items()}
         return disagreement({**histories, self._rank: list(self._record.history)})
 
+    def _reported(self, positions: Mapping[int, Position]) -> EffAdamError | None:
+        """Return the failure that another rank reports."""
+        cause = first_failure({rank: p for rank, p in positions.items() if p.is_cause})
+        failure = cause or first_failure(positions)
+        if cause is not None or failure is None:
+            self._lost_since = None
+            return cause
+        # This rank may have no connection to the rank that is lost, as between nodes.
+        now = time.monotonic()
+        if self._lost_since is None:
+            self._lost_since = now
+        if now - self._lost_since < ANSWER_S + NOTICE_S:
+            return None
+        late = no_answer(self._status_board.silent_since(self._lost_since), self.nodes)
+        return failure if late in str(failure) else type(failure)(f"{failure}{late}")
+
+    def _who_is_late(self, positions: Mapping[int, Position], since: float) -> str:
+        silent = self._status_board.silent_since(since)
+        return who_is_late(positions, silent, self._record.started, self.nodes)
+
     def _deadlock(self, positions: Mapping[int, Position], process: Process) -> Deadlock | None:
         """Return a deadlock that all of its ranks have confirmed, if any."""
         others = {p.process.rank: p.process for p in positions.values() if p.process and not p.left}
@@ -274,8 +302,9 @@ class Monitor:
     ) -> EffAdamError | None:
         if oldest is None:
             return None
-        silent = self._status_board.silent_since(time.monotonic() - ANSWER_S)
-        late = who_is_late(positions, silent, self._record.started)
+        moment = time.monotonic() - ANSWER_S
+        silent = self._status_board.silent_since(moment)
+        late = self._who_is_late(positions, moment)
         grace_s = ANSWER_S if silent else 0
         return overdue(oldest, self.wait_timeout_s, grace_s, bool(silent), late)
 
@@ -288,8 +317,7 @@ class Monitor:
         waited_s = time.monotonic() - oldest.since
         if waited_s > self._patience_s + ANSWER_S:
             self._warned = oldest.sequence
-            silent = self._status_board.silent_since(time.monotonic() - ANSWER_S)
-            late = who_is_late(positions, silent, self._record.started)
+            late = self._who_is_late(positions, time.monotonic() - ANSWER_S)
             _log.warning(
                 "Rank %d has waited %.0f s in %s, %s.%s",
                 *(self._rank, waited_s, oldest.label, oldest.phase, late),

@@ -46,6 +46,11 @@ class Position:
     process: Process | None = None
     is_cause: bool = False
 
+    @property
+    def is_final(self) -> bool:
+        """Return whether the rank may write no further position."""
+        return self.left or self.failure is not None
+
 
 @dataclass
 class _Peer:
@@ -117,5 +122,12 @@ class StatusBoard:
         return {rank: peer.position for rank, peer in self._peers.items() if peer.position}
 
     def silent_since(self, moment: float) -> list[int]:
-        """Return the ranks that have written nothing since a moment of :func:`time.monotonic`."""
-        return [rank for rank, peer in self._peers.items() if peer.heard <= moment]
+        """Return the ranks that have written nothing since a moment of :func:`time.monotonic`.
+
+        Ranks that have reported a failure or the end of their training may be gone: not silent.
+        """
+        return [
+            rank
+            for rank, peer in self._peers.items()
+            if peer.heard <= moment and not (peer.position and peer.position.is_final)
+        ]

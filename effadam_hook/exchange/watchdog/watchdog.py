@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.topology import NodeTable
 from effadam_hook.exchange.waiting import phase as waiting_phase
 from effadam_hook.exchange.watchdog.deadlock import Deadlock, Process
 from effadam_hook.exchange.watchdog.flight_record import FlightRecord
@@ -89,6 +90,10 @@ class Watchdog:
     @wait_timeout_s.setter
     def wait_timeout_s(self, value: float | None) -> None:
         self._monitor.wait_timeout_s = value
+
+    def name_nodes(self, nodes: NodeTable) -> None:
+        """Have messages name the nodes of ranks."""
+        self._monitor.nodes = nodes
 
     def is_going_on(self) -> bool:
         """Return whether the exchange runs, so that waiting for other ranks is useful."""

@@ -1,0 +1,114 @@
+"""The backward passes of a model that FSDP2 shards, dense or compressed as a whole.
+
+FSDP reads the reduced tensor as soon as its hook has returned. On the CPU the hook therefore returns
+when the exchange has ended; on CUDA it returns at once, and the stream in which FSDP runs it waits for
+the exchange. There is no last bucket: a backward ends with the callbacks of autograd::
+
+    hook, first group   [1] decide: dense or compressed; connect, if not done
+    hook, each group    [2] exchange or average, [3] wait
+    end of backward     [4] count the step
+
+An error leaves the hook, and ``backward()`` raises it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from effadam_hook.config import Config
+from effadam_hook.ddp.backward import at_end_of_backward
+from effadam_hook.ddp.engine import Engine
+from effadam_hook.errors import EffAdamError
+
+__all__ = ["ShardEngine"]
+
+_NONE = -1
+"""Identity of no backward."""
+
+
+class ShardEngine(Engine):
+    """The exchange of the shards of one rank with the same shards of other replicas.
+
+    Args:
+        config: The options, the same on all ranks.
+        group: The process group of the replicas.
+
+    Attributes:
+        position: Rank and size of the shard mesh by module, equal on all replicas of a shard.
+    """
+
+    def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
+        super().__init__(config, group)
+        self.is_joining = lambda: False
+        self.position: dict[str, list[int]] = {}
+        self._backward = _NONE
+        self._last: Future[Tensor] | None = None
+
+    def agree(self, device: torch.device) -> None:
+        """Compare options, versions, model and position in the shard mesh with the other replicas.
+
+        Args:
+            device: Where the group's backend wants tensors.
+
+        Raises:
+            DisagreementError: On every replica of the shard, if any two differ.
+        """
+        self.session.agree(device, {**self.describe(), "shard": self.position})
+
+    def describe(self) -> dict[str, Any]:
+        """Return the switches that must be equal on all ranks."""
+        return {"enabled": self.enabled, "auto": self.auto_compress is not None}
+
+    def reduce(self, index: int, flat: Tensor, owners: Sequence[Tensor]) -> None:
+        """Replace the gradients of a parameter group by those of all replicas.
+
+        Args:
+            index: Index of the group in the model.
+            flat: ``[numel]``, the gradients of this rank's shards, overwritten with the result.
+            owners: The shards.
+
+        Raises:
+            EffAdamError: If the exchange has stopped, the replicas disagree, or an error occurs here.
+        """
+        session = self.session
+        connection = session.connection
+        try:
+            if connection.is_stopped:
+                connection.watchdog.check()
+            # An identity rather than a flag: an error elsewhere may have ended the last backward.
+            backward = torch._C._current_graph_task_id()
+            if backward != self._backward:
+                self._begin(flat.device, owners)  # [1]
+                if not at_end_of_backward(self._end_step):
+                    raise EffAdamError("FSDP has called the hook outside of a backward pass.")
+                self._backward = backward
+            connection.phase = "preparing the bucket"
+            if self._compressing:  # [2]
+                check_weights = self.check_replicas
+                future = session.exchange(index, flat, owners, check_weights=check_weights)
+            else:
+                future = session.average(index, flat, owners)
+            self._last = future
+            connection.watchdog.join()  # [3] where Ctrl-C is received; on NCCL nothing is in flight
+            future.wait()
+        except BaseException as error:
+            self._backward, self._last = _NONE, None
+            failure = connection.stop(f"bucket {index}", error)
+            if not isinstance(error, Exception):
+                raise
+            raise failure from failure.__cause__
+
+    def _end_step(self) -> None:
+        """Count the step, after FSDP has written the gradients."""
+        if self._last is None:
+            return  # an error has ended the backward
+        self.clock.stop_after(self._last)  # [4]
+        self._backward, self._last = _NONE, None
+        self.session.counters.steps += 1
+        self.session.mode.end_backward()

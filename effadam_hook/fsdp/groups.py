@@ -1,0 +1,290 @@
+"""The parameter groups of a model that FSDP2 shards, and the shards of this rank.
+
+The only file that reads FSDP's own objects. After a backward through a module, FSDP reduce-scatters
+the gradients of its *parameter group* over the shard mesh. This rank gets a flat tensor with its
+shard of every parameter, each padded to the size of the first rank's::
+
+    reduced | shard of weight ......... | padding | shard of bias | padding |
+
+The group's hook is called with this tensor, in the reduce dtype, on the stream of the all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from effadam_hook.errors import EffAdamError
+from effadam_hook.kernels.arguments import compute_dtype
+
+__all__ = ["Shard", "ShardGroup", "find_groups", "is_sharded", "name_shards"]
+
+
+def is_sharded(model: object) -> bool:
+    """Return whether a module of the model went through ``fully_shard`` (or ``replicate``)."""
+    if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
+        return False
+    return any(True for _ in _fsdp_modules(model))
+
+
+def _fsdp_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:  # torch before 2.6
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            yield name, module
+
+
+class Shard:
+    """This rank's shard of one parameter.
+
+    Args:
+        param: FSDP's record of the parameter.
+        device: The device on which gradients are reduced.
+
+    Attributes:
+        owner: ``[shard shape]``, stands for the shard in buckets, by identity. On the CPU it shares
+            the memory of the weights, elsewhere it has none.
+        numel: Number of elements, 0 on a rank without a part of the parameter.
+        padded_numel: Number of elements with the padding.
+    """
+
+    def __init__(self, param: Any, device: torch.device) -> None:
+        self._param = param
+        self._device = device
+        self.numel: int = param.sharded_size.numel()
+        self.padded_numel: int = param.padded_sharded_param_size.numel()
+        self.owner = nn.Parameter(self._weights(), requires_grad=param.sharded_param.requires_grad)
+        self.owner.whole_numel = self.parameter.numel()  # type: ignore[attr-defined]
+
+    def _weights(self) -> Tensor:
+        local: Tensor = self.parameter.to_local().detach()
+        if self._device.type == "cpu":
+            return local
+        return torch.empty((), dtype=local.dtype, device=self._device).expand(local.shape)
+
+    @property
+    def parameter(self) -> Any:
+        """The parameter of the sharded model, a DTensor."""
+        return self._param.sharded_param
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return whether the parameter has gradients."""
+        return bool(self.parameter.requires_grad)
+
+    def as_dtensor(self, values: Tensor | None) -> Tensor:
+        """Return values of the shard as a DTensor with the placements of the parameter.
+
+        Args:
+            values: ``[numel]``, residuals; None for zeros.
+        """
+        from torch.distributed.tensor import DTensor
+
+        parameter = self.parameter
+        device, dtype = parameter.to_local().device, compute_dtype(parameter.dtype)
+        if values is None:
+            values = torch.zeros(self.numel)
+        local = values.to(device, dtype).view(self._param.sharded_size)
+        return DTensor.from_local(
+            local,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+    def follow(self) -> bool:
+        """Follow weights that were replaced, as ``load_state_dict(assign=True)`` does.
+
+        Returns:
+            Whether the weights have moved.
+        """
+        if self._device.type != "cpu":
+            return False
+        weights = self.parameter.to_local()
+        if weights.data_ptr() == self.owner.data_ptr():
+            return False
+        self.owner.data = weights.detach()
+        return True
+
+
+@dataclass(eq=False)
+class ShardGroup:
+    """One parameter group of FSDP: a bucket.
+
+    Attributes:
+        name: Name of the group's module; empty for the root.
+        shards: This rank's shards, in the order of the reduced tensor.
+    """
+
+    name: str
+    shards: list[Shard]
+    _module: Any
+    _group: Any
+    _is_only_group: bool
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which gradients are reduced."""
+        device: torch.device = self._group.device
+        return device
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup:
+        """The process group over which the parameters are sharded."""
+        group: dist.ProcessGroup = self._group.mesh_info.shard_process_group
+        return group
+
+    @property
+    def offloads(self) -> bool:
+        """Return whether parameters and gradients are offloaded to the CPU."""
+        return any(shard._param.offload_to_cpu for shard in self.shards)
+
+    @property
+    def is_last_microbatch(self) -> bool:
+        """Return whether this backward ends an accumulation: ``set_requires_all_reduce(True)``."""
+        return bool(self._group.all_reduce_grads)
+
+    @property
+    def sums(self) -> bool:
+        """Return whether ``set_gradient_divide_factor`` has replaced the division by the ranks."""
+        return self._group.gradient_divide_factor is not None
+
+    def check_free(self) -> None:
+        """Check that the group has no hook.
+
+        Raises:
+            EffAdamError: If it has one.
+        """
+        other = self._group._all_reduce_hook
+        if other is not None:
+            raise EffAdamError(
+                f"The module {self.name or '(root)'!r} has the all-reduce hook "
+                f"{getattr(other, '__qualname__', type(other).__name__)!r} already, and FSDP takes "
+                "only one. Attach before any other, and once."
+            )
+
+    def set_hook(self, hook: Callable[[Tensor], None]) -> None:
+        """Register a hook for the reduced tensor.
+
+        Args:
+            hook: Called with ``[padded numel]``, in the stream of the all-reduce, under ``no_grad``.
+        """
+        if self._is_only_group:
+            self._module.set_all_reduce_hook(hook)
+        else:  # set_all_reduce_hook refuses modules with several groups
+            self._group._all_reduce_hook = hook
+
+    def trainable(self, reduced: Tensor) -> list[Shard]:
+        """Return the shards whose gradients a reduced tensor holds.
+
+        Args:
+            reduced: ``[padded numel]``.
+
+        Raises:
+            EffAdamError: If some parameters had no gradient in this backward.
+        """
+        shards = [shard for shard in self.shards if shard.is_trainable]
+        numel = sum(shard.padded_numel for shard in shards)
+        if reduced.numel() != numel:
+            raise EffAdamError(
+                f"FSDP has reduced {reduced.numel()} elements of the module "
+                f"{self.name or '(root)'!r}, and its trainable parameters have {numel} on this "
+                "rank: some had no gradient in this backward. Call "
+                "model.set_reduce_scatter_unused_params(True) (torch 2.13), which includes zeros for "
+                "them, or set requires_grad=False for parameters that are not trained."
+            )
+        return shards
+
+
+def find_groups(model: nn.Module) -> list[ShardGroup]:
+    """Return the parameter groups of a model, in the order of its modules.
+
+    Args:
+        model: A model with modules that went through ``fully_shard`` over a one-dimensional mesh.
+
+    Raises:
+        ValueError: If FSDP averages over replicas itself, or a module is on the meta device.
+    """
+    found: list[ShardGroup] = []
+    seen: set[int] = set()
+    for name, module in _fsdp_modules(model):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.12 has one group a module
+            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+        for group in groups:
+            if id(group) in seen:  # fully_shard([a, b]) makes one group of two modules
+                continue
+            seen.add(id(group))
+            _check_mesh(name, group.mesh_info)
+            for param in group.fsdp_params:
+                if param.sharded_param.is_meta:
+                    raise ValueError(
+                        f"Invalid model: a parameter of the module {name or '(root)'!r} is on the "
+                        "meta device. Attach after model.to_empty(device=...) and its initialization."
+                    )
+            shards = [Shard(param, group.device) for param in group.fsdp_params]
+            found.append(ShardGroup(name, shards, module, group, len(groups) == 1))
+    return found
+
+
+def _check_mesh(name: str, mesh_info: Any) -> None:
+    where = f"the module {name!r}" if name else "the root module"
+    if mesh_info.replicate_mesh_dim is None:
+        return
+    if mesh_info.shard_mesh_dim is None:
+        raise ValueError(
+            f"Invalid model: {where} went through replicate(), which averages gradients densely "
+            "itself. Must be a DistributedDataParallel, or sharded by fully_shard."
+        )
+    raise ValueError(
+        f"Invalid model: {where} is sharded over a mesh of two dimensions (HSDP), where FSDP averages "
+        "densely over the replicas before the hook. Must have one dimension: "
+        'fully_shard(module, mesh=mesh["shard"]), and attach(model, '
+        'process_group=mesh.get_group("replicate"), ...).'
+    )
+
+
+def name_shards(
+    model: nn.Module, groups: list[ShardGroup]
+) -> tuple[list[tuple[str, Tensor]], list[str]]:
+    """Return the names of all shards, and those of the parameters that FSDP does not manage.
+
+    Names come from the modules, as the model may be unsharded at the moment.
+
+    Args:
+        model: The model.
+        groups: Its parameter groups.
+
+    Returns:
+        Names and owners in the order of ``named_parameters(remove_duplicate=False)``, and the names of
+        other parameters.
+    """
+    owners: dict[tuple[int, str], Tensor] = {}
+    for group in groups:
+        for shard in group.shards:
+            info = shard._param._module_info
+            owners[id(info.module), info.param_name] = shard.owner
+            for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
+                owners[id(module), name] = shard.owner
+    named, others = [], []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in module._parameters:
+            path = f"{prefix}.{name}" if prefix else name
+            owner = owners.get((id(module), name))
+            if owner is not None:
+                named.append((path, owner))
+            elif module._parameters[name] is not None:
+                others.append(path)
+    return named, others

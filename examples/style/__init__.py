@@ -1,0 +1,1 @@
+"""Parts of `style_transfer.py`: images, features and the reshuffle loss."""
