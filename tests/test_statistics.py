@@ -80,7 +80,7 @@ def test_the_quantization_error_is_relative_to_the_exchanged_mean() -> None:
 
 def describe_runs(rank: int, world_size: int) -> dict[str, Any]:
     model = ddp(ChosenGradients())
-    state = attach(model, quantizer="lloyd4", enabled=False)
+    state = attach(model, quantizer="lloyd4", topology="rank0", enabled=False)
     found: dict[str, Any] = {"new": state.summary()}
     model(drawn_gradients(rank, 0)).backward()
     found["off"] = state.summary()
