@@ -151,7 +151,7 @@ def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtyp
 def test_the_mean_of_the_largest_values_does_not_overflow(shares: int, dtype: torch.dtype) -> None:
     """DDP's own sum of gradients that are divided beforehand may, where rounding goes up."""
     layouts = lay_out_node(layout_of((60_000,), 2, shares), shares)
-    buffers = NodeBuffers(layouts, 0, dtype, dtype, torch.device("cpu"))
+    buffers = NodeBuffers(layouts, 0, dtype, dtype, torch.device("cpu"), Staging())
     limits = torch.finfo(dtype)
     below = torch.randint(0, 6, (shares, layouts[0].numel)) * limits.eps / 2
     below[:, 0] = 0
