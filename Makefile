@@ -15,7 +15,7 @@ TEST_FILES_AT_ONCE ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check dist schemas docs docs-serve docs-release fuzz soak bench bench-gpu sanitize fmt clean
+.PHONY: help venv demo test check dist schemas docs docs-serve docs-release fuzz soak bench bench-gpu gpu-check sanitize fmt clean
 
 help:
 	@echo "make demo    train a small GPT on 2 local workers, dense and compressed, and compare"
@@ -29,6 +29,7 @@ help:
 	@echo "make soak    10,000 steps of a tiny model on three ranks"
 	@echo "make bench   time the kernels"
 	@echo "make bench-gpu  check the kernels on this machine's GPU, then time them"
+	@echo "make gpu-check  check everything on this machine's GPUs in 9 minutes; needs torch and Triton only"
 	@echo "make sanitize   run the C kernels' tests under the address and undefined sanitizers"
 	@echo "make fmt     format the code"
 	@echo "make venv    only set up $(VENV)"
@@ -106,6 +107,12 @@ bench: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(PY) benchmarks/kernels.py --device cuda $(ARGS)
+
+# Nothing is installed: the Python that has torch for this GPU runs it. GPU_PYTHON=/path/to/python names another.
+GPU_PYTHON ?= python3
+
+gpu-check:
+	PYTHONPATH=benchmarks $(GPU_PYTHON) -m gpu_check $(ARGS)
 
 SANITIZED := build/sanitize/_cpu.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -20,6 +19,7 @@ from effadam_hook.config.options import (
 )
 from effadam_hook.ddp.auto_compress import check_auto
 from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh
 from effadam_hook.feedback.parameters import identify
 from effadam_hook.fsdp.attach import attach_sharded
 from effadam_hook.fsdp.groups import is_sharded
@@ -43,8 +43,8 @@ def attach(
     optimizer: Optimizer | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     process_group: dist.ProcessGroup | None = None,
-    intra_node_group: dist.ProcessGroup | None = None,
-    device_mesh: DeviceMesh | None = None,
+    intra_node_group: IntraNodeGroup | None = None,
+    device_mesh: NodeMesh | None = None,
     **options: Unpack[HookOptions],
 ) -> EfficientAdamState:
     """Register the hook on a DDP model, or on one that FSDP2 shards: the one line for existing code.
@@ -67,7 +67,7 @@ def attach(
         process_group: Process group of the exchange; that of a DDP model by default. For a sharded
             model, that of the replicas of this rank's shards: ``mesh.get_group("replicate")``.
         intra_node_group: Process group of the ranks of this node, see :class:`EfficientAdamState`.
-        device_mesh: Mesh (nodes, ranks of a node), see :class:`EfficientAdamState`.
+        device_mesh: ``(nodes, ranks of a node)``, see :class:`EfficientAdamState`.
         **options: Options of :class:`effadam_hook.config.options.HookOptions`.
 
     Returns:

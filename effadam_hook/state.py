@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 
 from effadam_hook.config import Config
@@ -21,6 +20,7 @@ from effadam_hook.ddp.engine import Engine
 from effadam_hook.ddp.summary import stats_of, summarize
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.collectives import device_of
+from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh
 from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.feedback.checkpoint import join_ranks
 from effadam_hook.feedback.parameters import is_exchanged
@@ -44,10 +44,12 @@ class EfficientAdamState:
     Args:
         process_group: Process group of the DDP model; None for the default group, looked up at first
             use.
-        intra_node_group: Process group of the ranks of this node, for ``topology="hierarchical"``; None
-            to find the nodes by the hosts of the ranks.
-        device_mesh: Two-dimensional ``DeviceMesh`` (nodes, ranks of a node), instead of
-            ``intra_node_group``.
+        intra_node_group: Process group of the ranks of this node, or a function that returns it and is
+            called when the ranks meet; None to find the nodes by the hosts of the ranks. For the
+            topologies ``"auto"`` and ``"hierarchical"``.
+        device_mesh: Instead of ``intra_node_group``: ``(nodes, ranks of a node)``, where the ranks of
+            a node follow one another; or a two-dimensional ``DeviceMesh``, or a function that returns
+            it.
         **options: Options of :class:`effadam_hook.config.options.StateOptions`.
 
     Raises:
@@ -66,8 +68,8 @@ class EfficientAdamState:
         self,
         *,
         process_group: dist.ProcessGroup | None = None,
-        intra_node_group: dist.ProcessGroup | None = None,
-        device_mesh: DeviceMesh | None = None,
+        intra_node_group: IntraNodeGroup | None = None,
+        device_mesh: NodeMesh | None = None,
         **options: Unpack[StateOptions],
     ) -> None:
         objects = ("process_group", "intra_node_group", "device_mesh")
@@ -75,7 +77,7 @@ class EfficientAdamState:
         self.config = Config.from_options(complete)
         self._engine = self._make_engine(process_group)
         self.session.connection.choice.name_nodes(intra_node_group, device_mesh)
-        self._is_copy = self._lacks_group = False
+        self._is_copy = self._lacks_group = self._lacks_nodes = False
         self.enabled = complete["enabled"]
         self.wait_timeout_s = complete["wait_timeout_s"]
 
@@ -173,13 +175,16 @@ class EfficientAdamState:
 
     def __getstate__(self) -> dict[str, Any]:
         engine = self._engine
-        group = engine.session.connection.given_group
+        connection = engine.session.connection
+        group, choice = connection.given_group, connection.choice
         return {
             "config": self.config.to_dict(),
             "enabled": self.enabled,
             "check_replicas": self.check_replicas,
             "wait_timeout_s": self.wait_timeout_s,
             "auto": engine.auto_compress is not None,
+            "device_mesh": choice.node_numbers,
+            "lacks_nodes": self._lacks_nodes or choice.depends_on_groups,
             "lacks_group": self._lacks_group
             or (group is not None and not (dist.is_initialized() and group is dist.group.WORLD)),
         }
@@ -188,7 +193,9 @@ class EfficientAdamState:
         config = options["config"]
         self.config = Config(**{**config, "exact": tuple(config["exact"])})
         self._engine = self._make_engine(None)
+        self.session.connection.choice.name_nodes(None, options.get("device_mesh"))
         self._is_copy, self._lacks_group = True, options["lacks_group"]
+        self._lacks_nodes = options.get("lacks_nodes", False)
         self.enabled = options["enabled"]
         self.check_replicas = options["check_replicas"]
         self.wait_timeout_s = options["wait_timeout_s"]
@@ -197,6 +204,11 @@ class EfficientAdamState:
 
     def _begin_use(self, group: dist.ProcessGroup | None) -> None:
         """Turn a copy into a new state, unless it lacks the process group of its original."""
+        if self._lacks_nodes:
+            raise EffAdamError(
+                "This is a copy of a state with intra_node_group or device_mesh, and copies have no "
+                "process groups. Use attach(ddp_model, ...) with these options."
+            )
         if self._lacks_group and group is None:
             raise EffAdamError(
                 "This is a copy of a state with a process group of its own, and copies have none. "

@@ -73,7 +73,7 @@ def train(worker: Worker, path: Path, first: int, last: int) -> None:
     task = Digits(DigitsOptions(width=8))
     model = DistributedDataParallel(task.build_model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    state = attach(model, quantizer="lloyd2", topology="sharded")
+    state = attach(model, quantizer="lloyd2")
     if first:
         load(path, model, optimizer, state)
         report(worker, state, "loaded")

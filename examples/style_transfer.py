@@ -237,7 +237,7 @@ def read_options() -> tuple[Options, int]:
     training.add_argument("--effadam", action=argparse.BooleanOptionalAction, default=True)
     training.add_argument("--compare", action="store_true", help="fp32 first, then quantized")
     training.add_argument("--quantizer", default="lloyd4", help="default %(default)s")
-    training.add_argument("--topology", default="sharded", help="default %(default)s")
+    training.add_argument("--topology", default="auto", help="default %(default)s")
     training.add_argument("--encoder-steps", type=int, default=150, help="default %(default)s")
     training.add_argument("--steps", type=int, default=200, help="default %(default)s")
     training.add_argument("--lr", type=float, default=4e-3, help="default %(default)s")

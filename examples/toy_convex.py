@@ -2,7 +2,7 @@
 
     python examples/toy_convex.py --compare --quantizers lloyd4,lloyd2,sign
     python examples/toy_convex.py --compare --quantizers lloyd2,sign --exchange update --lr 0.02
-    torchrun --nproc-per-node 4 examples/toy_convex.py --topology sharded
+    torchrun --nproc-per-node 4 examples/toy_convex.py
 
 Inputs are Gaussian with very unequal variances, and classes are drawn from the softmax of a fixed
 linear map. The best loss is the entropy of the classes given the inputs, which is printed at the start;

@@ -2,7 +2,7 @@
 
     python examples/train_digits.py                    # two local workers, 4-bit gradients
     python examples/train_digits.py --compare --quantizers lloyd4,lloyd2,sign
-    torchrun --nproc-per-node 4 examples/train_digits.py --topology sharded
+    torchrun --nproc-per-node 4 examples/train_digits.py
 
 The 1,797 images of 8 x 8 pixels are part of scikit-learn, so nothing is downloaded. A fifth of them is
 the test set. The run ends with a table of accuracy and bytes, and a plot of accuracy against steps and

@@ -3,7 +3,7 @@
     python examples/train_text.py                      # two local workers, 4-bit gradients
     python examples/train_text.py --no-effadam         # the same with DDP's fp32 all-reduce
     python examples/train_text.py --compare --quantizers lloyd4,lloyd2
-    torchrun --nproc-per-node 4 examples/train_text.py --topology sharded
+    torchrun --nproc-per-node 4 examples/train_text.py
 
 The text is Python's standard library, which is available on every machine; `--data DIR` selects a
 folder of text files instead. The model predicts the next byte. Validation uses whole files, selected by

@@ -74,6 +74,7 @@ class FabricStrategyMixin(ExchangeStrategy, Base):
             wrapped,
             optimizer=optimizer,
             grad_scaler=getattr(self.precision, "scaler", None),
+            **self._node_options,
             **self._hook_options,
         )
         return wrapped

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -16,9 +16,16 @@ from torch.optim import Optimizer
 from effadam_hook import EffAdamError, EfficientAdam, EfficientAdamState
 from effadam_hook.config.options import HookOptions, state_options, unknown_option
 from effadam_hook.ddp.auto_compress import check_auto
+from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh
 from effadam_hook.optim.wrappers import unwrapped
 
-__all__ = ["check_ddp_options", "check_hook_options", "exchanged_optimizer", "needs_optimizer"]
+__all__ = [
+    "NodeOptions",
+    "check_ddp_options",
+    "check_hook_options",
+    "exchanged_optimizer",
+    "needs_optimizer",
+]
 
 _REFUSED = {
     "ddp_comm_hook": "the strategy registers its own communication hook, and DDP accepts only one",
@@ -30,18 +37,26 @@ _ATTACH_ONLY = ("auto", "precondition", "quantize_weights")
 _NEED_OPTIMIZER = ("precondition", "quantize_weights")
 
 
-def check_hook_options(options: HookOptions) -> None:
+class NodeOptions(TypedDict):
+    """Options that name the nodes, which are no plain values; see :class:`EfficientAdamState`."""
+
+    intra_node_group: IntraNodeGroup | None
+    device_mesh: NodeMesh | None
+
+
+def check_hook_options(options: HookOptions, nodes: NodeOptions) -> None:
     """Check the options of the exchange as far as possible without a process group.
 
     Args:
         options: All options.
+        nodes: The options that name the nodes.
 
     Raises:
         ValueError: If the value of an option is invalid.
         TypeError: If an option has the wrong type.
     """
     given: dict[str, Any] = {**options}
-    EfficientAdamState(**state_options(options))
+    EfficientAdamState(**nodes, **state_options(options))
     if options["auto"]:
         check_auto(options["enabled"], options["quantize_weights"])
     for name in _ATTACH_ONLY:

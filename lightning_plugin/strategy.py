@@ -109,12 +109,13 @@ class StrategyMixin(ExchangeStrategy, Base):
             self.model,
             optimizer=optimizer,
             grad_scaler=getattr(self.precision_plugin, "scaler", None),
+            **self._node_options,
             **self._hook_options,
         )
         config = state.config
         rank_zero_info(
             f"Efficient-Adam is {'on' if state.enabled else 'off'}: up {config.worker_quantizer}, "
-            f"down {config.server_quantizer}, topology {config.topology}."
+            f"down {config.server_quantizer}, topology {state.session.topology.name}."
         )
         if before is not None and model_before is self.lightning_module:
             if not self._hook_options["auto"]:

@@ -1,4 +1,7 @@
-"""A training script for the launcher tests: ``lightning_script.py STRATEGY``, two processes."""
+"""A training script for the launcher tests: ``lightning_script.py STRATEGY``, two processes.
+
+The strategy ``nodes`` starts four processes by spawn, as two nodes of two ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import lightning.pytorch
 from torch import Tensor, nn, optim
 
-import lightning_plugin  # noqa: F401  registers the names
+import lightning_plugin
 from lightning_training import loader, make_trainer, network
 
 
@@ -30,10 +33,15 @@ class Module(lightning.pytorch.LightningModule):
         strategy: Any = self.trainer.strategy
         hook = strategy.model._get_ddp_logging_data()["comm_hook"]
         # At once and in one piece: the processes share the terminal.
-        line = f"rank {self.global_rank} {hook} {strategy.hook_state.steps}\n"
+        state = strategy.hook_state
+        topology = state.session.topology.name
+        line = f"rank {self.global_rank} {hook} {state.steps} {topology}\n"
         os.write(1, line.encode())
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("LOCAL_WORLD_SIZE", "2")
-    make_trainer(lightning.pytorch, sys.argv[1], ".").fit(Module(), loader())
+    chosen: Any = sys.argv[1]
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "4" if chosen == "nodes" else "2")
+    if chosen == "nodes":
+        chosen = lightning_plugin.EfficientAdamStrategy(start_method="spawn", device_mesh=(2, 2))
+    make_trainer(lightning.pytorch, chosen, ".").fit(Module(), loader())

@@ -163,3 +163,19 @@ def copy_without_group(rank: int, world_size: int) -> str:
 
 def test_a_copy_does_not_take_another_group_silently() -> None:
     run_ranks(copy_without_group, 2)
+
+
+def copy_without_nodes(rank: int, world_size: int) -> None:
+    numbers = copy.deepcopy(EfficientAdamState(device_mesh=(2, 2)))
+    model = ddp(nn.Linear(9, 9))
+    model.register_comm_hook(numbers, efficient_adam_hook)
+    model(torch.ones(3, 9)).sum().backward()
+    assert "hierarchical, chosen" in numbers.summary()
+    nodes = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    lacking = copy.deepcopy(EfficientAdamState(intra_node_group=nodes[rank // 2]))
+    with pytest.raises(EffAdamError, match="copy of a state with intra_node_group or device_mesh"):
+        lacking.bind(model.module.named_parameters(), torch.distributed.group.WORLD)
+
+
+def test_a_copy_keeps_the_nodes_or_says_that_it_lacks_them() -> None:
+    run_ranks(copy_without_nodes, 4)

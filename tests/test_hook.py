@@ -214,7 +214,7 @@ def disagree(rank: int, world_size: int, by_rank: list[dict[str, Any]], by_hand:
     [
         ({"quantizer": "lloyd2"}, "worker_quantizer is 'lloyd2' on rank 1 and 'lloyd4' on rank 0"),
         ({"block_size": 128}, "block_size is 128 on rank 1 and 256 on rank 0"),
-        ({"topology": "sharded"}, "topology is 'sharded' on rank 1 and 'rank0' on rank 0"),
+        ({"topology": "sharded"}, "topology is 'sharded' on rank 1 and 'auto' on rank 0"),
         ({"enabled": False}, "enabled is False on rank 1 and True on rank 0"),
     ],
 )

@@ -93,6 +93,8 @@ def test_wrong_options_are_errors_at_once(kind: Any) -> None:
         ({"topology": "ring"}, ValueError, "Must be one of rank0, sharded"),
         ({"exact": 3}, TypeError, "Invalid exact: 3"),
         ({"enabled": "yes"}, TypeError, "Invalid enabled"),
+        ({"device_mesh": (2, 0)}, ValueError, "Invalid device_mesh: (2, 0)"),
+        ({"device_mesh": (2, 2), "topology": "sharded"}, ValueError, "Invalid device_mesh with"),
         ({"precondition": 1}, TypeError, "Invalid precondition: 1"),
         ({"precondition": True, "quantize_weights": True}, ValueError, "At most one"),
         (
@@ -118,10 +120,7 @@ def test_no_option_of_the_hook_is_missing() -> None:
     assert keywords == get_type_hints(HookOptions).keys()
     hints = get_type_hints(ExchangeStrategy.__init__)
     assert get_type_hints(HookOptions).items() <= hints.items()
-    automatic = {"ddp_model", "optimizer", "grad_scaler", "process_group", "options"} | {
-        "intra_node_group",
-        "device_mesh",
-    }
+    automatic = {"ddp_model", "optimizer", "grad_scaler", "process_group", "options"}
     for source in (EfficientAdamState, attach):
         for name, parameter in inspect.signature(source).parameters.items():
             if name not in automatic:
@@ -137,6 +136,7 @@ def test_the_command_line_of_lightning_lists_the_options_with_their_descriptions
     for name, description in describe_options().items():
         assert f"--{name} " in text
         assert " ".join(description.split()) in text
+    assert "--device_mesh " in text
     assert "--find_unused_parameters" in text and "--start_method" in text
     read = parser.parse_args(["--quantizer=lloyd2", '--exact=["1d", "<64"]', "--auto=true"])
     assert (read.quantizer, list(read.exact), read.auto) == ("lloyd2", ["1d", "<64"], True)
@@ -144,10 +144,12 @@ def test_the_command_line_of_lightning_lists_the_options_with_their_descriptions
 
 @pytest.mark.parametrize("kind", [EfficientAdamStrategy, EfficientAdamFabricStrategy])
 def test_an_unused_strategy_can_be_pickled(kind: Any) -> None:
-    again = pickle.loads(pickle.dumps(kind(quantizer="sign", static_graph=True)))
+    options = {"device_mesh": (2, 4), "static_graph": True}
+    again = pickle.loads(pickle.dumps(kind(quantizer="sign", **options)))
     assert type(again) is kind
     assert again._hook_options["quantizer"] == "sign"
     assert again._ddp_kwargs == {"static_graph": True}
+    assert again._node_options == {"intra_node_group": None, "device_mesh": (2, 4)}
 
 
 def test_the_monitor_is_a_callback_of_both_families() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -550,14 +551,86 @@ def test_the_notebook_launcher_forks_the_ranks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["popen", "spawn", "torchrun"])
+@pytest.mark.parametrize("launcher", ["popen", "nodes", "torchrun"])
 def test_launchers_of_scripts(launcher: str) -> None:
     script = str(Path(__file__).parent / "lightning_script.py")
-    command = [sys.executable, script, "effadam_spawn" if launcher == "spawn" else "effadam"]
+    command = [sys.executable, script, "nodes" if launcher == "nodes" else "effadam"]
     if launcher == "torchrun":
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [sys.executable, *torchrun, script, "effadam"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=170)
-    assert done.returncode == 0, done.stderr
-    printed = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
-    assert printed == [f"rank {rank} efficient_adam_hook {STEPS}" for rank in range(2)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=170)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too
+            raise
+    assert process.returncode == 0, stderr
+    printed = sorted(line for line in stdout.splitlines() if line.startswith("rank"))
+    topology, ranks = ("hierarchical", 4) if launcher == "nodes" else ("sharded", 2)
+    steps = SAMPLES // BATCH // ranks
+    expected = [f"rank {rank} efficient_adam_hook {steps} {topology}" for rank in range(ranks)]
+    assert printed == expected
+
+
+def on_nodes(rank: int, world_size: int, folder: str) -> tuple[str, list[Tensor]]:
+    """Fit by LightningCLI with two nodes of two ranks."""
+    from lightning.pytorch.cli import LightningCLI
+
+    pose_as_torchrun(rank, world_size)
+    family = load_family("lightning.pytorch")
+    kind = type(make_module(family))
+    arguments = ["--trainer.strategy=lightning_plugin.EfficientAdamStrategy"]
+    arguments += ["--trainer.strategy.device_mesh=[2, 2]", "--trainer.strategy.quantizer=lloyd4"]
+    options = {"accelerator": "cpu", "devices": world_size, "max_epochs": 2, "logger": False}
+    options |= {"enable_progress_bar": False, "num_sanity_val_steps": 0}
+    options |= {"enable_model_summary": False, "default_root_dir": folder}
+    cli = LightningCLI(
+        kind,
+        args=arguments,
+        trainer_defaults=options,
+        run=False,
+        save_config_callback=None,
+    )
+    cli.trainer.fit(cli.model, loader())
+    state = cli.trainer.strategy.hook_state
+    return state.summary(), weights(cli.model)
+
+
+def test_lightning_cli_takes_nodes_and_ranks_as_two_numbers(tmp_path: Path) -> None:
+    results = run_ranks(on_nodes, 4, str(tmp_path))
+    for summary, trained in results:
+        assert "topology     hierarchical, chosen: " in summary and "2 nodes x 2 ranks" in summary
+        assert same(trained, results[0][1])
+
+
+def fabric_on_nodes(rank: int, world_size: int) -> tuple[str, list[Tensor]]:
+    pose_as_torchrun(rank, world_size)
+    from lightning.fabric import Fabric
+
+    from lightning_plugin import EfficientAdamFabricStrategy
+
+    def node() -> torch.distributed.ProcessGroup:
+        groups = [torch.distributed.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+        return groups[rank % 2]
+
+    fabric = Fabric("cpu", EfficientAdamFabricStrategy(intra_node_group=node), world_size)
+    fabric.launch()
+    torch.manual_seed(0)
+    module = network()
+    module, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters(), lr=3e-3))
+    for step in range(3):
+        batch = torch.randn(8, 23, generator=torch.Generator().manual_seed(10 * step + rank))
+        fabric.backward(module(batch).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    return fabric.strategy.hook_state(module).summary(), weights(module)
+
+
+def test_fabric_calls_for_the_group_of_a_node_when_groups_exist() -> None:
+    results = run_ranks(fabric_on_nodes, 4)
+    for summary, trained in results:
+        assert "topology     hierarchical, chosen: " in summary and "2 nodes x 2 ranks" in summary
+        assert same(trained, results[0][1])

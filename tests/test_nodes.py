@@ -234,7 +234,9 @@ def wrong_options(rank: int, world_size: int) -> None:
         (ValueError, {"topology": "hierarchical", "intra_node_group": group, "device_mesh": mesh}),
         (ValueError, {"topology": "hierarchical", "device_mesh": DeviceMesh("cpu", [0])}),
         (TypeError, {"topology": "hierarchical", "intra_node_group": [0]}),
-        (TypeError, {"topology": "hierarchical", "device_mesh": [[0]]}),
+        (TypeError, {"topology": "hierarchical", "device_mesh": 2}),
+        (ValueError, {"device_mesh": (2, 0)}),
+        (ValueError, {"device_mesh": (2, 2, 2)}),
     ]:
         with pytest.raises(error, match=r"Invalid .*Must"):
             EfficientAdamState(**options)
@@ -242,3 +244,41 @@ def wrong_options(rank: int, world_size: int) -> None:
 
 def test_options_that_name_nodes_are_checked() -> None:
     run_ranks(wrong_options, 1)
+
+
+def name_nodes(rank: int, world_size: int) -> None:
+    nodes = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    for options in (
+        {"device_mesh": (2, 2)},
+        {"device_mesh": lambda: DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]))},
+        {"intra_node_group": lambda: nodes[rank % 2]},
+    ):
+        state = attach(ddp(ChosenGradients()), **options)
+        table = state.session.connection.choice.table
+        assert table is not None and state.session.topology.name == "hierarchical"
+        in_order = options.get("device_mesh") == (2, 2)
+        assert table.nodes == (((0, 1), (2, 3)) if in_order else ((0, 2), (1, 3)))
+
+
+def test_nodes_are_named_by_numbers_or_when_groups_exist() -> None:
+    run_ranks(name_nodes, 4)
+
+
+def fail_to_name(rank: int, world_size: int) -> list[str]:
+    def fails() -> DeviceMesh:
+        if rank == 1:
+            raise RuntimeError("no mesh here")
+        return DeviceMesh("cpu", torch.tensor([[0, 1]]))
+
+    said = []
+    for options in ({"device_mesh": (3, 1)}, {"device_mesh": fails}):
+        with pytest.raises(EffAdamError) as caught:
+            attach(ddp(ChosenGradients()), **options)
+        said.append(str(caught.value))
+    return said
+
+
+def test_nodes_that_cannot_be_named_are_an_error_on_every_rank_with_auto_too() -> None:
+    for mesh, function in run_ranks(fail_to_name, 2):
+        assert "device_mesh=(3, 1) has 3 ranks, and the process group 2" in mesh
+        assert "rank 1: no mesh here" in function

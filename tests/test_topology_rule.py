@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from typing import Any
 
 import pytest
@@ -29,14 +30,14 @@ ONE_NODE: Nodes = ((0, 1, 2, 3),)
     [
         (((0,),), "sharded", "every node has one rank"),
         (((0,), (1,), (2,)), "sharded", "every node has one rank"),
-        (((0, 1),), "sharded", "all ranks are on one node: a node has 2 ranks (0, 1)"),
+        (((0, 1),), "sharded", "all ranks are on one node"),
         (((0, 1), (2, 3)), "hierarchical", "nodes have 2 ranks, which share a network card"),
         (((0, 3), (1, 4), (2, 5)), "hierarchical", "nodes have 2 ranks"),
         (((0, 1, 2), (3, 4, 5)), "hierarchical", "nodes have 3 ranks"),
         (
             ((0, 1), (2,)),
             "sharded",
-            "unequal numbers of ranks: a node has 2 ranks (0, 1); a node has",
+            "the nodes have unequal numbers of ranks",
         ),
     ],
 )
@@ -118,20 +119,20 @@ def choose(
             ((0, 2), (1,)),
             {},
             "topology     sharded, chosen: the nodes have unequal numbers of ranks",
-            'INFO topology="auto" takes "sharded": the nodes have unequal numbers of ranks: '
-            "'host0' has 2 ranks (0, 2); 'host1' has 1 rank (1).",
+            'INFO topology="auto" takes "sharded": the nodes have unequal numbers of ranks '
+            "('host0' has 2 ranks (0, 2); 'host1' has 1 rank (1)).",
         ),
         (
             ONE_NODE,
             {},
-            "topology     sharded, chosen: all ranks are on one node: 'host0' has 4 ranks",
-            "INFO All 4 ranks are on one node. Compression seldom pays inside one machine",
+            "topology     sharded, chosen: all ranks are on one node; 1 node x 4 ranks, by host",
+            'INFO All 4 ranks are on one node (topology "sharded"). Compression seldom pays inside',
         ),
         (
             ONE_NODE,
             {"topology": "rank0"},
             "topology     rank0; 1 node x 4 ranks, by host",
-            "INFO All 4 ranks are on one node. Compression seldom pays inside one machine",
+            'INFO All 4 ranks are on one node (topology "rank0"). Compression seldom pays inside',
         ),
         (
             TWO_BY_TWO,
@@ -147,7 +148,36 @@ def test_summary_and_log_say_the_choice_and_its_reason(
     results = run_ranks(choose, sum(map(len, nodes)), nodes, options)
     for rank, (said, lines) in enumerate(results):
         assert summary in said
-        assert sum(one.startswith(line) for one in lines) == (rank == 0), lines
+        assert [one.startswith(line) for one in lines] == [True] * (rank == 0)
+
+
+FLAT_ON_NODES = (
+    r'INFO topology="(.*)" sends about (.*) MB a step through the card of a node with 2 ranks; '
+    r'topology="hierarchical" would send (.*) MB, (.*)x less\.'
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "least", "padding"), [("sharded", 1.7, 0.1), ("rank0", 1.9, 0.6)]
+)
+def test_flat_topologies_on_nodes_with_several_ranks_say_what_hierarchical_sends(
+    topology: str, least: float, padding: float
+) -> None:
+    hierarchical = run_ranks(choose, 4, TWO_BY_TWO, {})[0][0]
+    results = run_ranks(choose, 4, TWO_BY_TWO, {"topology": topology})
+    found = [
+        [m for line in lines if (m := re.fullmatch(FLAT_ON_NODES, line))] for _, lines in results
+    ]
+    assert [len(matches) for matches in found] == [1, 0, 0, 0]
+    name, flat, other, ratio = found[0][0].groups()
+    assert name == topology and float(ratio) > least
+    assert float(flat) / float(other) == pytest.approx(float(ratio), abs=0.05)
+    # The two cards are those of the summaries, apart from the padding of chunks in so small a model.
+    cards = [
+        re.search(r"card  .*about (.*) MB a step", one) for one in (results[0][0], hierarchical)
+    ]
+    assert cards[0] is not None and float(cards[0][1]) == pytest.approx(float(flat), rel=padding)
+    assert cards[1] is not None and float(cards[1][1]) == pytest.approx(float(other), rel=padding)
 
 
 def bad_environment(rank: int, world_size: int) -> tuple[str, list[str]]:

@@ -29,6 +29,7 @@ from effadam_hook.ddp.backward import at_end_of_backward
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.collectives import wire_device
 from effadam_hook.exchange.timing import slowest
+from effadam_hook.session.card import CardAdvice
 from effadam_hook.session.clock import Clock
 from effadam_hook.session.session import ExchangeSession
 
@@ -67,6 +68,7 @@ class Engine:
         self._error: EffAdamError | None = None  # raised after DDP has finished its bookkeeping
         self._compressing = False
         self._accumulation = AccumulationCheck()
+        self._card_advice = CardAdvice()
 
     def agree(self, device: torch.device) -> None:
         """Compare options, versions and model with the other ranks; a collective operation.
@@ -212,6 +214,7 @@ class Engine:
                 session.connection.watchdog.check()
             if self._compressing:
                 session.restore_unused()
+                self._card_advice.log_once(session)
             session.mode.end_backward()
         except Exception as error:
             stopped = error is raised or session.connection.is_stopped

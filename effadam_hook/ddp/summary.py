@@ -5,6 +5,7 @@ from __future__ import annotations
 from effadam_hook._version import __version__
 from effadam_hook.ddp.engine import Engine
 from effadam_hook.kernels import describe
+from effadam_hook.session.card import describe_card
 
 __all__ = ["stats_of", "summarize"]
 
@@ -57,6 +58,7 @@ def summarize(engine: Engine, is_copy: bool) -> str:
         f"  steps        {stats['steps']}",
         f"  bytes        dense {stats['dense_bytes']}, up {stats['uplink_bytes']}, "
         f"down {stats['downlink_bytes']}: {stats['ratio']:.2f}x less",
+        *(f"  card         {text}" for text in filter(None, [describe_card(session)])),
         f"  residuals    worker {stats['worker_residual_norm']:.4g}, "
         f"server {stats['server_residual_norm']:.4g}",
     ]

@@ -18,22 +18,20 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook.errors import EffAdamError
-from effadam_hook.exchange.topology import AUTO, HIERARCHICAL
+from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh, members_of_node
 from effadam_hook.exchange.waiting import gather_bytes
 
 __all__ = [
     "HOST_VARIABLE",
     "Description",
-    "check_node_options",
     "describe_rank",
     "describe_ranks",
 ]
@@ -55,6 +53,7 @@ class Description:
         node: Number of the node; None if unknown.
         members: Ranks of the node in the process group, as the user names them; None to find out.
         failure: The reason for which this rank has no description; empty if it has one.
+        is_named: Whether the user names the nodes, so that they must be known.
     """
 
     host: str
@@ -65,73 +64,33 @@ class Description:
     node: int | None = None
     members: tuple[int, ...] | None = None
     failure: str = ""
-
-
-def check_node_options(topology: str, intra_node_group: object, device_mesh: object) -> None:
-    """Check the options that name the nodes, as far as one rank can.
-
-    Args:
-        topology: The option ``topology``.
-        intra_node_group: The option of that name.
-        device_mesh: The option of that name.
-
-    Raises:
-        TypeError: If one has the wrong type.
-        ValueError: If both are given, one is given for another topology, or the mesh has not two
-            dimensions.
-    """
-    if intra_node_group is None and device_mesh is None:
-        return
-    if intra_node_group is not None and device_mesh is not None:
-        raise ValueError(
-            "Invalid intra_node_group and device_mesh: both are given. Must be at most one of them."
-        )
-    name = "device_mesh" if intra_node_group is None else "intra_node_group"
-    if topology not in (AUTO, HIERARCHICAL):
-        raise ValueError(
-            f"Invalid {name} with topology={topology!r}. Must be left out: only the topologies "
-            f'"{HIERARCHICAL}" and "{AUTO}" need to know the nodes.'
-        )
-    if intra_node_group is not None and not isinstance(intra_node_group, dist.ProcessGroup):
-        raise TypeError(
-            f"Invalid intra_node_group: {type(intra_node_group).__name__}. Must be a process group of "
-            "the ranks of this node."
-        )
-    if device_mesh is not None and not isinstance(device_mesh, DeviceMesh):
-        raise TypeError(
-            f"Invalid device_mesh: {type(device_mesh).__name__}. Must be a two-dimensional DeviceMesh "
-            "(nodes, ranks of a node)."
-        )
-    if isinstance(device_mesh, DeviceMesh) and device_mesh.ndim != 2:
-        raise ValueError(
-            f"Invalid device_mesh: it has {device_mesh.ndim} dimensions. Must have two: nodes, "
-            "and ranks of a node."
-        )
+    is_named: bool = False
 
 
 def describe_ranks(
     group: dist.ProcessGroup,
     device: torch.device,
-    intra_node_group: dist.ProcessGroup | None = None,
-    device_mesh: DeviceMesh | None = None,
+    intra_node_group: IntraNodeGroup | None = None,
+    device_mesh: NodeMesh | None = None,
 ) -> list[Description]:
     """Gather the descriptions of all ranks; a collective operation.
 
     Args:
         group: The process group.
         device: Where the group's backend wants tensors.
-        intra_node_group: A group of the ranks of this node, if the user names them.
-        device_mesh: A mesh (nodes, ranks of a node), if the user names them that way.
+        intra_node_group: The option of that name.
+        device_mesh: The option of that name.
 
     Returns:
         The descriptions, by rank.
     """
     own: Description
     try:
-        members = _members(group, intra_node_group, device_mesh)
+        members = members_of_node(group, intra_node_group, device_mesh)
         own = describe_rank(os.environ, dist.get_rank(), dist.get_world_size(), members)
     except Exception as error:  # the other ranks must not wait for this one
         own = Description("", "", failure=str(error) or type(error).__name__)
+    own = replace(own, is_named=intra_node_group is not None or device_mesh is not None)
     data = json.dumps(asdict(own)).encode()
     rows = [json.loads(text) for text in gather_bytes(data, group, device, everywhere=True)]
     return [_read(row) for row in rows]
@@ -140,32 +99,6 @@ def describe_ranks(
 def _read(row: dict[str, Any]) -> Description:
     members = row.pop("members")
     return Description(**row, members=None if members is None else tuple(members))
-
-
-def _members(
-    group: dist.ProcessGroup,
-    intra_node_group: dist.ProcessGroup | None,
-    device_mesh: DeviceMesh | None,
-) -> tuple[int, ...] | None:
-    """The ranks of this node in the group, as the user names them; None if he does not."""
-    if intra_node_group is not None:
-        named, option = dist.get_process_group_ranks(intra_node_group), "intra_node_group"
-    elif device_mesh is not None:
-        here, option = dist.get_rank(), "device_mesh"
-        rows: list[list[int]] = device_mesh.mesh.tolist()
-        named = next((row for row in rows if here in row), [])
-        if not named:
-            raise EffAdamError(f"device_mesh lacks rank {here} of the default group.")
-    else:
-        return None
-    own = dist.get_process_group_ranks(group)
-    strangers = [str(rank) for rank in named if rank not in own]
-    if strangers:
-        raise EffAdamError(
-            f"{option} has rank {', '.join(strangers)} of the default group, which the model's process "
-            "group lacks."
-        )
-    return tuple(sorted(own.index(rank) for rank in named))
 
 
 def describe_rank(

@@ -98,7 +98,7 @@ class ExchangeSession:
         if self.config.topology == HIERARCHICAL and mode.undivided:
             raise ValueError(
                 f"Invalid topology: {HIERARCHICAL!r} with {mode.undivided}, which needs whole buckets "
-                'on every rank. Must be "auto", "sharded" or "rank0".'
+                'on every rank. Must be topology="sharded", "rank0", or "auto", which takes "sharded".'
             )
         self.mode = mode
 

@@ -6,10 +6,10 @@ import logging
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from effadam_hook.errors import EffAdamError
-from effadam_hook.exchange.node_description import check_node_options, describe_ranks
+from effadam_hook.exchange.node_description import describe_ranks
+from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh, check_node_options
 from effadam_hook.exchange.nodes import tabulate
 from effadam_hook.exchange.topology import (
     AUTO,
@@ -49,8 +49,8 @@ class TopologyChoice:
         self._problem = ""
         self._view: Topology | None = None
         self._has_found = False
-        self._intra_node_group: dist.ProcessGroup | None = None
-        self._device_mesh: DeviceMesh | None = None
+        self._intra_node_group: IntraNodeGroup | None = None
+        self._device_mesh: NodeMesh | None = None
 
     @property
     def is_made(self) -> bool:
@@ -58,13 +58,13 @@ class TopologyChoice:
         return self._name != ""
 
     def name_nodes(
-        self, intra_node_group: dist.ProcessGroup | None, device_mesh: DeviceMesh | None
+        self, intra_node_group: IntraNodeGroup | None, device_mesh: NodeMesh | None
     ) -> None:
         """Take the nodes from the user instead of finding them.
 
         Args:
-            intra_node_group: A group of the ranks of this node.
-            device_mesh: A mesh (nodes, ranks of a node).
+            intra_node_group: The option of that name.
+            device_mesh: The option of that name.
 
         Raises:
             TypeError: If one has the wrong type.
@@ -72,6 +72,18 @@ class TopologyChoice:
         """
         check_node_options(self._option, intra_node_group, device_mesh)
         self._intra_node_group, self._device_mesh = intra_node_group, device_mesh
+
+    @property
+    def node_numbers(self) -> tuple[int, int] | None:
+        """Return ``device_mesh`` if it consists of numbers, which copies of a state can keep."""
+        mesh = self._device_mesh
+        return (mesh[0], mesh[1]) if isinstance(mesh, (tuple, list)) else None
+
+    @property
+    def depends_on_groups(self) -> bool:
+        """Return whether the user names the nodes by objects, which copies of a state cannot keep."""
+        given = self._intra_node_group is not None or self._device_mesh is not None
+        return given and self.node_numbers is None
 
     def find(self, group: dist.ProcessGroup, device: torch.device, undivided: str) -> None:
         """Find the nodes, and choose by them; a collective operation.
@@ -87,11 +99,10 @@ class TopologyChoice:
         """
         descriptions = describe_ranks(group, device, self._intra_node_group, self._device_mesh)
         self._has_found = True
-        is_named = any(own.members is not None for own in descriptions)
         try:
             self.table = tabulate(descriptions)
         except EffAdamError as error:
-            if self._option == HIERARCHICAL or is_named:
+            if self._option == HIERARCHICAL or any(own.is_named for own in descriptions):
                 raise
             self._problem = str(error)
         obstacle = "" if self.table is None else describe_obstacle(self.table)
@@ -161,19 +172,18 @@ class TopologyChoice:
     def log(self) -> None:
         """Log the choice of "auto", and nodes on which another choice may be better."""
         table = self.table
-        if self._option == AUTO and self._problem:
+        if table is not None and len(table.nodes) == 1:
+            _log.info(
+                'All %d ranks are on one node (topology "%s"). Compression seldom pays inside one '
+                "machine: compare with enabled=False, or use attach(..., auto=True).",
+                *(table.ranks_per_node, self._name),
+            )
+        elif self._option == AUTO and self._problem:
             _log.warning('topology="auto" takes "%s": %s', self._name, self._problem)
         elif self._option == AUTO:
-            _log.info('topology="auto" takes "%s": %s.', self._name, self.reason)
-        if table is None:
-            return
-        if self._option == HIERARCHICAL and table.ranks_per_node == 1:
+            nodes = "" if table is None else f" ({table.list_nodes()})" * (not table.is_even)
+            _log.info('topology="auto" takes "%s": %s%s.', self._name, self.reason, nodes)
+        elif self._option == HIERARCHICAL and table is not None and table.ranks_per_node == 1:
             _log.info(
                 'Every node has one rank: topology="%s" is topology="sharded" here.', HIERARCHICAL
-            )
-        if len(table.nodes) == 1:
-            _log.info(
-                "All %d ranks are on one node. Compression seldom pays inside one machine: compare "
-                "with enabled=False, or use attach(..., auto=True).",
-                table.ranks_per_node,
             )

@@ -126,9 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
     exchange.add_argument("--server-quantizer", help="downlink only (default: --quantizer)")
     exchange.add_argument(
         "--topology",
-        choices=("rank0", "sharded"),
-        default="rank0",
-        help="rank 0 is the server, or every worker for a share (default %(default)s)",
+        choices=("auto", "hierarchical", "sharded", "rank0"),
+        default="auto",
+        help="who averages: every worker a share, rank 0, or nodes first (default %(default)s)",
     )
     exchange.add_argument(
         "--block-size", type=int, default=256, help="elements per scale (default %(default)s)"

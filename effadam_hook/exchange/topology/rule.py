@@ -60,8 +60,10 @@ def choose_topology(table: NodeTable | None, undivided: str = "") -> Choice:
     ranks = table.ranks_per_node
     if ranks == 1:
         return Choice(Sharded.name, "every node has one rank")
-    if obstacle := describe_obstacle(table):
-        return Choice(Sharded.name, obstacle[0].lower() + obstacle[1:].rstrip("."))
+    if len(table.nodes) == 1:
+        return Choice(Sharded.name, "all ranks are on one node")
+    if not table.is_even:
+        return Choice(Sharded.name, "the nodes have unequal numbers of ranks")
     if undivided:
         return Choice(
             Sharded.name,

@@ -23,6 +23,7 @@ from effadam_hook.kernels.triton_kernels.constants import (
     decode_constants,
     encode_constants,
     reduce_constants,
+    warps_of,
 )
 from effadam_hook.kernels.triton_kernels.decode import decode_kernel
 from effadam_hook.kernels.triton_kernels.encode import encode_kernel
@@ -77,6 +78,7 @@ def encode_(
             None if adam is None else adam.exp_avg_sq,
             terms,
             **encode_constants(wire, dtype),
+            num_warps=warps_of(x.device),
         )
 
 
@@ -118,6 +120,7 @@ def reduce_encode_(
             target.pieces,
             _moments_of(preconditioner, device),
             **reduce_constants(uplink, downlink, dtype),
+            num_warps=warps_of(device),
         )
 
 
@@ -142,6 +145,7 @@ def decode(
             table.pieces,
             _moments_of(preconditioner, out.device),
             **decode_constants(wire, dtype),
+            num_warps=warps_of(out.device),
         )
 
 

@@ -83,8 +83,9 @@ def saturate(result, operand, real: tl.constexpr):
 def block_sum(a, BLOCKS: tl.constexpr, COLS: tl.constexpr):
     """Sum the blocks of a tile, ``[8, BLOCKS, COLS]`` to ``[1, BLOCKS, 1]``.
 
-    The order is that of two terms at a time: first of planes, then of neighbouring columns. It does not
-    depend on how the tile is spread over threads, so that a block has one result in every tile.
+    A thread holds all planes of a column and adds them in their order; neighbouring columns are then
+    added in pairs. This does not depend on how many columns a thread holds, so that a block has one
+    result in full and in partial tiles.
     """
     a = tl.sum(a, axis=0)
     for step in tl.static_range(COLS.bit_length() - 2):

@@ -13,9 +13,10 @@ from effadam_hook.kernels.triton_kernels.levels import packed_magnitudes
 from effadam_hook.wire.layout import Wire
 from effadam_hook.wire.quantizers import Quantizer
 
-__all__ = ["blocks_of", "decode_constants", "encode_constants", "reduce_constants"]
+__all__ = ["blocks_of", "decode_constants", "encode_constants", "reduce_constants", "warps_of"]
 
 _TILE = 4096
+_THREADS = 128
 _RAW_TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -31,10 +32,30 @@ def blocks_of(wire: Wire) -> int:
         wire: Any.
 
     Returns:
-        A number of blocks with 4096 elements, at least 1. A thread then holds 32 elements: eight planes of
-        four columns.
+        The number for which a tile has 4096 places, at least 1. A thread then holds 32: eight planes
+        of four columns.
     """
-    return max(1, _TILE // wire.block_size)
+    return max(1, _TILE // (8 * _columns(wire)))
+
+
+def _columns(wire: Wire) -> int:
+    planes = 8 if wire.quantizer.is_raw else wire.quantizer.planes
+    return int(triton.next_power_of_2(-(-wire.block_size // planes)))
+
+
+@lru_cache
+def warps_of(device: torch.device) -> int:
+    """Return the number of warps of a program, which has 128 threads.
+
+    With more threads, those of a block would hold different planes.
+
+    Args:
+        device: The device on which the kernels run. Warps of AMD's data center GPUs have 64 threads.
+    """
+    if device.type != "cuda":
+        return 4
+    properties = torch.cuda.get_device_properties(device)
+    return _THREADS // int(getattr(properties, "warp_size", 64 if torch.version.hip else 32))
 
 
 def encode_constants(wire: Wire, dtype: torch.dtype) -> dict[str, Any]:
@@ -73,11 +94,10 @@ def decode_constants(wire: Wire, dtype: torch.dtype) -> dict[str, Any]:
         "BLOCKS": blocks,
         "PART": max(1, blocks // 2),
         "SIZE": wire.block_size,
-        "COLS": triton.next_power_of_2(-(-wire.block_size // codes["PLANES"])),
+        "COLS": _columns(wire),
         "RAW": _RAW_TYPES[dtype],
         "RAW_BYTES": dtype.itemsize,
-        "num_warps": 4,
-        # Multiply and add are not fused, so that the residual is exactly the difference to what is sent.
+        # Multiply and add are not fused: the residual is exactly the difference to what is sent.
         "enable_fp_fusion": False,
     }
 

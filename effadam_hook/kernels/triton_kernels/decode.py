@@ -98,6 +98,12 @@ def decode_kernel(
     MAGNITUDES: tl.constexpr,
     HAS_ZERO: tl.constexpr,
 ):
+    """Decode a tile of a payload.
+
+    Bytes per element, for elements of ``s`` bytes, codes of ``b`` bits and blocks of ``n`` elements:
+    reads ``b / 8 + 2 / n``, writes ``s``. This is 4.51 for float32 and ``lloyd4``. A preconditioner
+    adds 4.
+    """
     program = tl.program_id(0)
     piece = pieces + tl.load(owner + program) * 9
     first = (program - tl.load(piece + 8)) * (SIZE * BLOCKS)

@@ -1,4 +1,4 @@
-"""The kernel of ``encode_``, and the quantization with error feedback that the server's kernel shares."""
+"""The kernel of ``encode_``; the quantization with error feedback, which the server's kernel shares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from effadam_hook.kernels.triton_kernels.arithmetic import (
     saturate,
 )
 from effadam_hook.kernels.triton_kernels.codes import write_codes
-from effadam_hook.kernels.triton_kernels.quantize import quantize
+from effadam_hook.kernels.triton_kernels.quantize import (
+    largest_magnitude_bits,
+    quantize,
+)
 from effadam_hook.kernels.triton_kernels.tile import positions
 
 __all__ = ["encode_blocks", "encode_kernel", "read_divisor"]
@@ -45,6 +48,10 @@ def read_divisor(
 def encode_blocks(
     total,
     divisor,
+    m,
+    v,
+    exp_avg,
+    exp_avg_sq,
     residual,
     scales,
     codes,
@@ -71,10 +78,8 @@ def encode_blocks(
 ):
     """Quantize a tile plus its residual, in units of the divisor if there is one; keep the error.
 
-    ``residual``, ``scales`` and ``codes`` point to the tile's first element, scale and code.
-
-    Returns:
-        A mask of the elements to keep: those of finite blocks.
+    ``residual``, ``scales`` and ``codes`` point to the tile's first element, scale and code;
+    ``exp_avg`` and ``exp_avg_sq`` to the first moments, of which a finite block keeps ``m`` and ``v``.
     """
     if residual is not None:
         term = total
@@ -82,8 +87,15 @@ def encode_blocks(
     value = total
     if divisor is not None:
         value = saturate(divide(total, divisor, real), total, real)
-    code, scale_bits, sent, finite = quantize(
+    largest_bits = largest_magnitude_bits(value, live, real)
+    kept = live & is_finite(largest_bits, real)
+    # Here rather than at the end, so that their registers are free for the rest.
+    if exp_avg is not None:
+        tl.store(exp_avg + i, m, mask=kept)
+        tl.store(exp_avg_sq + i, v, mask=kept)
+    code, scale_bits, sent = quantize(
         value,
+        largest_bits,
         live,
         numel,
         real,
@@ -101,12 +113,10 @@ def encode_blocks(
     tl.store(pointer, scale_bits.to(tl.uint16), mask=numel > 0)
     code_bytes: tl.constexpr = (SIZE + PLANES - 1) // PLANES * PLANE_BYTES
     write_codes(codes + block * code_bytes, code, plane, column, width, PLANES, PLANE_BYTES)
-    kept = live & finite
     if divisor is not None:
         sent = limit(sent * divisor, real)
     if residual is not None:
         tl.store(residual + i, total - sent, mask=kept)
-    return kept
 
 
 @triton.jit
@@ -176,9 +186,13 @@ def _encode_tile(
             divisor = read_divisor(
                 moments, tl.load(piece + 6), offset, i, live, numel, BLOCKS, COLS, real
             )
-        kept = encode_blocks(
+        encode_blocks(
             total,
             divisor,
+            None if exp_avg is None else m,
+            None if exp_avg is None else v,
+            None if exp_avg is None else exp_avg + start,
+            None if exp_avg is None else exp_avg_sq + start,
             None if residual is None else residual + start,
             payload + tl.load(piece + 4) + first // SIZE * 2,
             data + first // SIZE * ((SIZE + PLANES - 1) // PLANES * PLANE_BYTES),
@@ -203,9 +217,6 @@ def _encode_tile(
             TOP,
             LARGEST_SCALE,
         )
-        if exp_avg is not None:
-            tl.store(exp_avg + start + i, m, mask=kept)
-            tl.store(exp_avg_sq + start + i, v, mask=kept)
 
 
 @triton.jit
@@ -235,6 +246,12 @@ def encode_kernel(
     TOP: tl.constexpr,
     LARGEST_SCALE: tl.constexpr,
 ):
+    """Encode a tile of a bucket.
+
+    Bytes per element, for elements of ``s`` bytes, codes of ``b`` bits and blocks of ``n`` elements:
+    reads ``s`` and 4 for the residual, writes 4 for the residual and ``b / 8 + 2 / n``. This is 12.51
+    for float32 and ``lloyd4``. An Adam source adds 16, a preconditioner 4.
+    """
     program = tl.program_id(0)
     piece = pieces + tl.load(owner + program) * 9
     first = (program - tl.load(piece + 8)) * (SIZE * BLOCKS)

@@ -38,8 +38,8 @@ def packed_magnitudes(quantizer: Quantizer) -> int:
     units = [int(magnitude * _UNIT) for magnitude in quantizer.magnitudes]
     if max(units) >= 1 << _BITS:
         raise ValueError(
-            f"Invalid quantizer {quantizer.name!r}: its top level is {quantizer.magnitudes[-1]}. Must be "
-            "below 4 for the Triton kernels, unless its magnitudes are 0, 1, 2 and so on. Set "
+            f"Invalid quantizer {quantizer.name!r}: its top level is {quantizer.magnitudes[-1]}. "
+            "Must be below 4 for the Triton kernels, unless its magnitudes are 0, 1, 2 and so on. Set "
             "EFFADAM_KERNELS=reference, which takes any."
         )
     return sum(unit << _BITS * i for i, unit in enumerate(units))

@@ -14,12 +14,20 @@ from effadam_hook.kernels.triton_kernels.arithmetic import (
 )
 from effadam_hook.kernels.triton_kernels.levels import nearest
 
-__all__ = ["quantize"]
+__all__ = ["largest_magnitude_bits", "quantize"]
+
+
+@triton.jit
+def largest_magnitude_bits(value, live, real: tl.constexpr):
+    """Return the bits of the largest magnitude of each block of a tile, ``[1, BLOCKS, 1]``."""
+    magnitudes = tl.where(live, magnitude_bits(value, real), 0)
+    return tl.max(tl.max(magnitudes, axis=0), axis=1)[None, :, None]
 
 
 @triton.jit
 def quantize(
     value,
+    largest_bits,
     live,
     numel,
     real: tl.constexpr,
@@ -36,11 +44,9 @@ def quantize(
     """Quantize the blocks of a tile.
 
     Returns:
-        The codes; the bits of the bfloat16 scales, ``[1, BLOCKS, 1]``; the decoded values, 0 in a block
-        that is not finite; and whether a block is finite, ``[1, BLOCKS, 1]``.
+        The codes; the bits of the bfloat16 scales, ``[1, BLOCKS, 1]``; and the decoded values, 0 in a
+        block that is not finite.
     """
-    magnitudes = tl.where(live, magnitude_bits(value, real), 0)
-    largest_bits = tl.max(tl.max(magnitudes, axis=0), axis=1)[None, :, None]
     finite = is_finite(largest_bits, real)
     # [1]
     if real == tl.float64:
@@ -83,4 +89,4 @@ def quantize(
     scale_bits = (scale_bits + 0x7FFF + ((scale_bits >> 16) & 1)) >> 16
     scale_bits = tl.where(usable, scale_bits, 0)
     decoded = (scale_bits << 16).to(tl.float32, bitcast=True).to(real) * q
-    return code, tl.where(finite, scale_bits, 0x7FC0), decoded, finite
+    return code, tl.where(finite, scale_bits, 0x7FC0), decoded

@@ -29,9 +29,9 @@ def positions(
     """Return the positions of the elements of a tile of ``count`` elements.
 
     Returns:
-        ``block [1, BLOCKS, 1]``, ``plane [8, 1, 1]``, ``column [1, 1, COLS]``; the number of elements and
-        of columns of each block, ``[1, BLOCKS, 1]``; the position of each element in the tile, and
-        whether it exists, ``[8, BLOCKS, COLS]``.
+        ``block [1, BLOCKS, 1]``, ``plane [8, 1, 1]``, ``column [1, 1, COLS]``; the number of elements
+        and of columns of each block, ``[1, BLOCKS, 1]``; the position of each element in the tile,
+        and whether it exists, ``[8, BLOCKS, COLS]``.
     """
     plane = tl.arange(0, 8)[:, None, None]
     block = tl.arange(0, BLOCKS)[None, :, None]
