@@ -207,4 +207,19 @@ class _Graph:
             for target in self._next[name]:
                 if target in path[: at + 1]:
                     times |= dict.fromkeys(path[path.index(target) : at + 1], trips)
-        return [line for name in path for _ in range(times[name]) for line in self.code[name]]
+        for name in path:
+            times |= dict.fromkeys(self._detour(name, path), trips)
+        return [
+            line for name, count in times.items() for _ in range(count) for line in self.code[name]
+        ]
+
+    def _detour(self, head: str, path: list[str]) -> list[str]:
+        """Return the blocks of a loop off the path that starts and ends at one of its blocks."""
+        stack = [[one] for one in self._next[head] if one not in path]
+        while stack:
+            way = stack.pop()
+            following = self._next[way[-1]]
+            if head in following:
+                return way
+            stack += [[*way, one] for one in following if one not in path and one not in way]
+        return []

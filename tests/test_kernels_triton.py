@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +205,50 @@ def test_a_block_has_one_result_in_full_and_in_partial_tiles(
     aligned, _, unaligned, short, rest = made.split([len(part) for part in parts])
     assert torch.equal(aligned, unaligned)
     assert torch.equal(aligned, torch.cat([short, rest]))
+
+
+@pytest.mark.skipif(ON_GPU, reason="counts what the interpreter reads and writes")
+@pytest.mark.parametrize("name", ["lloyd4", "ternary", "none"])
+def test_kernels_move_the_bytes_of_their_docstrings(
+    kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apart from the lookups of a program, at most 200 bytes."""
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    moved = [0]
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        made = load(self, pointers, mask, *rest)
+        moved[0] += int(mask.data.sum()) * made.data.itemsize
+        return made
+
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        moved[0] += int(mask.data.sum()) * value.data.itemsize
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", counted_load)
+    monkeypatch.setattr(builder, "create_masked_store", counted_store)
+    numel = 2 * 4096
+    layout = layout_of((numel,), name)
+    wire = layout.uplink
+    code = wire.chunks[0].used_bytes / numel
+    residual = 0 if name == "none" else 8
+    x, e = values_like_gradients(numel), torch.zeros(numel)
+    payload = torch.zeros(1, wire.stride_bytes, dtype=torch.uint8)
+    four = payload.expand(4, -1).contiguous()
+
+    def count(call: Callable[[], object]) -> float:
+        moved[0] = 0
+        call()
+        return moved[0] / numel
+
+    def expect(bytes_per_element: float) -> Any:
+        return pytest.approx(bytes_per_element, abs=4 * 200 / numel)
+
+    assert count(lambda: encode(kernels, wire, x, e)) == expect(4 + residual + code)
+    reduced = count(lambda: reduce_encode(kernels, layout, 0, four, e, torch.float32))
+    assert reduced == expect(5 * code + residual)
+    assert count(lambda: decode(kernels, wire, payload, torch.float32)) == expect(4 + code)
 
 
 def test_a_table_that_is_too_long_is_refused(kernels: Kernels) -> None:

@@ -102,9 +102,10 @@ def run_apart(name: str, device: str, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcomes.json"
         path.write_text(json.dumps(asdict(Checks())))
+        command = [sys.executable, "-m", "gpu_check", "--section", name]
+        command += ["--device", device, "--seconds", str(seconds)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "gpu_check", "--section", name, "--device", device]
-            + ["--seconds", str(seconds)],
+            command,
             env={**environment, OUTCOMES_VARIABLE: str(path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -126,6 +126,8 @@ class _Case:
             far = (found - expected).abs() > 2.0**-6 * expected.abs() + 1e-7
             share = float(far.double().mean()) if far.numel() else 0.0
             exact = name == "decoded payload of the reference" and self.fusion != "preconditioner"
+            # Triton's interpreter truncates where a GPU rounds.
+            exact &= self.device.type == "cuda" or self.dtype != torch.bfloat16
             if exact:
                 require(
                     bool((found == expected).all()), f"{name}: {int(far.sum())} elements differ"

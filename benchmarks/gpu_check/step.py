@@ -90,8 +90,8 @@ def allocations(device: torch.device) -> str:
         require(grown == 0, f"memory grows by {grown} bytes in {STEPS} steps")
         taken = torch.cuda.memory_stats()["segment.all.allocated"] - segments
         require(taken == 0, f"{taken} allocations from the device in {STEPS} steps")
-    detail = f"{counts[True]:.1f} allocations a step, dense {counts[False]:.1f}"
-    return detail  # the search for unused parameters takes its temporaries from the cache
+    # The search for unused parameters takes its temporaries from the allocator's cache.
+    return f"{counts[True]:.1f} allocations a step, dense {counts[False]:.1f}"
 
 
 def synchronization(device: torch.device) -> None:
