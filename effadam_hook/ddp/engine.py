@@ -48,7 +48,7 @@ class Engine:
     Attributes:
         session: The exchange of the model's buckets.
         enabled: Whether to compress; read at the first bucket of a backward.
-        check_replicas: Whether to compare weights between the ranks, on the CPU.
+        check_replicas: Whether to compare weights between the ranks, on Gloo.
         is_joining: Returns whether ranks may have ended their optimizer steps, as in DDP's
             ``join()``.
         grad_scaler: Supplies the current loss scale; None if the loss is not scaled.

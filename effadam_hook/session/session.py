@@ -170,7 +170,7 @@ class ExchangeSession:
             flat: ``[numel]``, the elements of ``tensors`` one after the other, overwritten with the
                 result.
             tensors: The owners of the elements.
-            check_weights: Whether to compare one weight between the ranks, on the CPU.
+            check_weights: Whether to compare one weight between the ranks, on Gloo.
             is_joining: Whether some ranks may make no optimizer steps, which are not compared then.
             restores_unused: Whether :meth:`restore_unused` is called after the step.
 
