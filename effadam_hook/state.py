@@ -17,7 +17,7 @@ from effadam_hook.config import Config
 from effadam_hook.config.options import StateOptions, accepts_options, complete_options
 from effadam_hook.ddp.auto_compress import AutoCompress
 from effadam_hook.ddp.engine import Engine
-from effadam_hook.ddp.summary import stats_of, summarize
+from effadam_hook.ddp.summary import describe_briefly, stats_of, summarize
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.collectives import device_of
 from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh
@@ -316,10 +316,15 @@ class EfficientAdamState:
         Returns:
             ``steps``; ``dense_bytes``, ``uplink_bytes``, ``downlink_bytes`` (payload bytes, see
             :class:`effadam_hook.wire.counters.Counters`); ``ratio``, dense bytes divided by sent bytes;
-            ``worker_residual_norm`` and ``server_residual_norm``, 2-norms over this rank's residuals;
-            ``exchange_s``, seconds of the last exchange, see :class:`effadam_hook.session.clock.Clock`.
+            ``worker_residual_norm`` and ``server_residual_norm``, 2-norms over this rank's residuals,
+            in units of the unscaled loss; ``quantization_error``, the norm of the worker's residual
+            divided by that of the last compressed result, 0 before the first; ``exchange_s``, seconds
+            of the last exchange, see :class:`effadam_hook.session.clock.Clock`.
         """
         return stats_of(self._engine)
+
+    def __repr__(self) -> str:
+        return describe_briefly(self._engine, self._is_copy)
 
     def summary(self) -> str:
         """Describe options, choices and traffic in lines of text. Waits for the device."""

@@ -5,9 +5,8 @@
     python examples/accelerate_text.py --no-effadam          # Accelerate's own DDP
     python examples/accelerate_text.py --resume outputs/accelerate_text
 
-Accelerate wraps the model in DDP and registers no communication hook by default. For checkpoints it
-calls `state_dict()` of registered objects on every rank and writes the result of rank 0. `AllRanks`
-therefore gathers the residuals of all ranks on rank 0.
+Accelerate wraps the model in DDP and registers no communication hook by default. `AcceleratedExchange`
+attaches the hook, follows the loss scale of fp16, and adds the residuals of all ranks to checkpoints.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +21,23 @@ from accelerate import Accelerator, debug_launcher
 from common.training import cross_entropy
 from train_text import GPT, Text, TextOptions
 
-from effadam_hook import EfficientAdamState, attach
+from effadam_hook.integrations.accelerate import AcceleratedExchange
 
 SIZES = {"context": 64, "layers": 2, "width": 64, "heads": 4}
 
 
-class AllRanks:
-    """States of all ranks, gathered on rank 0, for Accelerate's checkpoints."""
+class Progress:
+    """Number of finished optimizer steps, saved with Accelerate's checkpoints."""
 
-    def __init__(self, state: EfficientAdamState) -> None:
-        self.state = state
+    step = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Gather the states; Accelerate calls this on every rank."""
-        return self.state.full_state_dict()
+    def state_dict(self) -> dict[str, int]:
+        """Return the step."""
+        return {"step": self.step}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore the state of this rank; Accelerate calls this on every rank."""
-        self.state.load_state_dict(saved)
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        """Restore the step."""
+        self.step = saved["step"]
 
 
 def main(options: argparse.Namespace) -> None:
@@ -52,13 +49,14 @@ def main(options: argparse.Namespace) -> None:
     model = GPT(**SIZES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
-    state = attach(model, enabled=options.effadam, quantizer=options.quantizer)  # <- the change
-    state.grad_scaler = accelerator.scaler  # <- for fp16
-    accelerator.register_for_checkpointing(AllRanks(state))  # <- for checkpoints
-    first = 0
+    exchange = AcceleratedExchange(  # <- the change
+        accelerator, model, enabled=options.effadam, quantizer=options.quantizer
+    )
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
     if options.resume:
         accelerator.load_state(str(options.resume))
-        first = state.steps
+    first = progress.step
     for step in range(first, options.steps):
         for part in range(2):
             rng = np.random.default_rng([step, part, accelerator.process_index])
@@ -70,9 +68,10 @@ def main(options: argparse.Namespace) -> None:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        if (step + 1) % 20 == 0 and accelerator.is_main_process:
-            ratio = state.stats()["ratio"]
-            print(f"step {step + 1}: loss {loss.item():.4f}, bytes / {ratio:.2f}")
+        progress.step = step + 1
+        if progress.step % 20 == 0 and accelerator.is_main_process:
+            ratio = exchange.state.stats()["ratio"] if exchange.state else 1.0
+            print(f"step {progress.step}: loss {loss.item():.4f}, bytes / {ratio:.2f}")
     accelerator.save_state(str(options.checkpoint))
     accelerator.end_training()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from effadam_hook import EfficientAdamState
@@ -50,7 +49,6 @@ class CompressionMonitor(Base):
         super().__init__()
         self._prefix = prefix
         self._prog_bar = prog_bar
-        self._result_norm = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if there is nothing to monitor."""
@@ -59,14 +57,6 @@ class CompressionMonitor(Base):
                 f"CompressionMonitor has nothing to monitor: the strategy is a "
                 f"{type(trainer.strategy).__name__}. It needs an EfficientAdamStrategy."
             )
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the result of the exchange before it is modified."""
-        # Not after the step, as gradients may be clipped, unscaled or set to None before.
-        if _state(trainer) is not None and self._logs(trainer):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            norms = [gradient.float().norm() for gradient in gradients]
-            self._result_norm = float(torch.stack(norms).norm()) if norms else 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
@@ -77,8 +67,7 @@ class CompressionMonitor(Base):
             return
         stats = state.stats()
         del stats["steps"], stats["dense_bytes"]
-        error = stats["worker_residual_norm"] / self._result_norm if self._result_norm else 0.0
-        shown = {"ratio": stats.pop("ratio"), "quantization_error": error}
+        shown = {name: stats.pop(name) for name in ("ratio", "quantization_error")}
         for values, prog_bar in ((stats, False), (shown, self._prog_bar)):
             pl_module.log_dict(
                 {self._prefix + name: float(value) for name, value in values.items()},

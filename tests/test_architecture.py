@@ -65,6 +65,7 @@ LADDER = (
     Step("FSDP2 models, their hooks and states", ("effadam_hook.fsdp",)),
     Step("registration of hooks", ("effadam_hook.attach",)),
     Step("the public names", ("effadam_hook",)),
+    Step("adapters for training libraries and loggers", ("effadam_hook.integrations",)),
     Step("predictions", ("effadam_hook.planner",)),
     Step("the `effadam` command", ("effadam_hook.cli",)),
     Step("strategies for Lightning", ("lightning_plugin",)),
@@ -74,6 +75,7 @@ OUTSIDE = {"examples", "benchmarks", "tests", "harness", "conftest"}
 TRITON_HOME = "effadam_hook.kernels.triton_kernels"
 GRAD_BUCKET_HOME = "effadam_hook.hook"
 COLLECTIVES_HOME = "effadam_hook.exchange"
+INTEGRATIONS = "effadam_hook.integrations"  # each module may import the library of its name
 TORCH_FREE = {
     "effadam_hook._version",
     "effadam_hook.errors",
@@ -255,8 +257,11 @@ def core_needs_only_torch(modules: Modules) -> Iterator[str]:
             continue
         for imported in module.imports:
             triton_at_home = imported.root == "triton" and is_within(module.name, {TRITON_HOME})
-            if imported.at_top and imported.root not in allowed and not triton_at_home:
+            adapts = module.name == f"{INTEGRATIONS}.{imported.root}"
+            if imported.at_top and imported.root not in allowed and not triton_at_home | adapts:
                 yield f"{module.at(imported.line)} imports {imported.root} at top level"
+            elif imported.root in {"accelerate", "transformers"} and not adapts:
+                yield f"{module.at(imported.line)} knows {imported.root}"
             if imported.root in {"lightning", "pytorch_lightning"}:
                 yield f"{module.at(imported.line)} knows {imported.root}"
             if imported.root == "torch" and is_within(module.name, TORCH_FREE):
@@ -420,6 +425,13 @@ def test_the_rule_passes_any_part_of_the_packages(rule: Rule, tmp_path: Path) ->
         (core_needs_only_torch, "config", "import numpy as np", "config:1 imports numpy"),
         (core_needs_only_torch, "config", "try:\n    import rich\nexcept E: pass", "imports rich"),
         (core_needs_only_torch, "hook", "def f():\n    import lightning", "hook:2 knows lightning"),
+        (core_needs_only_torch, "hook", "def f():\n    import accelerate", "hook:2 knows accel"),
+        (
+            core_needs_only_torch,
+            "integrations/transformers",
+            "import transformers\nimport accelerate",
+            "transformers:2 imports accelerate at top",
+        ),
         (
             only_one_folder_imports_triton,
             "kernels/cpu",

@@ -62,7 +62,9 @@ def test_the_hierarchical_topology_crosses_a_card_as_if_nodes_had_one_rank() -> 
     mean, up, down, gather = legs_of(
         Method.parse("lloyd4/hierarchical"), BUCKET, 2, ranks_per_node=4
     )
-    assert (mean.busiest_bytes, mean.inside_bytes) == (0, BYTES * 3 / 4)
+    assert (mean.busiest_bytes, mean.inside_bytes) == (0, 0)  # read from shared memory
+    on_nccl = legs_of(Method.parse("lloyd4/hierarchical"), BUCKET, 2, True, 4)[0]
+    assert (on_nccl.busiest_bytes, on_nccl.inside_bytes) == (0, BYTES * 3 / 4)
     assert (up.out_bytes, up.in_bytes, up.inside_bytes) == (size / 2, size / 2, 0)
     assert (down.out_bytes, down.in_bytes) == (size / 2, size / 2)
     assert (gather.busiest_bytes, gather.inside_bytes) == (0, size * 3 / 4)
@@ -124,7 +126,7 @@ def test_with_a_slow_card_a_step_takes_its_wire_time_whatever_a_node_holds() -> 
 
 
 def test_a_slow_link_inside_the_node_is_the_floor_of_the_node_mean() -> None:
-    cluster = Cluster(4, card(1e6), ranks_per_node=2, inside=card(10.0))
+    cluster = Cluster(4, card(1e6), tree=True, ranks_per_node=2, inside=card(10.0))
     predicted = predict(Method.parse("lloyd4/hierarchical"), BUCKET, cluster)
     inside = BYTES / 2 + payload_bytes(BUCKET, "lloyd4", 4, shares=2) / 2
     assert predicted.floor_s == pytest.approx(inside / 10e6)

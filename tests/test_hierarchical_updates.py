@@ -321,15 +321,14 @@ def moments_of(states: Sequence[Mapping[str, Any]], key: str) -> list[Tensor]:
     return means
 
 
-@pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize(
-    ("before", "after", "is_dense"),
+    ("before", "after", "is_dense", "enabled"),
     [
-        (TWO_BY_TWO, THREE_BY_TWO, False),
-        (TWO_BY_TWO, None, True),
-        (TWO_BY_TWO, None, False),
-        (None, MIXED, False),
-        (TWO_BY_TWO, MIXED, False),
+        (TWO_BY_TWO, THREE_BY_TWO, False, True),
+        (TWO_BY_TWO, None, True, True),
+        (TWO_BY_TWO, None, False, True),
+        (None, MIXED, False, True),
+        (TWO_BY_TWO, MIXED, False, False),
     ],
 )
 def test_other_shapes_keep_the_mean_moments(

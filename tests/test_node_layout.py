@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import math
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 
 from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
+from effadam_hook.session import node_buffers, node_memory
 from effadam_hook.session.node_buffers import NodeBuffers
+from effadam_hook.session.node_memory import TICKET_BYTES, open_ticket
 from effadam_hook.wire.layout import BucketLayout, Slot, lay_out_bucket
-from effadam_hook.wire.node_layout import lay_out_node
+from effadam_hook.wire.node_layout import NodeLayout, lay_out_node
 from effadam_hook.wire.node_shares import node_share_of, position_of
 from effadam_hook.wire.quantizers import get_quantizer
 from effadam_hook.wire.shares import share_of
@@ -73,6 +76,30 @@ def test_one_rank_a_node_has_the_shares_of_sharded(numel: int, turn: int, nodes:
         assert share_of(numel, 0, 16, position, nodes) == share_of(numel, turn, 16, server, nodes)
 
 
+def node_of(
+    layouts: Sequence[NodeLayout],
+    dtype: torch.dtype = torch.float32,
+    precise: torch.dtype = torch.float32,
+) -> list[NodeBuffers]:
+    """The buffers of all ranks of a node, in this process."""
+    cpu = torch.device("cpu")
+    ranks = range(len(layouts))
+    return [NodeBuffers(layouts, own, dtype, precise, cpu, Staging()) for own in ranks]
+
+
+def average(buckets: Sequence[torch.Tensor], node: Sequence[NodeBuffers]) -> None:
+    """One exchange of a node, with the all-to-all as copies."""
+    for bucket, buffers in zip(buckets, node, strict=True):
+        buffers.pack(bucket)
+    sent = [buffers.packed_bytes.split(buffers.packed_sizes) for buffers in node]
+    for own, buffers in enumerate(node):
+        received = buffers.received_bytes.split(buffers.received_sizes)
+        for rank, row in enumerate(received):
+            row.copy_(sent[rank][own])
+    for buffers in node:
+        buffers.average()
+
+
 @pytest.mark.parametrize(("nodes", "shares"), [(2, 2), (3, 2), (2, 3), (4, 8)])
 def test_shares_divide_the_bucket(nodes: int, shares: int) -> None:
     layout = layout_of(SIZES, nodes, shares)
@@ -111,13 +138,9 @@ def test_a_share_is_encoded_as_in_the_whole_bucket(kernels: Any, preconditioned:
     payload = torch.zeros(nodes * shares, layout.uplink.stride_bytes, dtype=torch.uint8)
     kernels.encode_(layout.uplink, bucket, kept, payload, torch.float32, preconditioner=whole)
     layouts = lay_out_node(layout, shares)
-    for share, own in enumerate(layouts):
-        device = torch.device("cpu")
-        buffers = NodeBuffers(layouts, share, torch.float32, torch.float32, device, Staging())
-        buffers.pack(bucket)
-        parts = buffers.packed_bytes.split(buffers.packed_sizes)
-        buffers.received_bytes.copy_(parts[share].repeat(shares))  # as if all ranks were equal
-        buffers.average()
+    node = node_of(layouts)
+    average([bucket] * shares, node)
+    for share, (own, buffers) in enumerate(zip(layouts, node, strict=True)):
         places = torch.cat([torch.arange(r.start, r.start + r.numel) for r in own.runs])
         assert torch.equal(buffers.mean, bucket[places])
         own_residual = residual[places].clone()
@@ -135,33 +158,85 @@ def test_a_share_is_encoded_as_in_the_whole_bucket(kernels: Any, preconditioned:
 def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtype) -> None:
     layouts = lay_out_node(layout_of((100, 7), 2, shares), shares)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    buffers = NodeBuffers(layouts, 1, dtype, precise, torch.device("cpu"), Staging())
-    rows = torch.randint(-99, 99, (shares, layouts[1].numel)).to(dtype)
+    node = node_of(layouts, dtype, precise)
     largest = 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] - 1)
-    rows[:, 0] = largest
-    buffers.received_bytes.copy_(rows.view(-1).view(torch.uint8))
-    buffers.average()
-    wanted = rows.to(precise).sum(0) / shares
-    wanted[0] = largest
-    assert torch.equal(buffers.mean, wanted)
+    for exchange in range(4):  # shares are sent twice, then read from memory
+        buckets = torch.randint(-99, 99, (shares, 107)).to(dtype)
+        buckets[:, 0] = largest
+        average(list(buckets), node)
+        wanted = buckets.to(precise).sum(0) / shares
+        wanted[0] = largest
+        for buffers in node:
+            places = torch.cat(
+                [torch.arange(r.start, r.start + r.numel) for r in buffers.layout.runs]
+            )
+            assert torch.equal(buffers.mean, wanted[places])
+            assert buffers.is_shared == (exchange > 0)
+
+
+@pytest.mark.parametrize("without", [0, 2])
+def test_all_ranks_send_shares_if_one_of_them_cannot_map_the_others(
+    without: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = lay_out_node(layout_of((100, 7), 2, 3), 3)
+    node = node_of(layouts)
+    open_ticket = node_buffers.open_ticket
+    calls = iter(range(6))  # two by each rank
+    monkeypatch.setattr(
+        node_buffers,
+        "open_ticket",
+        lambda ticket: None if next(calls) // 2 == without else open_ticket(ticket),
+    )
+    for _ in range(4):
+        buckets = list(torch.randint(-99, 99, (3, 107)).float())
+        average(buckets, node)
+    assert not any(buffers.is_shared for buffers in node)
+    mean = sum(buckets) / 3
+    for buffers in node:
+        places = torch.cat([torch.arange(r.start, r.start + r.numel) for r in buffers.layout.runs])
+        assert torch.equal(buffers.mean, mean[places])
+
+
+def test_memory_is_mapped_by_its_ticket_and_by_no_other() -> None:
+    memory = node_memory.share(100)
+    if memory is None:
+        pytest.skip("this system has no memfd")
+    memory.bytes[:] = 7
+    mapped = open_ticket(memory.ticket)
+    assert mapped is not None and mapped.tolist() == [7] * 100
+    mapped[0] = 8
+    assert memory.bytes[0] == 8
+    forged = memory.ticket[:-1] + bytes([memory.ticket[-1] ^ 1])
+    assert open_ticket(forged) is None and open_ticket(bytes(TICKET_BYTES)) is None
+    memory.seal()
+    assert open_ticket(memory.ticket) is None
+    del memory
+    assert mapped[1] == 7  # what is mapped remains
+
+
+def test_memory_that_nobody_maps_does_not_use_up_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_memory, "_MOST_FILES", 2)
+    kept = [node_memory.share(1) for _ in range(4)]
+    assert [one is not None for one in kept] == [True, True, False, False]
+    kept.clear()
+    gc.collect()
+    assert node_memory.share(1) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shares", [2, 3, 5, 6, 7, 12])
 def test_the_mean_of_the_largest_values_does_not_overflow(shares: int, dtype: torch.dtype) -> None:
     """DDP's own sum of gradients that are divided beforehand may, where rounding goes up."""
-    layouts = lay_out_node(layout_of((60_000,), 2, shares), shares)
-    buffers = NodeBuffers(layouts, 0, dtype, dtype, torch.device("cpu"))
+    node = node_of(lay_out_node(layout_of((60_000,), 2, shares), shares), dtype, dtype)
     limits = torch.finfo(dtype)
-    below = torch.randint(0, 6, (shares, layouts[0].numel)) * limits.eps / 2
+    below = torch.randint(0, 6, (shares, 60_000)) * limits.eps / 2
     below[:, 0] = 0
-    sign = torch.randint(0, 2, (layouts[0].numel,)) * 2 - 1
-    rows = (limits.max * (1 - below.to(torch.float64))).to(dtype) * sign
-    buffers.received_bytes.copy_(rows.view(-1).view(torch.uint8))
-    buffers.average()
-    assert bool(buffers.mean.isfinite().all())
-    assert bool((buffers.mean.abs() >= limits.max * (1 - 8 * limits.eps)).all())
-    rows[1, 3] = float("inf")
-    buffers.received_bytes.copy_(rows.view(-1).view(torch.uint8))
-    buffers.average()
-    assert buffers.mean.isfinite().logical_not().nonzero().tolist() == [[3]]
+    sign = torch.randint(0, 2, (60_000,)) * 2 - 1
+    buckets = (limits.max * (1 - below.to(torch.float64))).to(dtype) * sign
+    average(list(buckets), node)
+    means = [buffers.mean for buffers in node]
+    assert all(bool(mean.isfinite().all()) for mean in means)
+    assert all(bool((mean.abs() >= limits.max * (1 - 8 * limits.eps)).all()) for mean in means)
+    buckets[1, 3] = float("inf")
+    average(list(buckets), node)
+    assert sum(int(mean.isfinite().logical_not().sum()) for mean in means) == 1

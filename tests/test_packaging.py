@@ -142,7 +142,9 @@ def test_torch_is_the_only_requirement(installed: Distribution) -> None:
 
 def test_every_extra_is_there(installed: Distribution) -> None:
     extras = set(installed.metadata.get_all("Provides-Extra") or [])
-    assert extras == {"cli", "dev", "docs", "examples", "lightning"}
+    assert extras == {
+        *("accelerate", "cli", "dev", "docs", "examples", "lightning", "transformers")
+    }
 
 
 def test_every_command_can_be_loaded(installed: Distribution) -> None:

@@ -151,7 +151,8 @@ def describe(kernels: Kernels, device: torch.device) -> str:
         device: The device of the buckets.
 
     Returns:
-        The name; for the reference followed by the remedy, or by the reason if there is no remedy.
+        ``"compiled C (avx512)"``, ``"triton"``, or ``"reference"`` with the remedy, or with the reason
+        if there is no remedy.
     """
     if kernels is reference:
         with contextlib.suppress(ImportError, ValueError):  # the variable has been changed since
@@ -159,7 +160,8 @@ def describe(kernels: Kernels, device: torch.device) -> str:
             if choice.kernels is reference:
                 why = choice.remedy or choice.reason.removeprefix("reference: ")
                 return f"{kernels.name} ({why})"
-    return kernels.name
+    variant: str | None = getattr(kernels, "variant", None)  # an instruction set
+    return f"compiled C ({variant})" if variant else kernels.name
 
 
 _warned: set[str] = set()

@@ -126,6 +126,10 @@ class EfficientAdam(Optimizer):
             self.recursion = AdamRecursion(self)
         super().__setstate__(state)
 
+    def __repr__(self) -> str:
+        options = "".join(f"    {name}: {getattr(self, name)}\n" for name in _OPTIONS)
+        return f"{super().__repr__()[:-1]}All groups\n{options})"
+
     @classmethod
     def paper(cls, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> EfficientAdam:
         """Create the published recursion: no bias correction, v starts at ε, local second moments.

@@ -201,10 +201,12 @@ def _measure_leg(
     largest = max(parts, key=lambda part: sum(p.numel for p in part))
     leg = next(leg for leg in legs_of(method, largest, *shape) if leg.name == name)
     unit = unit_leg(name, cluster.nodes, cluster.ranks_per_node, cluster.tree)
-    size = int(leg.size_bytes / unit.size_bytes)
-    size = max(_EMPTY_BYTES * n * 16, min(size, int(_MAX_LEG_S / cluster.alone_s(unit))))
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
     empties = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS, _DEPTH)
+    if not unit.size_bytes:  # a meeting, without bytes
+        return MeasuredLeg(name, 0.0, 0.0, empty.best_s, empty.best_s, 1.0, empties.cpu_s, 0.0)
+    size = int(leg.size_bytes / unit.size_bytes)
+    size = max(_EMPTY_BYTES * n * 16, min(size, int(_MAX_LEG_S / cluster.alone_s(unit))))
     full = probe.time_leg(name, size, _REPEATS, _DEPTH)
     return MeasuredLeg(
         name,

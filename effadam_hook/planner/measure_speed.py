@@ -137,10 +137,8 @@ def _node_mean(device: torch.device, ranks: int) -> tuple[Callable[[], None], Ca
     """Return packing a bucket for the ranks of a node, and averaging this rank's share."""
     layout = _lay_out(_NUMEL, get_quantizer("lloyd4"), 2 * ranks, ranks)
     shares = lay_out_node(layout, ranks)
-    sets = [
-        NodeBuffers(shares, 0, torch.float32, torch.float32, device, Staging())
-        for _ in range(_SETS)
-    ]
+    dtypes, staging = (torch.float32, torch.float32), Staging(computes_on_host=False)
+    sets = [NodeBuffers(shares, 0, *dtypes, device, staging) for _ in range(_SETS)]
     pack, average = itertools.cycle(sets).__next__, itertools.cycle(sets).__next__
     bucket = _in_turn(torch.randn(_SETS, _NUMEL, device=device))
     return lambda: pack().pack(bucket()), lambda: average().average()

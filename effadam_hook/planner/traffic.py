@@ -205,7 +205,8 @@ def legs_of(
         bucket: Parameter sizes of the bucket.
         nodes: Number of nodes.
         tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees do, instead of
-            ``2 (N-1)``, and whether the root of a broadcast sends its bytes once.
+            ``2 (N-1)``, and whether the root of a broadcast sends its bytes once; see
+            :class:`~effadam_hook.exchange.topology.Load`.
         ranks_per_node: Number of ranks of a node, which share its card.
 
     Returns:

@@ -307,6 +307,20 @@ class BucketBuffers:
         )
         self._content.finish(self.bucket)
 
+    def result(self) -> Tensor | None:
+        """Return the decoded mean of the last compressed step again, for statistics.
+
+        Returns:
+            ``[numel]``, a new tensor, in units of the scaled loss; None if servers send weights.
+        """
+        if self._content.sends_weights:
+            return None
+        wire, device = self.layout.downlink, self.downlink.device
+        mean = torch.empty(wire.numel, dtype=compute_dtype(self._dtype), device=device)
+        preconditioner = self._content.preconditioner
+        self._kernels.decode(wire, self.downlink, mean, self._dtype, preconditioner=preconditioner)
+        return mean
+
 
 def _digest(label: str, layout: BucketLayout, dtype: torch.dtype, run_id: str) -> int:
     wires = [

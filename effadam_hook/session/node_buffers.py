@@ -1,4 +1,16 @@
-"""The buffers of one bucket inside a node: packed shares, the local ranks' parts, their mean."""
+"""The buffers of one bucket inside a node: packed shares, the local ranks' parts, their mean.
+
+On a CPU the ranks of a node read the shares from one another's memory, see
+:mod:`effadam_hook.session.node_memory`, and only meet over Gloo. They find out in the first two
+exchanges of a bucket, in which shares are sent::
+
+    first     shares, and the ticket of the memory in which this rank packs
+    second    shares, and whether this rank has mapped the memory of all others
+    others    one byte, if all ranks have mapped all memory; else shares
+
+A rank packs a bucket again only after the exchange, which ends after all ranks of the node have
+averaged: they contribute to its last stage.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +22,14 @@ from torch import Tensor
 
 from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
+from effadam_hook.session.node_memory import TICKET_BYTES, SharedMemory, open_ticket, share
 from effadam_hook.wire.node_layout import NodeLayout
 
 __all__ = ["NodeBuffers"]
+
+_ALIGN_BYTES = 64
+_NOTE_BYTES = 64
+"""Bytes after each share, for a ticket or an answer."""
 
 
 class NodeBuffers:
@@ -24,7 +41,7 @@ class NodeBuffers:
         dtype: The bucket's dtype.
         precise: The arithmetic's dtype.
         device: The bucket's device.
-        staging: The memory of the collectives.
+        staging: The memory of the collectives, where that is not shared.
 
     Attributes:
         layout: This rank's share.
@@ -33,6 +50,7 @@ class NodeBuffers:
         packed_sizes: Likewise.
         received_bytes: Likewise.
         received_sizes: Likewise.
+        is_shared: Whether the ranks read from one another's memory.
     """
 
     def __init__(
@@ -44,48 +62,130 @@ class NodeBuffers:
         device: torch.device,
         staging: Staging,
     ) -> None:
-        self.layout = layouts[own]
-        numels = [layout.numel for layout in layouts]
-        self._runs = [run for layout in layouts for run in layout.runs]
-        self._staging = staging
-        self._sent = staging.zeros((sum(numels),), dtype, device)
-        self._packed = staging.twin(self._sent)
-        self._received = staging.zeros((len(layouts), self.layout.numel), dtype, device)
-        self._rows = staging.twin(self._received)
+        self.layout, self.is_shared = layouts[own], False
         self.mean = torch.zeros(self.layout.numel, dtype=precise, device=device)
-        self.packed_bytes = self._sent.view(torch.uint8)
-        self.packed_sizes = [numel * dtype.itemsize for numel in numels]
-        self.received_bytes = self._received.view(-1).view(torch.uint8)
-        self.received_sizes = [self.layout.numel * dtype.itemsize] * len(layouts)
+        self._own, self._dtype = own, dtype
+        self._ranks = range(len(layouts))
+        self._others = [rank for rank in self._ranks if rank != own]
+        self._share_bytes = [layout.numel * dtype.itemsize for layout in layouts]
+        self.packed_sizes = self._sizes(own)
+        room = _room(self._share_bytes[own])
+        self.received_sizes = [0 if rank == own else room for rank in self._ranks]
+        self._staging = staging
+        self._memory: SharedMemory | None = None
+        if staging.computes_on_host:
+            self._memory = share(sum(self.packed_sizes))
+        if self._memory is None:
+            size = (sum(self.packed_sizes),)
+            self.packed_bytes = staging.zeros(size, torch.uint8, device)
+        else:
+            self.packed_bytes = self._memory.bytes
+        size = (sum(self.received_sizes),)
+        self.received_bytes = staging.zeros(size, torch.uint8, device)
+        # The kernels' side of both: the same tensors without staging.
+        self._packed = staging.twin(self.packed_bytes)
+        self._received = staging.twin(self.received_bytes)
+        rows = torch.split(self._received, self.received_sizes)
+        self._notes = [rows[rank][-_NOTE_BYTES:] for rank in self._others]
+        parts = torch.split(self._packed, self.packed_sizes)
+        self._own_notes = [parts[rank][-_NOTE_BYTES:] for rank in self._others]
+        self._parts = [self._values(parts[rank], self._share_bytes[rank]) for rank in self._others]
+        self._sources = [self._values(rows[rank], self._share_bytes[own]) for rank in self._ranks]
+        self._mapped: list[Tensor | None] = []
+        self._exchanges = 0
+        if self._memory is not None:
+            self._note(self._memory.ticket)
+        self._runs = [layouts[rank].runs for rank in self._others]
         self._address = -1
-        self._views: list[Tensor] = []
+        self._views: list[list[Tensor]] = []
+        self._own_views: list[tuple[Tensor, Tensor]] = []
+
+    def _sizes(self, rank: int) -> list[int]:
+        """Return the bytes that a local rank packs for each of the local ranks, with their notes."""
+        return [0 if to == rank else _room(self._share_bytes[to]) for to in self._ranks]
+
+    def _values(self, data: Tensor, size: int) -> Tensor:
+        return data[:size].view(self._dtype)
 
     def pack(self, bucket: Tensor) -> None:
-        """Copy a bucket, share after share.
+        """Copy the shares of the other ranks of the node, one after the other.
 
         Args:
-            bucket: ``[numel]``.
+            bucket: ``[numel]``; it must not change before :meth:`average`.
         """
         # The views keep the buffer, so that no other can come to lie at its address.
         if bucket.data_ptr() != self._address:
             self._address = bucket.data_ptr()
-            self._views = [bucket[run.start : run.start + run.numel] for run in self._runs]
-        if self._views:
-            torch.cat(self._views, out=self._packed)
-            self._staging.send(self._packed, self._sent)
+            self._views = [
+                [bucket[run.start : run.start + run.numel] for run in runs] for runs in self._runs
+            ]
+            self._own_views = [
+                (
+                    self.mean[run.local : run.local + run.numel],
+                    bucket[run.start : run.start + run.numel],
+                )
+                for run in self.layout.runs
+            ]
+        for part, views in zip(self._parts, self._views, strict=True):
+            if views:
+                torch.cat(views, out=part)
+        self._staging.send(self._packed, self.packed_bytes)
 
     def average(self) -> None:
-        """Average what the local ranks have sent, in the order of the ranks, into :attr:`mean`."""
-        self._staging.receive(self._received, self._rows)
-        ranks = len(self._rows)
+        """Average the share over the local ranks, in their order, into :attr:`mean`."""
+        self._staging.receive(self.received_bytes, self._received)
+        ranks = len(self._ranks)
         # Halved beforehand, as often as needed, a sum of finite values does not overflow. Powers of two
         # are exact, so that the mean is that of a sum divided by the number of ranks.
         scale = 2.0 ** -math.ceil(math.log2(ranks))
-        self.mean.zero_()
-        for row in self._rows:
-            self.mean.add_(row, alpha=scale)
+        for rank, source in enumerate(self._sources):
+            pairs = self._own_views if rank == self._own else [(self.mean, source)]
+            for mean, values in pairs:
+                if rank == 0 and values.dtype == mean.dtype:
+                    torch.mul(values, scale, out=mean)
+                elif rank == 0:
+                    mean.copy_(values).mul_(scale)
+                else:
+                    mean.add_(values, alpha=scale)
         if ranks * scale != 1:
             self.mean.div_(ranks * scale)
+        self._exchanges += 1
+        if self._exchanges == 1:
+            self._map()
+        elif self._exchanges == 2:
+            self._settle()
+
+    def _note(self, note: bytes) -> None:
+        for own in self._own_notes:
+            own[: len(note)] = torch.tensor(list(note), dtype=torch.uint8)
+
+    def _map(self) -> None:
+        """Map the memory of the other ranks, and note the success for them."""
+        if not self._staging.computes_on_host:
+            return
+        self._mapped = [open_ticket(bytes(note[:TICKET_BYTES].tolist())) for note in self._notes]
+        has_all = self._memory is not None and all(one is not None for one in self._mapped)
+        self._note(bytes([has_all]))
+
+    def _settle(self) -> None:
+        """Read from the memory of the other ranks from now on, if all ranks can."""
+        if not self._staging.computes_on_host:
+            return
+        if self._memory is not None:
+            self._memory.seal()
+        mapped, self._mapped = self._mapped, []
+        if not all(bool(note[0]) for note in (*self._notes, *self._own_notes)):
+            return
+        for rank, memory in zip(self._others, mapped, strict=True):
+            assert memory is not None
+            part = torch.split(memory, self._sizes(rank))[self._own]
+            self._sources[rank] = self._values(part, self._share_bytes[self._own])
+        self._sources[self._own] = self.mean[:0]
+        self._notes.clear()
+        self.packed_sizes = self.received_sizes = [1] * len(self._ranks)
+        self.packed_bytes, self.received_bytes = torch.zeros(2, len(self._ranks), dtype=torch.uint8)
+        self._received = self.received_bytes
+        self.is_shared = True
 
     def share_of(self, preconditioner: Preconditioner | None) -> Preconditioner | None:
         """Return the second moments of this rank's share.
@@ -103,3 +203,8 @@ class NodeBuffers:
             if moment is not None:
                 moments[run.slot] = moment[run.offset : run.offset + run.numel]
         return Preconditioner(tuple(moments))
+
+
+def _room(share_bytes: int) -> int:
+    """Return the bytes of a share and its note, aligned for the next one."""
+    return -(-share_bytes // _ALIGN_BYTES) * _ALIGN_BYTES + _NOTE_BYTES

@@ -6,11 +6,15 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from .training import Point, Run, Task, Wire
+    from effadam_hook import EfficientAdamState
+
+    from .training import Point, Run, Task
 
 REFRESH_EVERY_STEPS = 10
 
@@ -18,7 +22,9 @@ REFRESH_EVERY_STEPS = 10
 class Progress:
     """Progress display of the main worker; other workers print nothing."""
 
-    def __init__(self, run: Run, task: Task, steps: int, enabled: bool) -> None:
+    def __init__(
+        self, run: Run, task: Task, steps: int, enabled: bool, device: torch.device
+    ) -> None:
         self._run = run
         self._task = task
         self._steps = steps
@@ -26,30 +32,39 @@ class Progress:
         self._width = len(str(steps))
         first = run.points[-1].step if run.points else 0
         self._refreshed = (time.perf_counter(), first)
+        is_shown = torch.tensor(enabled and sys.stderr.isatty(), dtype=torch.int64, device=device)
+        dist.broadcast(is_shown, 0)
+        self._is_shown = bool(
+            is_shown
+        )  # the same on all workers, which describe the exchange together
         self._bar = tqdm(
             total=steps,
             initial=first,
             desc=run.mode,
             unit="step",
-            disable=not (enabled and sys.stderr.isatty()),
+            disable=not (enabled and self._is_shown),
             dynamic_ncols=True,
             leave=False,
         )
 
-    def step(self, step: int, loss: Tensor, wire: Wire) -> None:
-        """Advance the bar; every few steps, show this worker's loss, throughput and bytes."""
-        if self._bar.disable:
+    def step(self, step: int, loss: Tensor, state: EfficientAdamState | None) -> None:
+        """Advance the bar; every few steps, show this worker's loss, throughput and the exchange."""
+        if not self._is_shown:
             return
         self._bar.update()
         if step % REFRESH_EVERY_STEPS:
             return
+        exchange = ""
+        if state is not None:
+            from effadam_hook.integrations.metrics import exchange_line
+
+            exchange = f", {exchange_line(state)}"
         now = time.perf_counter()
         then, step_then = self._refreshed
         self._refreshed = (now, step)
         throughput = (step - step_then) * self._run.units_per_step / (now - then)
         self._bar.set_postfix_str(
-            f"loss {loss.item():.3f}, {throughput:,.0f} {self._task.unit}/s,"
-            f" {sum(wire.read(step)) / 1e6:.1f} MB"
+            f"loss {loss.item():.3f}, {throughput:,.0f} {self._task.unit}/s{exchange}"
         )
 
     def point(self, point: Point) -> None:

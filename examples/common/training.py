@@ -163,7 +163,9 @@ class Training:
             self.result.points = [Point(**point) for point in points]
         self.wire = Wire(self.result.dense_bytes_per_step, self.state)
         self.log = open_log(mode, options, worker)
-        self.progress = Progress(self.result, task, options.steps, enabled=worker.is_main)
+        self.progress = Progress(
+            self.result, task, options.steps, enabled=worker.is_main, device=worker.device
+        )
 
     def wrap(self) -> DistributedDataParallel:
         """Wrap the model in DDP; benchmarks override this method to register other hooks."""
@@ -186,7 +188,7 @@ class Training:
         clock = time.perf_counter()
         for step in range(first, last):
             losses.append(self._step(step))
-            self.progress.step(step + 1, losses[-1], self.wire)
+            self.progress.step(step + 1, losses[-1], self.state)
             if self.log is not None:
                 stats = self.state.stats() if self.state else {}
                 self.log.write(step + 1, losses[-1].item(), **stats)

@@ -116,6 +116,7 @@ def run_batch(
         # What can end a run as an error, with -W error, must not be said in vain.
         with warnings.catch_warnings(), _replaced(case, rank):
             warnings.filterwarnings("error", "Gradients of the last backward were still there")
+            warnings.filterwarnings("ignore", "exact=.* replaces the default")
             _run(case, rank, report, alone)
         if bool(report.error) != bool(case.ending):
             break

@@ -4,7 +4,8 @@ The ranks of a node share its network card, which a flat all-to-all crosses once
 every rank of a node handles its share of the bucket, and each element crosses the card once in each
 direction. With M nodes of G ranks, rank g of node m:
 
-1. receives the other local ranks' gradients for share g and averages them ("node mean");
+1. receives the other local ranks' gradients for share g and averages them ("node mean"); on a CPU it
+   reads them from shared memory, and the ranks only meet;
 2. encodes the mean of its share, with the worker residual, and exchanges chunks with the M ranks of
    equal g on the other nodes ("uplink");
 3. reduces chunk ``g * M + m`` as its server and exchanges the result with the same ranks ("downlink");
@@ -67,7 +68,7 @@ class Hierarchical(Topology):
         card = load.payload_bytes * (nodes - 1) / nodes
         others = (ranks - 1) / ranks
         return [
-            Leg("mean/hierarchical", 0, 0, 1, ranks - 2, load.bucket_bytes * others),
+            Leg("mean/hierarchical", 0, 0, 1, ranks - 2, load.bucket_bytes * others * load.tree),
             Leg("up/hierarchical", card, card, 1, nodes - 2),
             Leg("down/hierarchical", card, card, 1, nodes - 2),
             Leg("gather/hierarchical", 0, 0, 1, ranks - 2, load.payload_bytes * others),

@@ -20,7 +20,8 @@ class Load:
         payload_bytes: Bytes of a whole payload.
         nodes: Number M of nodes.
         ranks_per_node: Number G of ranks of a node. Ranks of a node have consecutive numbers.
-        tree: Whether a broadcast sends its bytes once, as on NCCL, rather than once a round.
+        tree: Whether NCCL carries the bytes: a broadcast sends them once rather than once a round,
+            and ranks of a node send their gradients instead of reading them from shared memory.
     """
 
     bucket_bytes: float

@@ -1,0 +1,1 @@
+"""Adapters for training libraries and loggers, each imported only by its own name."""
