@@ -89,7 +89,7 @@ def block_sum(a, BLOCKS: tl.constexpr, COLS: tl.constexpr):
     """
     a = tl.sum(a, axis=0)
     for step in tl.static_range(10):
-        if COLS >= 4 << step:
+        if 4 << step <= COLS:
             a = tl.sum(tl.reshape(a, (BLOCKS, COLS >> (step + 1), 2)), axis=2)
     return tl.sum(a, axis=1)[None, :, None]
 
