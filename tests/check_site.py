@@ -90,7 +90,12 @@ def browse(browser: str, page: Path, *arguments: str) -> str:
     with tempfile.TemporaryDirectory(prefix="effadam-site-") as profile:
         command = [
             *(browser, "--headless=new", "--disable-gpu", "--no-sandbox", "--hide-scrollbars"),
-            *("--allow-file-access-from-files", "--disable-dev-shm-usage", "--no-first-run"),
+            *(
+                "--allow-file-access-from-files",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--disable-breakpad",
+            ),
             *(f"--user-data-dir={profile}", f"--timeout={1000 * TIMEOUT_S}", *arguments),
             page.as_uri(),
         ]

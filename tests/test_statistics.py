@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from effadam_hook import EfficientAdam, attach
-from effadam_hook.ddp.summary import human_bytes
+from effadam_hook.wire.counters import human_bytes
 from harness import run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
 
@@ -80,7 +80,7 @@ def test_the_quantization_error_is_relative_to_the_exchanged_mean() -> None:
 
 def describe_runs(rank: int, world_size: int) -> dict[str, Any]:
     model = ddp(ChosenGradients())
-    state = attach(model, quantizer="lloyd4", enabled=False)
+    state = attach(model, quantizer="lloyd4", topology="rank0", enabled=False)
     found: dict[str, Any] = {"new": state.summary()}
     model(drawn_gradients(rank, 0)).backward()
     found["off"] = state.summary()
@@ -107,7 +107,7 @@ def test_summaries_have_human_units_and_no_line_without_a_meaning() -> None:
     assert " -> " in on["bytes"] and on["bytes"].endswith("x less")
     assert "times the last result" in on["residuals"]
     assert "% of the elements" in on["exact"] and "quantized" not in on["exact"]
-    assert found["repr"].startswith("<EfficientAdamState on: gradient, lloyd4, rank0; 2 steps, ")
+    assert found["repr"].startswith("<EfficientAdamState on: gradient, lloyd4, auto; 2 steps, ")
     assert found["copy"].startswith("<EfficientAdamState a copy, registered with no model")
     assert 'without rule "1d", 2 of one dimension are quantized' in found["patterns"]
 

@@ -152,8 +152,8 @@ def test_summary_and_log_say_the_choice_and_its_reason(
 
 
 FLAT_ON_NODES = (
-    r'INFO topology="(.*)" sends about (.*) MB a step through the card of a node with 2 ranks; '
-    r'topology="hierarchical" would send (.*) MB, (.*)x less\.'
+    r'INFO topology="(.*)" sends about (.*) kB a step through the card of a node with 2 ranks; '
+    r'topology="hierarchical" would send (.*) kB, (.*)x less\.'
 )
 
 
@@ -174,7 +174,7 @@ def test_flat_topologies_on_nodes_with_several_ranks_say_what_hierarchical_sends
     assert float(flat) / float(other) == pytest.approx(float(ratio), abs=0.05)
     # The two cards are those of the summaries, apart from the padding of chunks in so small a model.
     cards = [
-        re.search(r"card  .*about (.*) MB a step", one) for one in (results[0][0], hierarchical)
+        re.search(r"card  .*about (.*) kB a step", one) for one in (results[0][0], hierarchical)
     ]
     assert cards[0] is not None and float(cards[0][1]) == pytest.approx(float(flat), rel=padding)
     assert cards[1] is not None and float(cards[1][1]) == pytest.approx(float(other), rel=padding)

@@ -10,10 +10,9 @@ from effadam_hook._version import __version__
 from effadam_hook.ddp.engine import Engine
 from effadam_hook.kernels import describe
 from effadam_hook.session.card import describe_card
+from effadam_hook.wire.counters import human_bytes
 
 __all__ = ["describe_briefly", "stats_of", "summarize"]
-
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def stats_of(engine: Engine) -> dict[str, float]:
@@ -81,16 +80,6 @@ def describe_briefly(engine: Engine, is_copy: bool) -> str:
         f"{_quantizers(engine)}, {config.topology}; {counters.steps} steps, "
         f"{counters.ratio:.2f}x fewer bytes>"
     )
-
-
-def human_bytes(count: float) -> str:
-    """Return a number of bytes with three digits and a decimal unit, such as ``1.50 GB``."""
-    power = min(int(math.log10(count)) // 3, len(_UNITS) - 1) if count >= 1 else 0
-    if round(count / 1000**power, 0) >= 1000 and power + 1 < len(_UNITS):
-        power += 1
-    value = count / 1000**power
-    digits = 0 if power == 0 else max(0, 2 - int(math.log10(value) + 1e-3))
-    return f"{value:.{digits}f} {_UNITS[power]}"
 
 
 def _options(engine: Engine) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import logging
 
 from effadam_hook.exchange.topology import HIERARCHICAL, TOPOLOGIES, Load, Topology
 from effadam_hook.session.session import ExchangeSession
+from effadam_hook.wire.counters import human_bytes
 
 __all__ = ["CardAdvice", "card_bytes", "describe_card"]
 
@@ -57,8 +58,8 @@ def describe_card(session: ExchangeSession) -> str:
     ranks = session.group.size()
     held = sum(one.bucket.numel() * one.bucket.element_size() for one in session.buckets)
     dense = 2 * held * (ranks - 1) / ranks
-    ratio = dense / size
-    return f"about {_mb(size)} a step through a node's card, dense {_mb(dense)}: {ratio:.2f}x less"
+    through = f"about {human_bytes(size)} a step through a node's card"
+    return f"{through}, dense {human_bytes(dense)}: {dense / size:.2f}x less"
 
 
 class CardAdvice:
@@ -86,10 +87,6 @@ class CardAdvice:
         _log.info(
             'topology="%s" sends about %s a step through the card of a node with %d ranks; '
             'topology="%s" would send %s, %.2fx less.',
-            *(topology.name, _mb(flat), table.ranks_per_node),
-            *(HIERARCHICAL, _mb(other), flat / other),
+            *(topology.name, human_bytes(flat), table.ranks_per_node),
+            *(HIERARCHICAL, human_bytes(other), flat / other),
         )
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.3g} MB"

@@ -23,7 +23,7 @@ from torch import Tensor
 from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.session.node_memory import TICKET_BYTES, SharedMemory, open_ticket, share
-from effadam_hook.wire.node_layout import NodeLayout
+from effadam_hook.wire.node_layout import NodeLayout, Run
 
 __all__ = ["NodeBuffers"]
 
@@ -97,8 +97,13 @@ class NodeBuffers:
             self._note(self._memory.ticket)
         self._runs = [layouts[rank].runs for rank in self._others]
         self._address = -1
-        self._views: list[list[Tensor]] = []
-        self._own_views: list[tuple[Tensor, Tensor]] = []
+        self._views: list[tuple[Tensor, Tensor]] = []
+        self._own_views: list[Tensor] = []
+        # Halved beforehand, as often as needed, a sum of finite values does not overflow. Powers of two
+        # are exact, so that the mean is that of a sum divided by the number of ranks.
+        self._scale = 2.0 ** -math.ceil(math.log2(len(layouts)))
+        # Values of fewer bits would leave their range.
+        self._packed_scale = self._scale if dtype == precise else 1.0
 
     def _sizes(self, rank: int) -> list[int]:
         """Return the bytes that a local rank packs for each of the local ranks, with their notes."""
@@ -117,43 +122,46 @@ class NodeBuffers:
         if bucket.data_ptr() != self._address:
             self._address = bucket.data_ptr()
             self._views = [
-                [bucket[run.start : run.start + run.numel] for run in runs] for runs in self._runs
+                (part[run.local : run.local + run.numel], _of(bucket, run))
+                for part, runs in zip(self._parts, self._runs, strict=True)
+                for run in runs
             ]
-            self._own_views = [
-                (
-                    self.mean[run.local : run.local + run.numel],
-                    bucket[run.start : run.start + run.numel],
-                )
-                for run in self.layout.runs
-            ]
-        for part, views in zip(self._parts, self._views, strict=True):
-            if views:
-                torch.cat(views, out=part)
+            self._own_views = [_of(bucket, run) for run in self.layout.runs]
+        for part, view in self._views:
+            torch.mul(view, self._packed_scale, out=part)
         self._staging.send(self._packed, self.packed_bytes)
 
     def average(self) -> None:
         """Average the share over the local ranks, in their order, into :attr:`mean`."""
         self._staging.receive(self.received_bytes, self._received)
-        ranks = len(self._ranks)
-        # Halved beforehand, as often as needed, a sum of finite values does not overflow. Powers of two
-        # are exact, so that the mean is that of a sum divided by the number of ranks.
-        scale = 2.0 ** -math.ceil(math.log2(ranks))
-        for rank, source in enumerate(self._sources):
-            pairs = self._own_views if rank == self._own else [(self.mean, source)]
-            for mean, values in pairs:
-                if rank == 0 and values.dtype == mean.dtype:
-                    torch.mul(values, scale, out=mean)
-                elif rank == 0:
-                    mean.copy_(values).mul_(scale)
-                else:
-                    mean.add_(values, alpha=scale)
-        if ranks * scale != 1:
-            self.mean.div_(ranks * scale)
+        ranks, scale = len(self._ranks), self._scale / self._packed_scale
+        if scale == 1:  # the sum of the first two in one pass
+            first = 2
+            if self._own < first:
+                self._add_own(self._sources[1 - self._own])
+            else:
+                torch.add(self._sources[0], self._sources[1], out=self.mean)
+        else:
+            first = 0
+            self.mean.zero_()
+        for rank in self._ranks[first:]:
+            if rank == self._own:
+                self._add_own(self.mean)
+            else:
+                self.mean.add_(self._sources[rank], alpha=scale)
+        if ranks * self._scale != 1:
+            self.mean.div_(ranks * self._scale)
         self._exchanges += 1
         if self._exchanges == 1:
             self._map()
         elif self._exchanges == 2:
             self._settle()
+
+    def _add_own(self, others: Tensor) -> None:
+        """Write the sum of other ranks and of this rank's bucket to the mean."""
+        for run, own in zip(self.layout.runs, self._own_views, strict=True):
+            place = slice(run.local, run.local + run.numel)
+            torch.add(others[place], own, alpha=self._scale, out=self.mean[place])
 
     def _note(self, note: bytes) -> None:
         for own in self._own_notes:
@@ -203,6 +211,10 @@ class NodeBuffers:
             if moment is not None:
                 moments[run.slot] = moment[run.offset : run.offset + run.numel]
         return Preconditioner(tuple(moments))
+
+
+def _of(bucket: Tensor, run: Run) -> Tensor:
+    return bucket[run.start : run.start + run.numel]
 
 
 def _room(share_bytes: int) -> int:

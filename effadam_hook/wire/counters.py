@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 
-__all__ = ["COUNTER_NAMES", "Counters"]
+__all__ = ["COUNTER_NAMES", "Counters", "human_bytes"]
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 @dataclass
@@ -52,3 +55,13 @@ class Counters:
 
 COUNTER_NAMES = frozenset(field.name for field in fields(Counters))
 """Names of the counters."""
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes with three digits and a decimal unit, such as ``1.50 GB``."""
+    power = min(int(math.log10(count)) // 3, len(_UNITS) - 1) if count >= 1 else 0
+    if round(count / 1000**power, 0) >= 1000 and power + 1 < len(_UNITS):
+        power += 1
+    value = count / 1000**power
+    digits = 0 if power == 0 else max(0, 2 - int(math.log10(value) + 1e-3))
+    return f"{value:.{digits}f} {_UNITS[power]}"
