@@ -1,9 +1,9 @@
 """Machine code of compiled Triton kernels: its path for full blocks, and what that path costs.
 
 A kernel has a path for full, aligned blocks, and others for raw elements and for the rest. Its coded
-path is found in the control flow of the disassembly: from the entry to an exit, over 16-byte accesses
-where there are any, with the most accesses to memory and, among these, the fewest instructions.
-Subroutines for rare operands (the slow part of a division) are left out.
+path is found in the control flow of the disassembly: from the entry to an exit, with the most bytes of
+memory accessed and, among these, the fewest instructions. Subroutines for rare operands (the slow part
+of a division) are left out.
 """
 
 from __future__ import annotations
@@ -181,13 +181,16 @@ class _Graph:
 
     def coded_path(self, trips: int) -> list[str]:
         """Return the instructions of the path, those of a loop ``trips`` times."""
-        lines = [self._lines(path, trips) for path in self._paths()]
-        wide = [path for path in lines if any(_width(line) == 16 for line in path)]
-        return max(
-            wide or lines,
-            key=lambda path: (sum(_width(line) > 0 for line in path), -len(path)),
+        moved = {name: sum(map(_width, lines)) for name, lines in self.code.items()}
+        coded = max(
+            self._paths(),
+            key=lambda path: (
+                sum(moved[name] for name in path),
+                -sum(len(self.code[name]) for name in path),
+            ),
             default=[],
         )
+        return self._lines(coded, trips)
 
     def _paths(self) -> Iterator[list[str]]:
         """Yield paths without repetition, from the entry to an exit."""

@@ -95,5 +95,5 @@ def test_the_readme_says_what_has_run_where() -> None:
     if report.newest(folder) is not None:
         assert report.status_line(folder) in readme
     else:
-        denials = ("neither has run on a GPU", "never run on a GPU", "CUDA: never", "CUDA never")
+        denials = ("neither has run on a GPU", "never run on a GPU", "NCCL and GPUs: never")
         assert any(denial in readme for denial in denials)

@@ -251,6 +251,18 @@ def test_kernels_move_the_bytes_of_their_docstrings(
     assert count(lambda: decode(kernels, wire, payload, torch.float32)) == expect(4 + code)
 
 
+@pytest.mark.parametrize(
+    ("version", "fine"), [("3.1.0", False), ("3.2.0", True), ("4.0.1+git", True)]
+)
+def test_a_triton_that_is_too_old_is_named(kernels: Kernels, version: str, fine: bool) -> None:
+    constants = importlib.import_module(f"{kernels.__name__}.constants")  # type: ignore[attr-defined]
+    if fine:
+        constants.check_version(version)
+        return
+    with pytest.raises(ImportError, match=r"Triton 3\.1\.0 is too old\. Must be 3\.2 or newer"):
+        constants.check_version(version)
+
+
 def test_a_table_that_is_too_long_is_refused(kernels: Kernels) -> None:
     levels = Quantizer("log5", (0.0, *(2.0**-k for k in range(14, -1, -1))), 8, 8, None)
     wire = dataclasses.replace(layout_of((64,), "uniform8").uplink, quantizer=levels)

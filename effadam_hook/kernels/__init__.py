@@ -200,7 +200,10 @@ def _for_cuda() -> Choice:
         return Choice(
             reference, f"reference: {missing}", f"{missing}. Install it: `pip install triton`."
         )
-    from effadam_hook.kernels import triton_kernels
+    try:
+        from effadam_hook.kernels import triton_kernels
+    except ImportError as error:  # too old
+        return Choice(reference, f"reference: {error}", f"{error}")
 
     return Choice(triton_kernels, "triton: fused CUDA kernels")
 

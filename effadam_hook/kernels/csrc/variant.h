@@ -9,8 +9,16 @@ static const int64_t bytes_of_store[] = {4, 8, 2, 2};
 #define REAL_IS_DOUBLE 0
 #include "engine.h"
 
+/* Few models have float64 parameters: half the code is worth more there than the last percent. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("Os")
+#endif
 #define REAL double
 #define REAL_IS_DOUBLE 1
 #include "engine.h"
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 const Variant VARIANT = {VARIANT_NAME, run_float, run_double};

@@ -2,7 +2,7 @@
 
 /* Few x86-64 processors run this variant: half the code is worth more there than the last percent. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("O2")
+#pragma GCC optimize("Os")
 #endif
 
 #include <math.h>

@@ -88,8 +88,9 @@ def block_sum(a, BLOCKS: tl.constexpr, COLS: tl.constexpr):
     result in full and in partial tiles.
     """
     a = tl.sum(a, axis=0)
-    for step in tl.static_range(COLS.bit_length() - 2):
-        a = tl.sum(tl.reshape(a, (BLOCKS, COLS >> (step + 1), 2)), axis=2)
+    for step in tl.static_range(10):
+        if 4 << step <= COLS:
+            a = tl.sum(tl.reshape(a, (BLOCKS, COLS >> (step + 1), 2)), axis=2)
     return tl.sum(a, axis=1)[None, :, None]
 
 

@@ -13,7 +13,14 @@ from effadam_hook.kernels.triton_kernels.levels import packed_magnitudes
 from effadam_hook.wire.layout import Wire
 from effadam_hook.wire.quantizers import Quantizer
 
-__all__ = ["blocks_of", "decode_constants", "encode_constants", "reduce_constants", "warps_of"]
+__all__ = [
+    "blocks_of",
+    "check_version",
+    "decode_constants",
+    "encode_constants",
+    "reduce_constants",
+    "warps_of",
+]
 
 _TILE = 4096
 _THREADS = 128
@@ -23,6 +30,26 @@ _RAW_TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
+
+
+def check_version(version: str) -> None:
+    """Check that this Triton compiles the kernels.
+
+    Args:
+        version: Version of Triton.
+
+    Raises:
+        ImportError: If it is older than 3.2.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < (3, 2):
+        raise ImportError(
+            f"Triton {version} is too old. Must be 3.2 or newer, which comes with torch 2.6: install "
+            "that, or set EFFADAM_KERNELS=reference"
+        )
+
+
+check_version(triton.__version__)
 
 
 def blocks_of(wire: Wire) -> int:
