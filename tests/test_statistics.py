@@ -107,7 +107,7 @@ def test_summaries_have_human_units_and_no_line_without_a_meaning() -> None:
     assert " -> " in on["bytes"] and on["bytes"].endswith("x less")
     assert "times the last result" in on["residuals"]
     assert "% of the elements" in on["exact"] and "quantized" not in on["exact"]
-    assert found["repr"].startswith("<EfficientAdamState on: gradient, lloyd4, auto; 2 steps, ")
+    assert found["repr"].startswith("<EfficientAdamState on: gradient, lloyd4, rank0; 2 steps, ")
     assert found["copy"].startswith("<EfficientAdamState a copy, registered with no model")
     assert 'without rule "1d", 2 of one dimension are quantized' in found["patterns"]
 
