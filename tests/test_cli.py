@@ -185,7 +185,7 @@ def test_bench_trains_by_every_method_and_says_what_it_counted() -> None:
     assert "loopback" in found["counted"]
     assert by_name["fp32"]["busiest_mb"] > 4 * 64 * 65 * 2 / 2 / 1e6
     cells = {cell["method"]: cell for cell in found["cells"]}
-    assert "cpu" in cells["lloyd4/rank0@1"]["kernels"] and cells["fp32"]["kernels"] == ""
+    assert "compiled C" in cells["lloyd4/rank0@1"]["kernels"] and cells["fp32"]["kernels"] == ""
 
 
 def mean_by(rank: int, world_size: int, name: str) -> tuple[list[float], list[float]]:

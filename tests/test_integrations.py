@@ -153,7 +153,8 @@ def resume_elsewhere(rank: int, world_size: int, folder: str) -> list[str]:
     checkpoint = f"{folder}/two/checkpoint-2"
     if world_size == 1:  # nothing to exchange: residuals are dropped, with a warning
         run = train(rank, 1, f"{folder}/two", 3, resume=checkpoint, save_strategy="no")
-        assert run["steps"] == 0 and not any("effadam/ratio" in row for row in run["logs"])
+        new = [row for row in run["logs"] if row["step"] > 2]  # the checkpoint has its own rows
+        assert run["steps"] == 0 and new and not any("effadam/ratio" in row for row in new)
         return [one for one in run["warnings"] if "residuals" in one]
     # The folder of this run has a file of another checkpoint of this step.
     with pytest.raises(EffAdamError, match="set TrainingArguments") as caught:
