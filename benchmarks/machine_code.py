@@ -24,7 +24,7 @@ _PATHS = 20_000
 
 @dataclass(frozen=True)
 class Code:
-    """What the coded path of a kernel costs.
+    """Describe the cost of the coded path of a kernel.
 
     Attributes:
         registers: Registers of a thread.

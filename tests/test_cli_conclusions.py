@@ -1,4 +1,4 @@
-"""What plan and bench conclude: what they do not know, noise, quality, and the next command."""
+"""Test the conclusions of plan and bench: what they do not know, noise, quality, and the next command."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def pretend(rank: int, nodes: Nodes) -> None:
 
 
 class Logged(logging.Handler):
-    """What the package logs at level INFO and above, as ``LEVEL text``."""
+    """Collect what the package logs at level INFO and above, as ``LEVEL text``."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)

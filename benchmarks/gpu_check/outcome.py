@@ -34,7 +34,7 @@ class SkipError(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    """Where a section runs.
+    """Describe where a section runs.
 
     Attributes:
         device: ``cuda``, or ``cpu`` to try the sections themselves.

@@ -13,7 +13,7 @@ __all__ = ["Leg", "Load"]
 
 @dataclass(frozen=True)
 class Load:
-    """What an exchange of one bucket has to carry, and between whom.
+    """Describe what an exchange of one bucket carries, and between whom.
 
     Attributes:
         bucket_bytes: Bytes of the gradients.
