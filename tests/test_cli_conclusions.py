@@ -1,4 +1,4 @@
-"""Test the conclusions of plan and bench: what they do not know, noise, quality, and the next command."""
+"""Test the conclusions of plan and bench: unknowns, noise, quality, and the next command."""
 
 from __future__ import annotations
 
