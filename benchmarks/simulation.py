@@ -7,10 +7,10 @@ copies between the buffers of the workers::
     simulation = Simulation(model, lambda p: [AdamW(p, lr=6e-3)], workers=4, quantizer="lloyd4")
     simulation.step(lambda model, worker: loss of the worker's batch)
 
-`tests/test_simulation.py` compares the weights with those of real processes. One thread computes a step of
-all workers, which needs less processor time than as many processes. The topologies "rank0" and "sharded"
-give the same bits. Steps with a dense average, of a warm-up or a shared second moment, are refused: the
-order of their sums is that of Gloo.
+`tests/test_simulation.py` compares the weights with those of real processes. One thread computes a step
+of all workers, which needs less processor time than as many processes. The topologies "rank0" and
+"sharded" give the same bits. Steps with a dense average, of a warm-up or a shared second moment, are
+refused: the order of their sums is that of Gloo.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class SimulatedExchange:
     def __init__(self, named: Sequence[Named], modes: Sequence[Mode], config: Config) -> None:
         if config.warmup_steps:
             raise ValueError(
-                f"Invalid warmup_steps: {config.warmup_steps}. Must be 0: a simulation has no dense steps."
+                f"Invalid warmup_steps: {config.warmup_steps}. Must be 0: a simulation has no dense "
+                "steps."
             )
         if config.topology not in FLAT_TOPOLOGIES:
             raise ValueError(
@@ -131,8 +132,8 @@ class Simulation:
 
     Args:
         model: The model. Workers share it: their replicas would be identical.
-        build_optimizers: Makes the optimizers of a list of parameters. One ``EfficientAdam`` selects update
-            mode; each worker then has its own, for its moments.
+        build_optimizers: Makes the optimizers of a list of parameters. One ``EfficientAdam`` selects
+            update mode; each worker then has its own, for its moments.
         workers: Number of workers.
         average: Averages gradients instead of the exchange, such as :func:`dense_mean`.
         precondition: Whether the first optimizer, an Adam or AdamW, preconditions the exchange.
@@ -141,8 +142,8 @@ class Simulation:
     Attributes:
         model: The model.
         optimizers: All optimizers, for changes of the learning rate.
-        bytes_per_step: Bytes of one worker in the last step, both directions together; 4 per element and
-            direction without an exchange.
+        bytes_per_step: Bytes of one worker in the last step, both directions together; 8 for
+            each element without an exchange.
     """
 
     def __init__(

@@ -95,5 +95,5 @@ def test_a_simulation_refuses_dense_steps() -> None:
     with pytest.raises(ValueError, match="warmup_steps: 5"):
         Simulation(_model(), lambda p: [torch.optim.SGD(p)], 2, warmup_steps=5)
     simulation = Simulation(_model(), lambda p: [EfficientAdam(p, second_moment="shared")], 2)
-    with pytest.raises(ValueError, match='second_moment. Must be "local"'):
+    with pytest.raises(ValueError, match="second_moment"):
         simulation.step(lambda model, worker: _loss(model, worker, 0))

@@ -1,0 +1,463 @@
+"""Compare local steps and other rivals with this project: loss per step, and time to a loss.
+
+    python benchmarks/local_steps.py                      # all runs, a quarter of an hour of one core
+    python benchmarks/local_steps.py --only-report --figure docs/figures/local_steps.png
+
+The text example (470 thousand parameters), 4 workers in one process, 608 steps, one seed. A method
+with local steps trains every worker alone and synchronizes after H steps: post-local SGD averages the
+weights after 64 dense steps (`torch.distributed.algorithms.model_averaging`); DiLoCo passes the mean of
+the changes to an outer SGD with Nesterov momentum, as torchft does. Both keep the moments of Adam
+local. `fp8` sends e4m3 with a scale for 256 elements in both directions and keeps no error. PowerSGD has the
+options of `time_to_quality.py`.
+
+The time of a step comes from the cost model (docs/cost-model.md) for 4 hosts with a core each, without
+the time of kernels and of PowerSGD's products. A local step has no exchange, and a synchronization
+overlaps with nothing. `--compute-ms` is the time of a step without communication.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from quality_runs import RESULTS, Record, Schedule, markdown, read, train, write
+from quality_tasks import Prose
+from simulation import Average, SimulatedExchange, Simulation, dense_mean
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from effadam_hook import EfficientAdam
+from effadam_hook.config import Config
+from effadam_hook.modes import GradientMode
+from effadam_hook.planner.cluster import Cluster, Compute, Link
+from effadam_hook.planner.method import Method as Name
+from effadam_hook.planner.predict import predict
+from effadam_hook.planner.traffic import ParameterSize
+
+WORKERS = 4
+SCHEDULE = Schedule(608, 50, 32)
+_DENSE_STEPS = 64
+_LR, _DECAY = 9e-3, 0.01
+_ROW = 256
+_LARGEST_E4M3 = 448.0
+LINKS = {
+    "1 Gbit/s": (1000, 0),
+    "200 Mbit/s": (200, 0),
+    "50 Mbit/s": (50, 0),
+    "10 Mbit/s": (10, 0),
+    "200 Mbit/s, 20 ms": (200, 20),
+    "200 Mbit/s, 50 ms": (200, 50),
+    "50 Mbit/s, 50 ms": (50, 50),
+}
+"""Rate in Mbit/s and one-way delay in milliseconds."""
+
+
+def fp8_mean(flats: list[Tensor]) -> None:
+    """Average gradients that are sent as e4m3 in both directions, without error feedback."""
+    for flat in flats:
+        flat.copy_(_as_e4m3(flat))
+    dense_mean(flats)
+    mean = _as_e4m3(flats[0])
+    for flat in flats:
+        flat.copy_(mean)
+
+
+def _as_e4m3(flat: Tensor) -> Tensor:
+    rows = nn.functional.pad(flat, (0, -flat.numel() % _ROW)).view(-1, _ROW)
+    scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / _LARGEST_E4M3
+    return ((rows / scale).to(torch.float8_e4m3fn).float() * scale).view(-1)[: flat.numel()]
+
+
+class PowerSGD:
+    """The average of torch's PowerSGD hook: warm start, error feedback, ten dense steps.
+
+    Args:
+        shapes: The shapes of the parameters, in the order of the vector.
+        rank: Rank of the approximation.
+
+    Attributes:
+        numel: Number of elements that a worker sends in a step after the dense ones.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], rank: int) -> None:
+        self._slices: list[tuple[slice, torch.Size, Tensor | None]] = []
+        generator = torch.Generator().manual_seed(0)
+        start = self.numel = 0
+        for shape in shapes:
+            numel, rows = shape.numel(), shape[0]
+            columns = numel // rows
+            # torch's rule with its minimal rate of 2.
+            q = None
+            if (rows + columns) * min(rank, rows, columns) * 2 < numel:
+                q = torch.randn(columns, min(rank, rows, columns), generator=generator)
+            self.numel += numel if q is None else (rows + columns) * q.shape[1]
+            self._slices.append((slice(start, start + numel), torch.Size((rows, columns)), q))
+            start += numel
+        self._errors: list[Tensor] = []
+        self._step = 0
+
+    def __call__(self, flats: list[Tensor]) -> None:
+        """Replace the gradients by the approximation of their mean."""
+        self._step += 1
+        if self._step <= 10:
+            dense_mean(flats)
+            return
+        if not self._errors:
+            self._errors = [torch.zeros_like(flat) for flat in flats]
+        for flat, error in zip(flats, self._errors, strict=True):
+            error.add_(flat)
+        means = torch.stack(self._errors).mean(0)
+        for place, shape, q in self._slices:
+            if q is None:
+                for error in self._errors:
+                    error[place] = means[place]
+                continue
+            mean = means[place].view(shape)
+            p = torch.linalg.qr(mean @ torch.linalg.qr(q)[0])[0]
+            torch.mm(mean.T, p, out=q)  # the mean of all workers' products
+            means[place] = (p @ q.T).flatten()
+        for flat, error in zip(flats, self._errors, strict=True):
+            error.sub_(means)
+            flat.copy_(means)
+
+
+class LocalSteps:
+    """Workers that train alone and synchronize after every ``period`` steps.
+
+    Args:
+        model: The global model.
+        build_optimizer: Makes the optimizer of a worker.
+        period: H, the number of steps between synchronizations.
+        dense_steps: Number of steps with a dense average of gradients at the start.
+        outer: Makes the outer optimizer; None to average weights.
+        quantizer: Quantizer of the exchanged changes in both directions; empty for none.
+
+    Attributes:
+        optimizers: Those of the workers.
+        bytes_per_step: Bytes of one worker in the last step, both directions together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        period: int,
+        dense_steps: int = 0,
+        outer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        quantizer: str = "",
+    ) -> None:
+        self._global = list(model.parameters())
+        self._models = [copy.deepcopy(model) for _ in range(WORKERS)]
+        self._weights = [list(model.parameters()) for model in self._models]
+        self.optimizers = [build_optimizer(weights) for weights in self._weights]
+        self._outer = outer(self._global) if outer is not None else None
+        self._period, self._dense_steps, self._step = period, dense_steps, 0
+        self._dense_bytes = 8 * sum(p.numel() for p in self._global)
+        self.bytes_per_step = 0
+        self._exchange: SimulatedExchange | None = None
+        if quantizer:
+            named = list(model.named_parameters())
+            config = Config(quantizer, quantizer, topology="rank0")
+            modes = [GradientMode()] * WORKERS
+            self._exchange = SimulatedExchange([named] * WORKERS, modes, config)
+
+    def step(self, loss_of: Callable[[nn.Module, int], Tensor]) -> float:
+        """Make one step of every worker, and synchronize if it is time."""
+        total = 0.0
+        for worker, (model, optimizer) in enumerate(
+            zip(self._models, self.optimizers, strict=True)
+        ):
+            optimizer.zero_grad()
+            loss = loss_of(model, worker)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        is_dense = self._step < self._dense_steps
+        if is_dense:
+            for gradients in zip(
+                *([p.grad for p in weights] for weights in self._weights), strict=True
+            ):
+                dense_mean(list(gradients))
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._step += 1
+        due = self._step >= self._dense_steps and self._step % self._period == 0
+        self.bytes_per_step = self._dense_bytes if is_dense else 0
+        if due:
+            self._synchronize()
+        return total / WORKERS
+
+    @torch.no_grad()
+    def _synchronize(self) -> None:
+        self.bytes_per_step = self._dense_bytes
+        before = torch.cat([p.flatten() for p in self._global])
+        changes = [before - torch.cat([p.flatten() for p in weights]) for weights in self._weights]
+        if self._exchange is not None:
+            self._exchange.run(changes)
+            self.bytes_per_step = self._exchange.bytes_per_step
+        else:
+            dense_mean(changes)
+        parts = changes[0].split([p.numel() for p in self._global])
+        for parameter, change in zip(self._global, parts, strict=True):
+            if self._outer is None:
+                parameter.sub_(change.view_as(parameter))
+            else:
+                parameter.grad = change.view_as(parameter)
+        if self._outer is not None:
+            self._outer.step()
+        for weights in self._weights:
+            for own, parameter in zip(weights, self._global, strict=True):
+                own.copy_(parameter)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A method.
+
+    Attributes:
+        name: Name in tables.
+        planned: Name in the cost model, of the exchange of one step or of one synchronization.
+        build: Makes what :func:`quality_runs.train` steps.
+        period: H; 1 without local steps.
+        dense_steps: Number of dense steps at the start.
+    """
+
+    name: str
+    planned: str
+    build: Callable[[nn.Module], Simulation | LocalSteps]
+    period: int = 1
+    dense_steps: int = 0
+
+
+def _adamw(parameters: list[nn.Parameter], beta1: float = 0.8) -> AdamW:
+    return AdamW(parameters, _LR, (beta1, 0.999), weight_decay=_DECAY, fused=True)
+
+
+def _average(
+    name: str, planned: str, make: Callable[[nn.Module], Average], bytes_of: Callable[[int], int]
+) -> Rival:
+    def build(model: nn.Module) -> Simulation:
+        average = make(model)
+        simulation = Simulation(model, lambda p: [_adamw(p)], WORKERS, average=average)
+        numel = sum(p.numel() for p in model.parameters())
+        sent = average.numel if isinstance(average, PowerSGD) else numel
+        simulation.bytes_per_step = bytes_of(sent)
+        return simulation
+
+    return Rival(name, planned, build)
+
+
+def _powersgd(rank: int) -> Rival:
+    def make(model: nn.Module) -> PowerSGD:
+        return PowerSGD([p.shape for p in model.parameters()], rank)
+
+    return _average(f"PowerSGD {rank}", f"powersgd{rank}", make, lambda numel: 8 * numel)
+
+
+def _gradient(quantizer: str) -> Rival:
+    def build(model: nn.Module) -> Simulation:
+        return Simulation(model, lambda p: [_adamw(p)], WORKERS, quantizer=quantizer)
+
+    return Rival(quantizer, f"{quantizer}/sharded", build)
+
+
+def _update(quantizer: str, beta1: float) -> Rival:
+    def build(model: nn.Module) -> Simulation:
+        def optimizers(parameters: list[nn.Parameter]) -> list[Optimizer]:
+            return [EfficientAdam(parameters, _LR, (beta1, 0.999), weight_decay=_DECAY)]
+
+        return Simulation(model, optimizers, WORKERS, quantizer=quantizer)
+
+    return Rival(f"update {quantizer}", f"update:{quantizer}/sharded", build)
+
+
+def _post_local(period: int) -> Rival:
+    def build(model: nn.Module) -> LocalSteps:
+        return LocalSteps(model, _adamw, period, _DENSE_STEPS)
+
+    return Rival(f"post-local SGD, H {period}", "fp32", build, period, _DENSE_STEPS)
+
+
+def _diloco(period: int, quantizer: str = "") -> Rival:
+    def outer(parameters: list[nn.Parameter]) -> Optimizer:
+        return SGD(parameters, lr=0.7, momentum=0.6, nesterov=True)
+
+    def build(model: nn.Module) -> LocalSteps:
+        return LocalSteps(model, _adamw, period, outer=outer, quantizer=quantizer)
+
+    name = f"DiLoCo, H {period}" + (f", {quantizer}" if quantizer else "")
+    return Rival(name, f"{quantizer}/sharded" if quantizer else "fp32", build, period)
+
+
+RIVALS = (
+    _average("dense", "fp32", lambda model: dense_mean, lambda numel: 8 * numel),
+    _average(
+        *("fp8", "uniform8/sharded", lambda model: fp8_mean),
+        lambda numel: 2 * (numel + numel // _ROW * 4),
+    ),
+    _powersgd(1),
+    _powersgd(4),
+    _powersgd(8),
+    _gradient("lloyd4"),
+    _update("lloyd2", 0.6),
+    _update("sign", 0.2),
+    _post_local(8),
+    _post_local(32),
+    _diloco(8),
+    _diloco(32),
+    _diloco(8, "lloyd2"),
+    _diloco(32, "lloyd2"),
+    _powersgd(2),
+)
+
+
+def seconds_until(
+    rival: Rival, steps: float, sizes: list[ParameterSize], cluster: Cluster, compute: Compute
+) -> float:
+    """Predict the seconds of the first steps of a run."""
+    alone_s = compute.forward_s + compute.backward_s + compute.rest_s
+    method = Name.parse(rival.planned)
+    if rival.period == 1:
+        return steps * predict(method, sizes, cluster, None, compute).step_s
+    dense = predict(Name.parse("fp32"), sizes, cluster, None, compute).step_s
+    exchange_s = predict(method, sizes, cluster).exchange_s
+    first = min(steps, rival.dense_steps)
+    return first * dense + (steps - first) * (alone_s + exchange_s / rival.period)
+
+
+def cluster_of(mbit: float, delay_ms: float) -> Cluster:
+    """Return 4 hosts on links of a rate, in Mbit/s, with a one-way delay."""
+    return Cluster(WORKERS, Link(mbit * 1e6 / 8, latency_s=delay_ms * 1e-3 + 1e-4), cores=1)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Times to a loss.
+
+    Attributes:
+        records: By name of the method.
+        target: The loss, in nats.
+        compute: Durations of a step without communication.
+        sizes: The parameters.
+    """
+
+    records: dict[str, Record]
+    target: float
+    compute: Compute
+    sizes: list[ParameterSize]
+
+    @property
+    def rivals(self) -> list[Rival]:
+        """The methods that have been run."""
+        return [rival for rival in RIVALS if rival.name in self.records]
+
+    def seconds(self, rival: Rival, mbit: float, delay_ms: float) -> float:
+        """Predict the time to the loss; infinite if it was not reached."""
+        steps = self.records[rival.name].until(self.target)
+        if math.isnan(steps):
+            return math.inf
+        cluster = cluster_of(mbit, delay_ms)
+        return seconds_until(rival, steps, self.sizes, cluster, self.compute)
+
+    def table(self) -> str:
+        """Format the loss, the bytes and the seconds to the target on every link."""
+        best = {
+            link: min(self.seconds(rival, *values) for rival in self.rivals)
+            for link, values in LINKS.items()
+        }
+        rows = []
+        for rival in self.rivals:
+            record = self.records[rival.name]
+            steps = record.until(self.target)
+            row = [rival.name, f"{record.losses[-1]:.4f}"]
+            row.append("never" if math.isnan(steps) else f"{steps:.0f}")
+            row.append(f"{record.bytes_per_step / 1e3:.0f}")
+            for link, values in LINKS.items():
+                seconds = self.seconds(rival, *values)
+                text = "never" if math.isinf(seconds) else f"{seconds:.0f}"
+                row.append(f"**{text}**" if seconds == best[link] else text)
+            rows.append(row)
+        header = ["method", "final loss", "steps", "kB a step"]
+        return markdown([*header, *(f"{link}, s" for link in LINKS)], rows)
+
+    def break_even(self, delay_ms: float) -> str:
+        """Find the rates at which the fastest method changes."""
+        lines: list[str] = []
+        last = ""
+        for tenth in range(40, -11, -1):
+            mbit = 10 ** (tenth / 10)
+            name = min(self.rivals, key=lambda rival: self.seconds(rival, mbit, delay_ms)).name
+            if name != last:
+                lines.append(f"from {mbit:.3g} Mbit/s down: {name}")
+                last = name
+        return f"{delay_ms:g} ms one way: " + "; ".join(lines)
+
+    def draw(self, path: Path) -> None:
+        """Draw loss against steps, and the time to the target against the rate."""
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+        mbits = [10 ** (tenth / 10) for tenth in range(41)]
+        for rival in self.rivals:
+            record = self.records[rival.name]
+            style = "--" if rival.period > 1 else "-"
+            (line,) = left.plot(record.steps, record.losses, style, linewidth=1)
+            times = [self.seconds(rival, mbit, 0.0) for mbit in mbits]
+            if math.isfinite(times[0]):
+                right.plot(
+                    mbits, times, style, linewidth=1, label=rival.name, color=line.get_color()
+                )
+        left.axhline(self.target, color="gray", linewidth=0.8)
+        left.set(ylim=(1.5, 2.2), xlabel="steps", ylabel="validation loss, nats")
+        right.set(xscale="log", yscale="log", xlabel="rate of each link, Mbit/s")
+        right.set_ylabel(f"predicted seconds to a loss of {self.target}")
+        right.legend(fontsize=6)
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
+    parser.add_argument("--file", type=Path, default=RESULTS / "local_steps.jsonl")
+    parser.add_argument("--only-report", action="store_true", help="run nothing")
+    parser.add_argument("--target", type=float, default=1.6, help="loss in nats (%(default)s)")
+    parser.add_argument("--compute-ms", type=float, default=40.0, help="default %(default)s")
+    parser.add_argument("--figure", type=Path, metavar="PATH")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    task = Prose(layers=2, width=128, batch=8)
+    for rival in RIVALS:
+        chosen = not args.methods or rival.name in args.methods
+        if args.only_report or not chosen or rival.name in read(args.file):
+            continue
+        settings = f"lr {_LR:g}, {SCHEDULE}"
+        record, _ = train(rival.name, settings, task, rival.build, WORKERS, SCHEDULE, 0)
+        write(args.file, record)
+    sizes = [
+        ParameterSize(p.numel(), p.shape[0] if p.ndim > 1 else 0)
+        for p in task.build_model().parameters()
+    ]
+    step_s = args.compute_ms * 1e-3
+    compute = Compute(0.3 * step_s, 0.65 * step_s, 0.05 * step_s)
+    report = Report(read(args.file), args.target, compute, sizes)
+    print(report.table())
+    for delay_ms in (0.0, 20.0, 50.0):
+        print(report.break_even(delay_ms))
+    if args.figure:
+        report.draw(args.figure)
+
+
+if __name__ == "__main__":
+    main()
