@@ -7,8 +7,8 @@ The text example (470 thousand parameters), 4 workers in one process, 608 steps,
 with local steps trains every worker alone and synchronizes after H steps: post-local SGD averages the
 weights after 64 dense steps (`torch.distributed.algorithms.model_averaging`); DiLoCo passes the mean of
 the changes to an outer SGD with Nesterov momentum, as torchft does. Both keep the moments of Adam
-local. `fp8` sends e4m3 with a scale for 256 elements in both directions and keeps no error. PowerSGD has the
-options of `time_to_quality.py`.
+local. `fp8` sends e4m3 with a scale for 256 elements in both directions and keeps no error. PowerSGD
+has the options of `time_to_quality.py`.
 
 The time of a step comes from the cost model (docs/cost-model.md) for 4 hosts with a core each, without
 the time of kernels and of PowerSGD's products. A local step has no exchange, and a synchronization

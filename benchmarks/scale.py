@@ -5,8 +5,8 @@
     python benchmarks/scale.py --only-report --figures docs/figures
 
 Four workers in one process, see `simulation.py`. Tasks: `text`, a GPT of 4 million parameters, 2,000
-steps of AdamW; `finetune` and `lora`, its weights on C++, all of them or low-rank additions; `vision`, a
-small ResNet on digits in clutter, with AdamW and with SGD and momentum; `muon`, the 470 thousand
+steps of AdamW; `finetune` and `lora`, its weights on C++, all of them or low-rank additions; `vision`,
+a small ResNet on digits in clutter, with AdamW and with SGD and momentum; `muon`, the 470 thousand
 parameters of `examples/train_text.py` with Muon. "Own" settings are the rates and betas that
 `docs/algorithm.md` found for the method on the small model: they are not searched anew.
 """
@@ -134,7 +134,7 @@ class Group:
 
 @cache
 def _prose() -> Prose:
-    return Prose(_LAYERS, _WIDTH, batch=4)
+    return Prose(_LAYERS, _WIDTH, batch=3)
 
 
 @cache
@@ -143,7 +143,7 @@ def _digits() -> Digits:
 
 
 GROUPS = (
-    Group("text", "text, 4.1 M", _prose, Schedule(2000, 100, 100), 3e-3, (*_ADAM, *_OWN)),
+    Group("text", "text, 4.1 M", _prose, Schedule(2000, 100, 125), 3e-3, (*_ADAM, *_OWN)),
     Group("vision", "digits, AdamW", _digits, Schedule(800, 50, 50), 3e-3),
     Group(
         "vision sgd",
@@ -164,7 +164,7 @@ GROUPS = (
     Group(
         "finetune",
         "C++ from Python",
-        cache(lambda: Code(_CHECKPOINT, _LAYERS, _WIDTH, batch=4)),
+        cache(lambda: Code(_CHECKPOINT, _LAYERS, _WIDTH, batch=3)),
         Schedule(200, 20, 20),
         1e-3,
         _ADAM[:3],
@@ -172,7 +172,7 @@ GROUPS = (
     Group(
         "lora",
         "the same, LoRA",
-        cache(lambda: CodeLoRA(_CHECKPOINT, _LAYERS, _WIDTH, batch=4)),
+        cache(lambda: CodeLoRA(_CHECKPOINT, _LAYERS, _WIDTH, batch=3)),
         Schedule(200, 20, 20),
         3e-3,
         _ADAM[:3],
