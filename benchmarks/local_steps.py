@@ -82,6 +82,7 @@ class PowerSGD:
 
     Attributes:
         numel: Number of elements that a worker sends in a step after the dense ones.
+        errors: ``[numel]``, what each worker has not sent.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], rank: int) -> None:
@@ -98,7 +99,7 @@ class PowerSGD:
             self.numel += numel if q is None else (rows + columns) * q.shape[1]
             self._slices.append((slice(start, start + numel), torch.Size((rows, columns)), q))
             start += numel
-        self._errors: list[Tensor] = []
+        self.errors: list[Tensor] = []
         self._step = 0
 
     def __call__(self, flats: list[Tensor]) -> None:
@@ -107,21 +108,21 @@ class PowerSGD:
         if self._step <= 10:
             dense_mean(flats)
             return
-        if not self._errors:
-            self._errors = [torch.zeros_like(flat) for flat in flats]
-        for flat, error in zip(flats, self._errors, strict=True):
+        if not self.errors:
+            self.errors = [torch.zeros_like(flat) for flat in flats]
+        for flat, error in zip(flats, self.errors, strict=True):
             error.add_(flat)
-        means = torch.stack(self._errors).mean(0)
+        means = torch.stack(self.errors).mean(0)
         for place, shape, q in self._slices:
             if q is None:
-                for error in self._errors:
+                for error in self.errors:
                     error[place] = means[place]
                 continue
             mean = means[place].view(shape)
             p = torch.linalg.qr(mean @ torch.linalg.qr(q)[0])[0]
             torch.mm(mean.T, p, out=q)  # the mean of all workers' products
             means[place] = (p @ q.T).flatten()
-        for flat, error in zip(flats, self._errors, strict=True):
+        for flat, error in zip(flats, self.errors, strict=True):
             error.sub_(means)
             flat.copy_(means)
 

@@ -17,7 +17,8 @@ from training import ddp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from simulation import Simulation
+from local_steps import WORKERS, LocalSteps, PowerSGD
+from simulation import Simulation, dense_mean
 
 _WORKERS, _STEPS = 3, 9
 _CASES: dict[str, dict[str, Any]] = {
@@ -97,3 +98,36 @@ def test_a_simulation_refuses_dense_steps() -> None:
     simulation = Simulation(_model(), lambda p: [EfficientAdam(p, second_moment="shared")], 2)
     with pytest.raises(ValueError, match="second_moment"):
         simulation.step(lambda model, worker: _loss(model, worker, 0))
+
+
+def test_local_steps_of_period_one_with_sgd_are_dense_steps() -> None:
+    def build(parameters: list[nn.Parameter]) -> torch.optim.SGD:
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    dense = Simulation(_plain(), lambda p: [build(p)], WORKERS, average=dense_mean)
+    model = _plain()
+    local = LocalSteps(model, build, period=1)
+    for step in range(3):
+        for trainer in (dense, local):
+            trainer.step(lambda model, worker, step=step: _loss(model, worker, step))
+    for own, other in zip(model.parameters(), dense.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_powersgd_keeps_what_it_does_not_send() -> None:
+    shapes = [torch.Size((40, 30)), torch.Size((7,))]
+    average, generator = PowerSGD(shapes, rank=2), torch.Generator().manual_seed(0)
+    given = sent = torch.zeros(1207)
+    for _ in range(30):
+        gradients = [torch.randn(1207, generator=generator) for _ in range(3)]
+        given = given + torch.stack(gradients).mean(0)
+        average(gradients)
+        sent = sent + gradients[0]
+    kept = torch.stack(average.errors).mean(0)
+    torch.testing.assert_close(sent + kept, given, rtol=0, atol=1e-4)
+    assert torch.equal(kept[1200:], torch.zeros(7))  # the vector is not compressed
+
+
+def _plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(19, 8), nn.Flatten(), nn.Linear(24, 19))
