@@ -21,7 +21,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -225,6 +225,7 @@ class Rival:
         build: Makes what :func:`quality_runs.train` steps.
         period: H; 1 without local steps.
         dense_steps: Number of dense steps at the start.
+        length: Factor of the number of steps. Local steps cost little on slow links.
     """
 
     name: str
@@ -232,6 +233,12 @@ class Rival:
     build: Callable[[nn.Module], Simulation | LocalSteps]
     period: int = 1
     dense_steps: int = 0
+    length: int = 1
+
+    @property
+    def schedule(self) -> Schedule:
+        """Steps and learning rate."""
+        return replace(SCHEDULE, steps=SCHEDULE.steps * self.length)
 
 
 def _adamw(parameters: list[nn.Parameter], beta1: float = 0.8) -> AdamW:
@@ -283,7 +290,7 @@ def _post_local(period: int) -> Rival:
     return Rival(f"post-local SGD, H {period}", "fp32", build, period, _DENSE_STEPS)
 
 
-def _diloco(period: int, quantizer: str = "") -> Rival:
+def _diloco(period: int, quantizer: str = "", length: int = 1) -> Rival:
     def outer(parameters: list[nn.Parameter]) -> Optimizer:
         return SGD(parameters, lr=0.7, momentum=0.6, nesterov=True)
 
@@ -291,7 +298,9 @@ def _diloco(period: int, quantizer: str = "") -> Rival:
         return LocalSteps(model, _adamw, period, outer=outer, quantizer=quantizer)
 
     name = f"DiLoCo, H {period}" + (f", {quantizer}" if quantizer else "")
-    return Rival(name, f"{quantizer}/sharded" if quantizer else "fp32", build, period)
+    name += f", {length}× steps" if length > 1 else ""
+    planned = f"{quantizer}/sharded" if quantizer else "fp32"
+    return Rival(name, planned, build, period, length=length)
 
 
 RIVALS = (
@@ -313,6 +322,9 @@ RIVALS = (
     _diloco(8, "lloyd2"),
     _diloco(32, "lloyd2"),
     _powersgd(2),
+    _diloco(8, "lloyd2", 2),
+    _diloco(32, "lloyd2", 2),
+    _diloco(32, "lloyd2", 4),
 )
 
 
@@ -385,17 +397,28 @@ class Report:
         header = ["method", "final loss", "steps", "kB a step"]
         return markdown([*header, *(f"{link}, s" for link in LINKS)], rows)
 
-    def break_even(self, delay_ms: float) -> str:
-        """Find the rates at which the fastest method changes."""
-        lines: list[str] = []
-        last = ""
-        for tenth in range(40, -11, -1):
-            mbit = 10 ** (tenth / 10)
-            name = min(self.rivals, key=lambda rival: self.seconds(rival, mbit, delay_ms)).name
-            if name != last:
-                lines.append(f"from {mbit:.3g} Mbit/s down: {name}")
+    def fastest(self) -> str:
+        """Format the fastest method by delay and rate of the links."""
+        dense = Name.parse("fp32")
+        alone_s = self.compute.forward_s + self.compute.backward_s + self.compute.rest_s
+        rows: list[list[str]] = []
+        for delay_ms in (0.0, 20.0, 50.0):
+            last = ""
+            for tenth in range(40, -11, -1):
+                mbit = 10 ** (tenth / 10)
+                name = min(self.rivals, key=lambda each: self.seconds(each, mbit, delay_ms)).name
+                exchange_s = predict(dense, self.sizes, cluster_of(mbit, delay_ms)).exchange_s
+                ratio = f"{exchange_s / alone_s:.2g}"
+                if name != last:
+                    rows.append([f"{delay_ms:g} ms", f"{mbit:.3g}", "", name, ratio, ""])
+                rows[-1][2], rows[-1][5] = f"{mbit:.3g}", ratio
                 last = name
-        return f"{delay_ms:g} ms one way: " + "; ".join(lines)
+        cells = [
+            [delay, f"{high} to {low}", name, f"{least} to {most}"]
+            for delay, high, low, name, least, most in rows
+        ]
+        header = ["one-way delay", "Mbit/s", "fastest", "dense exchange over computation"]
+        return markdown(header, cells)
 
     def draw(self, path: Path) -> None:
         """Draw loss against steps, and the time to the target against the rate."""
@@ -443,8 +466,8 @@ def main() -> None:
         chosen = not args.methods or rival.name in args.methods
         if args.only_report or not chosen or rival.name in read(args.file):
             continue
-        settings = f"lr {_LR:g}, {SCHEDULE}"
-        record, _ = train(rival.name, settings, task, rival.build, WORKERS, SCHEDULE, 0)
+        settings = f"lr {_LR:g}, {rival.schedule}"
+        record, _ = train(rival.name, settings, task, rival.build, WORKERS, rival.schedule, 0)
         write(args.file, record)
     sizes = [
         ParameterSize(p.numel(), p.shape[0] if p.ndim > 1 else 0)
@@ -454,8 +477,7 @@ def main() -> None:
     compute = Compute(0.3 * step_s, 0.65 * step_s, 0.05 * step_s)
     report = Report(read(args.file), args.target, compute, sizes)
     print(report.table())
-    for delay_ms in (0.0, 20.0, 50.0):
-        print(report.break_even(delay_ms))
+    print(f"\n{report.fastest()}")
     if args.figure:
         report.draw(args.figure)
 
