@@ -222,7 +222,7 @@ class Rival:
     Attributes:
         name: Name in tables.
         planned: Name in the cost model, of the exchange of one step or of one synchronization.
-        build: Makes what :func:`quality_runs.train` steps.
+        build: Makes what :func:`quality_runs.train` steps, from the model and the learning rate.
         period: H; 1 without local steps.
         dense_steps: Number of dense steps at the start.
         length: Factor of the number of steps. Local steps cost little on slow links.
@@ -230,7 +230,7 @@ class Rival:
 
     name: str
     planned: str
-    build: Callable[[nn.Module], Simulation | LocalSteps]
+    build: Callable[[nn.Module, float], Simulation | LocalSteps]
     period: int = 1
     dense_steps: int = 0
     length: int = 1
@@ -241,16 +241,16 @@ class Rival:
         return replace(SCHEDULE, steps=SCHEDULE.steps * self.length)
 
 
-def _adamw(parameters: list[nn.Parameter], beta1: float = 0.8) -> AdamW:
-    return AdamW(parameters, _LR, (beta1, 0.999), weight_decay=_DECAY, fused=True)
+def _adamw(parameters: list[nn.Parameter], lr: float) -> AdamW:
+    return AdamW(parameters, lr, (0.8, 0.999), weight_decay=_DECAY, fused=True)
 
 
 def _average(
     name: str, planned: str, make: Callable[[nn.Module], Average], bytes_of: Callable[[int], int]
 ) -> Rival:
-    def build(model: nn.Module) -> Simulation:
+    def build(model: nn.Module, lr: float) -> Simulation:
         average = make(model)
-        simulation = Simulation(model, lambda p: [_adamw(p)], WORKERS, average=average)
+        simulation = Simulation(model, lambda p: [_adamw(p, lr)], WORKERS, average=average)
         numel = sum(p.numel() for p in model.parameters())
         sent = average.numel if isinstance(average, PowerSGD) else numel
         simulation.bytes_per_step = bytes_of(sent)
@@ -267,16 +267,16 @@ def _powersgd(rank: int) -> Rival:
 
 
 def _gradient(quantizer: str) -> Rival:
-    def build(model: nn.Module) -> Simulation:
-        return Simulation(model, lambda p: [_adamw(p)], WORKERS, quantizer=quantizer)
+    def build(model: nn.Module, lr: float) -> Simulation:
+        return Simulation(model, lambda p: [_adamw(p, lr)], WORKERS, quantizer=quantizer)
 
     return Rival(quantizer, f"{quantizer}/sharded", build)
 
 
 def _update(quantizer: str, beta1: float) -> Rival:
-    def build(model: nn.Module) -> Simulation:
+    def build(model: nn.Module, lr: float) -> Simulation:
         def optimizers(parameters: list[nn.Parameter]) -> list[Optimizer]:
-            return [EfficientAdam(parameters, _LR, (beta1, 0.999), weight_decay=_DECAY)]
+            return [EfficientAdam(parameters, lr, (beta1, 0.999), weight_decay=_DECAY)]
 
         return Simulation(model, optimizers, WORKERS, quantizer=quantizer)
 
@@ -284,8 +284,8 @@ def _update(quantizer: str, beta1: float) -> Rival:
 
 
 def _post_local(period: int) -> Rival:
-    def build(model: nn.Module) -> LocalSteps:
-        return LocalSteps(model, _adamw, period, _DENSE_STEPS)
+    def build(model: nn.Module, lr: float) -> LocalSteps:
+        return LocalSteps(model, lambda p: _adamw(p, lr), period, _DENSE_STEPS)
 
     return Rival(f"post-local SGD, H {period}", "fp32", build, period, _DENSE_STEPS)
 
@@ -294,8 +294,8 @@ def _diloco(period: int, quantizer: str = "", length: int = 1) -> Rival:
     def outer(parameters: list[nn.Parameter]) -> Optimizer:
         return SGD(parameters, lr=0.7, momentum=0.6, nesterov=True)
 
-    def build(model: nn.Module) -> LocalSteps:
-        return LocalSteps(model, _adamw, period, outer=outer, quantizer=quantizer)
+    def build(model: nn.Module, lr: float) -> LocalSteps:
+        return LocalSteps(model, lambda p: _adamw(p, lr), period, outer=outer, quantizer=quantizer)
 
     name = f"DiLoCo, H {period}" + (f", {quantizer}" if quantizer else "")
     name += f", {length}× steps" if length > 1 else ""
@@ -455,19 +455,29 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
     parser.add_argument("--file", type=Path, default=RESULTS / "local_steps.jsonl")
+    parser.add_argument("--lr", type=float, default=_LR, help="of all methods (%(default)s)")
     parser.add_argument("--only-report", action="store_true", help="run nothing")
     parser.add_argument("--target", type=float, default=1.6, help="loss in nats (%(default)s)")
     parser.add_argument("--compute-ms", type=float, default=40.0, help="default %(default)s")
     parser.add_argument("--figure", type=Path, metavar="PATH")
     args = parser.parse_args()
+    if args.lr != _LR and args.file == RESULTS / "local_steps.jsonl":
+        parser.error("--lr needs a --file of its own")
     torch.set_num_threads(1)
     task = Prose(layers=2, width=128, batch=8)
     for rival in RIVALS:
         chosen = not args.methods or rival.name in args.methods
         if args.only_report or not chosen or rival.name in read(args.file):
             continue
-        settings = f"lr {_LR:g}, {rival.schedule}"
-        record, _ = train(rival.name, settings, task, rival.build, WORKERS, rival.schedule, 0)
+        record, _ = train(
+            rival.name,
+            f"lr {args.lr:g}, {rival.schedule}",
+            task,
+            lambda model, rival=rival: rival.build(model, args.lr),
+            WORKERS,
+            rival.schedule,
+            0,
+        )
         write(args.file, record)
     sizes = [
         ParameterSize(p.numel(), p.shape[0] if p.ndim > 1 else 0)
