@@ -18,22 +18,20 @@ overlaps with nothing. `--compute-ms` is the time of a step without communicatio
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from quality_runs import RESULTS, Record, Schedule, markdown, read, train, write
 from quality_tasks import Prose
-from simulation import Average, SimulatedExchange, Simulation, dense_mean
-from torch import Tensor, nn
+from rivals import FP8_ROW, LocalSteps, PowerSGD, fp8_mean
+from simulation import Average, Simulation, dense_mean
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from effadam_hook import EfficientAdam
-from effadam_hook.config import Config
-from effadam_hook.modes import GradientMode
 from effadam_hook.planner.cluster import Cluster, Compute, Link
 from effadam_hook.planner.method import Method as Name
 from effadam_hook.planner.predict import predict
@@ -43,8 +41,6 @@ WORKERS = 4
 SCHEDULE = Schedule(608, 50, 32)
 _DENSE_STEPS = 64
 _LR, _DECAY = 9e-3, 0.01
-_ROW = 256
-_LARGEST_E4M3 = 448.0
 LINKS = {
     "1 Gbit/s": (1000, 0),
     "200 Mbit/s": (200, 0),
@@ -55,164 +51,6 @@ LINKS = {
     "50 Mbit/s, 50 ms": (50, 50),
 }
 """Rate in Mbit/s and one-way delay in milliseconds."""
-
-
-def fp8_mean(flats: list[Tensor]) -> None:
-    """Average gradients that are sent as e4m3 in both directions, without error feedback."""
-    for flat in flats:
-        flat.copy_(_as_e4m3(flat))
-    dense_mean(flats)
-    mean = _as_e4m3(flats[0])
-    for flat in flats:
-        flat.copy_(mean)
-
-
-def _as_e4m3(flat: Tensor) -> Tensor:
-    rows = nn.functional.pad(flat, (0, -flat.numel() % _ROW)).view(-1, _ROW)
-    scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / _LARGEST_E4M3
-    return ((rows / scale).to(torch.float8_e4m3fn).float() * scale).view(-1)[: flat.numel()]
-
-
-class PowerSGD:
-    """The average of torch's PowerSGD hook: warm start, error feedback, ten dense steps.
-
-    Args:
-        shapes: The shapes of the parameters, in the order of the vector.
-        rank: Rank of the approximation.
-
-    Attributes:
-        numel: Number of elements that a worker sends in a step after the dense ones.
-        errors: ``[numel]``, what each worker has not sent.
-    """
-
-    def __init__(self, shapes: Sequence[torch.Size], rank: int) -> None:
-        self._slices: list[tuple[slice, torch.Size, Tensor | None]] = []
-        generator = torch.Generator().manual_seed(0)
-        start = self.numel = 0
-        for shape in shapes:
-            numel, rows = shape.numel(), shape[0]
-            columns = numel // rows
-            # torch's rule with its minimal rate of 2.
-            q = None
-            if (rows + columns) * min(rank, rows, columns) * 2 < numel:
-                q = torch.randn(columns, min(rank, rows, columns), generator=generator)
-            self.numel += numel if q is None else (rows + columns) * q.shape[1]
-            self._slices.append((slice(start, start + numel), torch.Size((rows, columns)), q))
-            start += numel
-        self.errors: list[Tensor] = []
-        self._step = 0
-
-    def __call__(self, flats: list[Tensor]) -> None:
-        """Replace the gradients by the approximation of their mean."""
-        self._step += 1
-        if self._step <= 10:
-            dense_mean(flats)
-            return
-        if not self.errors:
-            self.errors = [torch.zeros_like(flat) for flat in flats]
-        for flat, error in zip(flats, self.errors, strict=True):
-            error.add_(flat)
-        means = torch.stack(self.errors).mean(0)
-        for place, shape, q in self._slices:
-            if q is None:
-                for error in self.errors:
-                    error[place] = means[place]
-                continue
-            mean = means[place].view(shape)
-            p = torch.linalg.qr(mean @ torch.linalg.qr(q)[0])[0]
-            torch.mm(mean.T, p, out=q)  # the mean of all workers' products
-            means[place] = (p @ q.T).flatten()
-        for flat, error in zip(flats, self.errors, strict=True):
-            error.sub_(means)
-            flat.copy_(means)
-
-
-class LocalSteps:
-    """Workers that train alone and synchronize after every ``period`` steps.
-
-    Args:
-        model: The global model.
-        build_optimizer: Makes the optimizer of a worker.
-        period: H, the number of steps between synchronizations.
-        dense_steps: Number of steps with a dense average of gradients at the start.
-        outer: Makes the outer optimizer; None to average weights.
-        quantizer: Quantizer of the exchanged changes in both directions; empty for none.
-
-    Attributes:
-        optimizers: Those of the workers.
-        bytes_per_step: Bytes of one worker in the last step, both directions together.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        build_optimizer: Callable[[list[nn.Parameter]], Optimizer],
-        period: int,
-        dense_steps: int = 0,
-        outer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
-        quantizer: str = "",
-    ) -> None:
-        self._global = list(model.parameters())
-        self._models = [copy.deepcopy(model) for _ in range(WORKERS)]
-        self._weights = [list(model.parameters()) for model in self._models]
-        self.optimizers = [build_optimizer(weights) for weights in self._weights]
-        self._outer = outer(self._global) if outer is not None else None
-        self._period, self._dense_steps, self._step = period, dense_steps, 0
-        self._dense_bytes = 8 * sum(p.numel() for p in self._global)
-        self.bytes_per_step = 0
-        self._exchange: SimulatedExchange | None = None
-        if quantizer:
-            named = list(model.named_parameters())
-            config = Config(quantizer, quantizer, topology="rank0")
-            modes = [GradientMode()] * WORKERS
-            self._exchange = SimulatedExchange([named] * WORKERS, modes, config)
-
-    def step(self, loss_of: Callable[[nn.Module, int], Tensor]) -> float:
-        """Make one step of every worker, and synchronize if it is time."""
-        total = 0.0
-        for worker, (model, optimizer) in enumerate(
-            zip(self._models, self.optimizers, strict=True)
-        ):
-            optimizer.zero_grad()
-            loss = loss_of(model, worker)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        is_dense = self._step < self._dense_steps
-        if is_dense:
-            for gradients in zip(
-                *([p.grad for p in weights] for weights in self._weights), strict=True
-            ):
-                dense_mean(list(gradients))
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self._step += 1
-        due = self._step >= self._dense_steps and self._step % self._period == 0
-        self.bytes_per_step = self._dense_bytes if is_dense else 0
-        if due:
-            self._synchronize()
-        return total / WORKERS
-
-    @torch.no_grad()
-    def _synchronize(self) -> None:
-        self.bytes_per_step = self._dense_bytes
-        before = torch.cat([p.flatten() for p in self._global])
-        changes = [before - torch.cat([p.flatten() for p in weights]) for weights in self._weights]
-        if self._exchange is not None:
-            self._exchange.run(changes)
-            self.bytes_per_step = self._exchange.bytes_per_step
-        else:
-            dense_mean(changes)
-        parts = changes[0].split([p.numel() for p in self._global])
-        for parameter, change in zip(self._global, parts, strict=True):
-            if self._outer is None:
-                parameter.sub_(change.view_as(parameter))
-            else:
-                parameter.grad = change.view_as(parameter)
-        if self._outer is not None:
-            self._outer.step()
-        for weights in self._weights:
-            for own, parameter in zip(weights, self._global, strict=True):
-                own.copy_(parameter)
 
 
 @dataclass(frozen=True)
@@ -285,7 +123,7 @@ def _update(quantizer: str, beta1: float) -> Rival:
 
 def _post_local(period: int) -> Rival:
     def build(model: nn.Module, lr: float) -> LocalSteps:
-        return LocalSteps(model, lambda p: _adamw(p, lr), period, _DENSE_STEPS)
+        return LocalSteps(model, lambda p: _adamw(p, lr), WORKERS, period, _DENSE_STEPS)
 
     return Rival(f"post-local SGD, H {period}", "fp32", build, period, _DENSE_STEPS)
 
@@ -295,7 +133,9 @@ def _diloco(period: int, quantizer: str = "", length: int = 1) -> Rival:
         return SGD(parameters, lr=0.7, momentum=0.6, nesterov=True)
 
     def build(model: nn.Module, lr: float) -> LocalSteps:
-        return LocalSteps(model, lambda p: _adamw(p, lr), period, outer=outer, quantizer=quantizer)
+        return LocalSteps(
+            model, lambda p: _adamw(p, lr), WORKERS, period, outer=outer, quantizer=quantizer
+        )
 
     name = f"DiLoCo, H {period}" + (f", {quantizer}" if quantizer else "")
     name += f", {length}× steps" if length > 1 else ""
@@ -307,7 +147,7 @@ RIVALS = (
     _average("dense", "fp32", lambda model: dense_mean, lambda numel: 8 * numel),
     _average(
         *("fp8", "uniform8/sharded", lambda model: fp8_mean),
-        lambda numel: 2 * (numel + numel // _ROW * 4),
+        lambda numel: 2 * (numel + numel // FP8_ROW * 4),
     ),
     _powersgd(1),
     _powersgd(4),

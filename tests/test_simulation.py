@@ -17,7 +17,7 @@ from training import ddp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from local_steps import WORKERS, LocalSteps, PowerSGD
+from rivals import LocalSteps, PowerSGD
 from simulation import Simulation, dense_mean
 
 _WORKERS, _STEPS = 3, 9
@@ -104,9 +104,9 @@ def test_local_steps_of_period_one_with_sgd_are_dense_steps() -> None:
     def build(parameters: list[nn.Parameter]) -> torch.optim.SGD:
         return torch.optim.SGD(parameters, lr=0.1)
 
-    dense = Simulation(_plain(), lambda p: [build(p)], WORKERS, average=dense_mean)
+    dense = Simulation(_plain(), lambda p: [build(p)], _WORKERS, average=dense_mean)
     model = _plain()
-    local = LocalSteps(model, build, period=1)
+    local = LocalSteps(model, build, _WORKERS, period=1)
     for step in range(3):
         for trainer in (dense, local):
             trainer.step(lambda model, worker, step=step: _loss(model, worker, step))
