@@ -1,7 +1,7 @@
 """Other methods of averaging, for simulated workers: fp8, PowerSGD, and local steps.
 
-They follow the descriptions of torch's PowerSGD hook, of `torch.distributed.algorithms.model_averaging` and
-of DiLoCo in torchft, without collectives. Local steps keep the moments of Adam on each worker.
+They follow the descriptions of torch's PowerSGD hook, of `torch.distributed.algorithms.model_averaging`
+and of DiLoCo in torchft, without collectives. Local steps keep the moments of Adam on each worker.
 """
 
 from __future__ import annotations
