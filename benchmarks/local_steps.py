@@ -150,6 +150,7 @@ RIVALS = (
         lambda numel: 2 * (numel + numel // FP8_ROW * 4),
     ),
     _powersgd(1),
+    _powersgd(2),
     _powersgd(4),
     _powersgd(8),
     _gradient("lloyd4"),
@@ -161,10 +162,8 @@ RIVALS = (
     _diloco(32),
     _diloco(8, "lloyd2"),
     _diloco(32, "lloyd2"),
-    _powersgd(2),
     _diloco(8, "lloyd2", 2),
     _diloco(32, "lloyd2", 2),
-    _diloco(32, "lloyd2", 4),
 )
 
 
@@ -248,10 +247,10 @@ class Report:
                 mbit = 10 ** (tenth / 10)
                 name = min(self.rivals, key=lambda each: self.seconds(each, mbit, delay_ms)).name
                 exchange_s = predict(dense, self.sizes, cluster_of(mbit, delay_ms)).exchange_s
-                ratio = f"{exchange_s / alone_s:.2g}"
+                ratio = _round(exchange_s / alone_s)
                 if name != last:
-                    rows.append([f"{delay_ms:g} ms", f"{mbit:.3g}", "", name, ratio, ""])
-                rows[-1][2], rows[-1][5] = f"{mbit:.3g}", ratio
+                    rows.append([f"{delay_ms:g} ms", _round(mbit), "", name, ratio, ""])
+                rows[-1][2], rows[-1][5] = _round(mbit), ratio
                 last = name
         cells = [
             [delay, f"{high} to {low}", name, f"{least} to {most}"]
@@ -267,25 +266,27 @@ class Report:
         mpl.use("Agg")
         from matplotlib import pyplot as plt
 
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+        left.set_prop_cycle(color=mpl.colormaps["tab20"].colors)
         mbits = [10 ** (tenth / 10) for tenth in range(41)]
         for rival in self.rivals:
             record = self.records[rival.name]
             style = "--" if rival.period > 1 else "-"
-            (line,) = left.plot(record.steps, record.losses, style, linewidth=1)
+            (line,) = left.plot(record.steps, record.losses, style, linewidth=1.2, label=rival.name)
             times = [self.seconds(rival, mbit, 0.0) for mbit in mbits]
             if math.isfinite(times[0]):
-                right.plot(
-                    mbits, times, style, linewidth=1, label=rival.name, color=line.get_color()
-                )
+                right.plot(mbits, times, style, linewidth=1.2, color=line.get_color())
         left.axhline(self.target, color="gray", linewidth=0.8)
         left.set(ylim=(1.5, 2.2), xlabel="steps", ylabel="validation loss, nats")
         right.set(xscale="log", yscale="log", xlabel="rate of each link, Mbit/s")
         right.set_ylabel(f"predicted seconds to a loss of {self.target}")
-        right.legend(fontsize=6)
-        figure.tight_layout()
+        figure.legend(loc="outside right upper", fontsize=7)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=80)
+
+
+def _round(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ class Code(Prose):
 
     def __init__(self, checkpoint: Path, layers: int, width: int, batch: int) -> None:
         if not checkpoint.is_file():
-            sys.exit(f"{checkpoint} is missing: run the task 'text' with the method 'dense' first.")
+            sys.exit(f"{checkpoint} is missing: run the task 'text' first.")
         self._checkpoint = checkpoint
         super().__init__(layers, width, batch, Path(torch.__file__).parent / "include")
 
