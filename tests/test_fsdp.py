@@ -6,7 +6,9 @@ The comparison is a copy of the model that is sharded over the mesh of both dime
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,20 @@ def _compile(model: Any) -> None:
         model.blocks[number] = torch.compile(block, backend="aot_eager")
 
 
+def _divide_after_the_hook(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _step_in_the_backward(model: Any) -> None:
+    def descend(parameter: Any) -> None:
+        parameter.data.add_(parameter.grad, alpha=-0.2)
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(descend)
+
+
 def _leave(model: Any) -> None:
     pass
 
@@ -187,6 +203,8 @@ FEATURES: dict[str, Callable[[], Case]] = {
         1e-6,
     ),
     "divide factor": lambda: ({}, functools.partial(_divide_by, factor=7.0), _plain, 1e-6),
+    "sum, then divide": lambda: ({}, _divide_after_the_hook, _plain, 1e-6),
+    "hooks of gradients": lambda: ({}, _step_in_the_backward, _plain, 1e-6),
     "checkpointing": lambda: ({}, _checkpoint_activations, _plain, 1e-6),
     "frozen": lambda: ({}, _freeze, _plain, 1e-6),
     "tied": lambda: ({}, _tie, _plain, 1e-6),
@@ -240,6 +258,71 @@ def test_every_feature_of_fsdp_gives_the_gradients_of_native_hsdp() -> None:
         assert all(moved > 1e-2 for _, moved, _ in found.values())
         steps = {name: steps for name, (_, _, steps) in found.items() if steps != 3}
         assert steps == {"no zero_grad": 6}
+
+
+def _random_shapes(rank: int, _: int, seed: int) -> list[tuple[float, float]]:
+    draw = random.Random(seed)
+    found = []
+    for replicas, shards in ((1, 4), (2, 2), (4, 1)):
+        mesh = mesh_of(replicas, shards)
+        sizes = [draw.randint(1, 40) for _ in range(draw.randint(3, 6))]
+        biased = [draw.random() < 0.7 for _ in sizes]
+        wrapped = [draw.random() < 0.6 for _ in sizes]
+        options = {"reshard_after_forward": draw.choice((True, False, 2 if shards == 4 else True))}
+        models = []
+        for own in (mesh["shard"], mesh):
+            torch.manual_seed(seed)
+            layers = [nn.Linear(*each) for each in zip(sizes, sizes[1:], biased, strict=False)]
+            model: Any = nn.Sequential(*layers)
+            for layer, is_wrapped in zip(layers, wrapped, strict=False):
+                if is_wrapped:
+                    fsdp.fully_shard(layer, mesh=own, **options)
+            models.append(fsdp.fully_shard(model, mesh=own))
+        state = attach(models[0], process_group=mesh.get_group("replicate"), quantizer="none")
+        start = locals_of(models[0])
+        for model in models:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            for step in range(3):
+                optimizer.zero_grad()
+                own_seed = torch.Generator().manual_seed(10 * step + rank)
+                outputs = model(torch.randn(3, sizes[0], generator=own_seed))
+                (outputs - 1).square().sum(1).mean().backward()
+                optimizer.step()
+        assert state.stats()["steps"] == 3
+        moved = [
+            float((a - b).abs().sum()) for a, b in zip(start, locals_of(models[0]), strict=True)
+        ]
+        found.append((distance(*models), sum(moved)))
+        state.close()
+    return found
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_models_and_meshes_drawn_at_random_train_as_with_native_hsdp(seed: int) -> None:
+    ranks = run_ranks(_random_shapes, 4, seed, timeout=60)
+    for number in range(3):
+        assert max(errors[number][0] for errors in ranks) < 1e-5
+        assert max(errors[number][1] for errors in ranks) > 1e-3
+
+
+def _late_replica(rank: int, _: int) -> int:
+    mesh = mesh_of(2, 1)
+    model = sharded(mesh["shard"])
+    state = attach(model, process_group=mesh.get_group("replicate"), quantizer="lloyd4")
+    loss_of(model, 0, rank).backward()
+    model.zero_grad()
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        model.blocks[0].register_full_backward_hook(lambda *_: store.set("passed", "1"))
+    loss = loss_of(model, 1, rank)
+    if rank == 1:  # whose groups rank 0 would wait for, without end
+        store.wait(["passed"], timedelta(seconds=20))
+    loss.backward()
+    return state.stats()["steps"]
+
+
+def test_the_backward_continues_while_groups_travel() -> None:
+    assert run_ranks(_late_replica, 2, timeout=40) == [2, 2]
 
 
 def _two_groups(rank: int, _: int) -> list[float]:
@@ -637,6 +720,39 @@ def test_steps_go_on_after_a_backward_that_an_error_of_the_model_has_ended() -> 
     if not hasattr(fsdp.FSDPModule, "reset_iter_state"):
         pytest.skip("FSDP does not recover from errors")
     assert run_ranks(_interrupted, 4, timeout=40) == [2] * 4
+
+
+def _reset_between(rank: int, _: int) -> float:
+    mesh = mesh_of(2, 2)
+    models = []
+    for own in (mesh["shard"], mesh):
+        torch.manual_seed(0)
+        model: Any = Interrupted()
+        for block in model.net.blocks:
+            fsdp.fully_shard(block, mesh=own)
+        models.append(fsdp.fully_shard(model, mesh=own))
+    attach(models[0], process_group=mesh.get_group("replicate"), quantizer="none")
+    for model in models:
+        model.set_requires_all_reduce(False)
+        loss_of(model, 0, rank).backward()
+        model.interrupts = True
+        with pytest.raises(KeyError):
+            loss_of(model, 1, rank).backward()
+        model.interrupts = False
+        model.reset_iter_state()
+        model.zero_grad()
+        loss_of(model, 2, rank).backward()
+        model.set_requires_all_reduce(True)
+        loss_of(model, 3, rank).backward()
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    gradients = [(a.grad.to_local(), b.grad.to_local()) for a, b in pairs]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in gradients if a.numel())
+
+
+def test_a_reset_drops_the_gradients_of_earlier_micro_batches_as_in_native_hsdp() -> None:
+    if not hasattr(fsdp.FSDPModule, "reset_iter_state"):
+        pytest.skip("FSDP does not recover from errors")
+    assert max(run_ranks(_reset_between, 4, timeout=40)) < 1e-5
 
 
 def _dies(rank: int, _: int) -> str:

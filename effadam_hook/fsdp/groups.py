@@ -174,12 +174,43 @@ class ShardGroup:
                 "only one. Attach before any other, and once."
             )
 
-    def set_hook(self, hook: Callable[[Tensor], None]) -> None:
+    def makes_views_of(self, reduced: Tensor, shards: list[Shard]) -> bool:
+        """Return whether FSDP makes gradients of a reduced tensor without reading its values.
+
+        It does on the CPU, unless it casts or divides the tensor after the hook, adds it to earlier
+        gradients, or calls the user's hooks with a gradient.
+
+        Args:
+            reduced: ``[padded numel]``.
+            shards: The shards of the tensor.
+        """
+        divides = reduced.dtype not in (torch.float32, torch.bfloat16) or self.sums
+        divides |= getattr(self._group, "force_sum_reduction_for_comms", True)  # torch 2.8
+        if reduced.device.type != "cpu" or divides:
+            return False
+        return all(
+            shard.parameter.dtype == reduced.dtype
+            and shard.parameter.grad is None
+            and not shard.parameter._post_accumulate_grad_hooks
+            for shard in shards
+        )
+
+    def set_hook(self, hook: Callable[[Tensor], None], drop_kept: Callable[[], None]) -> None:
         """Register a hook for the reduced tensor.
 
         Args:
             hook: Called with ``[padded numel]``, in the stream of the all-reduce, under ``no_grad``.
+            drop_kept: Called by ``reset_iter_state()``, in which FSDP drops the gradients of earlier
+                micro-batches.
         """
+        reset = getattr(self._group, "_reset_iter_state", None)  # torch 2.13
+        if reset is not None:
+
+            def reset_all() -> None:
+                reset()
+                drop_kept()
+
+            self._group._reset_iter_state = reset_all
         if self._is_only_group:
             self._module.set_all_reduce_hook(hook)
         else:  # set_all_reduce_hook refuses modules with several groups
