@@ -158,7 +158,9 @@ class ShardGroup:
     @property
     def sums(self) -> bool:
         """Return whether ``set_gradient_divide_factor`` has replaced the division by the ranks."""
-        return self._group.gradient_divide_factor is not None
+        # torch 2.7 and 2.8 keep the factor of set_reduce_scatter_divide_factor as an operation
+        own = getattr(self._group, "reduce_scatter_reduce_op", None)
+        return getattr(self._group, "gradient_divide_factor", own) is not None
 
     def check_free(self) -> None:
         """Check that the group has no hook.
@@ -246,6 +248,7 @@ def find_groups(model: nn.Module) -> list[ShardGroup]:
 
     Raises:
         ValueError: If FSDP averages over replicas itself, or a module is on the meta device.
+        EffAdamError: If torch is older than 2.7.
     """
     found: list[ShardGroup] = []
     seen: set[int] = set()
@@ -258,6 +261,11 @@ def find_groups(model: nn.Module) -> list[ShardGroup]:
             if id(group) in seen:  # fully_shard([a, b]) makes one group of two modules
                 continue
             seen.add(id(group))
+            if not hasattr(group, "_all_reduce_hook"):
+                raise EffAdamError(
+                    f"torch {torch.__version__} has no all-reduce hook for models that went through "
+                    "fully_shard. Must be torch 2.7 or later."
+                )
             _check_mesh(name, group.mesh_info)
             for param in group.fsdp_params:
                 if param.sharded_param.is_meta:
