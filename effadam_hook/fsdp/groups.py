@@ -158,9 +158,8 @@ class ShardGroup:
     @property
     def sums(self) -> bool:
         """Return whether ``set_gradient_divide_factor`` has replaced the division by the ranks."""
-        # torch 2.7 and 2.8 keep the factor of set_reduce_scatter_divide_factor as an operation
-        own = getattr(self._group, "reduce_scatter_reduce_op", None)
-        return getattr(self._group, "gradient_divide_factor", own) is not None
+        # torch 2.7 has set_reduce_scatter_divide_factor instead, and averages over the replicas.
+        return getattr(self._group, "gradient_divide_factor", None) is not None
 
     def check_free(self) -> None:
         """Check that the group has no hook.
@@ -187,7 +186,7 @@ class ShardGroup:
             shards: The shards of the tensor.
         """
         divides = reduced.dtype not in (torch.float32, torch.bfloat16) or self.sums
-        divides |= getattr(self._group, "force_sum_reduction_for_comms", True)  # torch 2.8
+        divides |= getattr(self._group, "force_sum_reduction_for_comms", False)  # not in torch 2.7
         if reduced.device.type != "cpu" or divides:
             return False
         return all(
@@ -289,7 +288,8 @@ def _check_mesh(name: str, mesh_info: Any) -> None:
         )
     raise ValueError(
         f"Invalid model: {where} is sharded over a mesh of two dimensions (HSDP), where FSDP averages "
-        "densely over the replicas before the hook. Must have one dimension: "
+        "densely over the replicas before the hook; replicate() of torch 2.9 makes such a mesh. Must "
+        "have one dimension: "
         'fully_shard(module, mesh=mesh["shard"]), and attach(model, '
         'process_group=mesh.get_group("replicate"), ...).'
     )
