@@ -230,7 +230,7 @@ def start(
         if cli.trainer.is_global_zero:
             print(
                 f"The run ended before its first validation, after {cli.trainer.global_step} steps: "
-                "there is no table. Set --trainer.val_check_interval lower, or --trainer.max_steps higher."
+                "there is no table. Lower --trainer.val_check_interval, or raise --trainer.max_steps."
             )
     elif cli.trainer.is_global_zero:
         print(f"\n{report.table(runs, cli.datamodule.task)}")
