@@ -17,6 +17,7 @@ from pathlib import Path
 __all__ = ["Code", "disassemble", "exchanges_planes", "read_amdgcn", "read_sass"]
 
 _LABEL = re.compile(r"^(\.L_x_\d+|\.text\.\S+):")
+_SUBROUTINE = re.compile(r"CALL\S* `\(\$")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;")
 
 
@@ -166,7 +167,7 @@ class _Graph:
             name: [one for one in self._continues(name, after) if one in self.code]
             for name, after in zip(names, [*names[1:], ""], strict=True)
         }
-        rare = {name for name, lines in self.code.items() if any("CALL" in one for one in lines)}
+        rare = {n for n, lines in self.code.items() if any(map(_SUBROUTINE.search, lines))}
         for name, following in self._next.items():
             self._next[name] = [one for one in following if one not in rare]
         self._depth_first()
@@ -174,7 +175,9 @@ class _Graph:
     def _continues(self, name: str, after: str) -> list[str]:
         last = self.code[name][-1] if self.code[name] else ""
         conditional = bool(re.match(r"@", last)) or bool(re.search(r"BRA(\.\w+)* !?U?P\d", last))
-        if "BRA" in last and "BRA.DIV" not in last:
+        # A call of a label in the kernel itself is a branch.
+        branches = "CALL" in last if "BRA" not in last else "BRA.DIV" not in last
+        if branches and not _SUBROUTINE.search(last):
             target = re.search(r"`\((\S+?)\)", last)
             return [*([target[1]] if target else []), *([after] if conditional else [])]
         if re.search(r"\b(EXIT|RET)\b", last):
