@@ -36,6 +36,7 @@ from effadam_hook.planner.cluster import Cluster, Compute, Link
 from effadam_hook.planner.method import Method as Name
 from effadam_hook.planner.predict import predict
 from effadam_hook.planner.traffic import ParameterSize
+from effadam_hook.planner.workloads import describe
 
 WORKERS = 4
 SCHEDULE = Schedule(608, 50, 32)
@@ -146,7 +147,9 @@ def _diloco(period: int, quantizer: str = "", length: int = 1) -> Rival:
 RIVALS = (
     _average("dense", "fp32", lambda model: dense_mean, lambda numel: 8 * numel),
     _average(
-        *("fp8", "uniform8/sharded", lambda model: fp8_mean),
+        "fp8",
+        "uniform8/sharded",
+        lambda model: fp8_mean,
         lambda numel: 2 * (numel + numel // FP8_ROW * 4),
     ),
     _powersgd(1),
@@ -171,14 +174,13 @@ def seconds_until(
     rival: Rival, steps: float, sizes: list[ParameterSize], cluster: Cluster, compute: Compute
 ) -> float:
     """Predict the seconds of the first steps of a run."""
-    alone_s = compute.forward_s + compute.backward_s + compute.rest_s
     method = Name.parse(rival.planned)
     if rival.period == 1:
         return steps * predict(method, sizes, cluster, None, compute).step_s
     dense = predict(Name.parse("fp32"), sizes, cluster, None, compute).step_s
     exchange_s = predict(method, sizes, cluster).exchange_s
     first = min(steps, rival.dense_steps)
-    return first * dense + (steps - first) * (alone_s + exchange_s / rival.period)
+    return first * dense + (steps - first) * (compute.total_s + exchange_s / rival.period)
 
 
 def cluster_of(mbit: float, delay_ms: float) -> Cluster:
@@ -239,7 +241,6 @@ class Report:
     def fastest(self) -> str:
         """Format the fastest method by delay and rate of the links."""
         dense = Name.parse("fp32")
-        alone_s = self.compute.forward_s + self.compute.backward_s + self.compute.rest_s
         rows: list[list[str]] = []
         for delay_ms in (0.0, 20.0, 50.0):
             last = ""
@@ -247,7 +248,7 @@ class Report:
                 mbit = 10 ** (tenth / 10)
                 name = min(self.rivals, key=lambda each: self.seconds(each, mbit, delay_ms)).name
                 exchange_s = predict(dense, self.sizes, cluster_of(mbit, delay_ms)).exchange_s
-                ratio = _round(exchange_s / alone_s)
+                ratio = _round(exchange_s / self.compute.total_s)
                 if name != last:
                     rows.append([f"{delay_ms:g} ms", _round(mbit), "", name, ratio, ""])
                 rows[-1][2], rows[-1][5] = _round(mbit), ratio
@@ -320,10 +321,7 @@ def main() -> None:
             0,
         )
         write(args.file, record)
-    sizes = [
-        ParameterSize(p.numel(), p.shape[0] if p.ndim > 1 else 0)
-        for p in task.build_model().parameters()
-    ]
+    sizes = describe(task.build_model())
     step_s = args.compute_ms * 1e-3
     compute = Compute(0.3 * step_s, 0.65 * step_s, 0.05 * step_s)
     report = Report(read(args.file), args.target, compute, sizes)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from quality_tasks import Task
+from quality_tasks import Task, lr_factor
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -49,10 +49,7 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Return the factor of the learning rate."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * progress))
+        return lr_factor(step, self.steps, self.warmup)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+from common.training import cross_entropy, lr_factor
 from train_text import GPT, Text, TextOptions
 
-__all__ = ["Code", "CodeLoRA", "Digits", "Prose", "Task"]
+__all__ = ["Code", "CodeLoRA", "Digits", "Prose", "Task", "lr_factor"]
 
 _TEXT_BYTES = 4_000_000
 _LORA_RANK = 8
@@ -60,7 +61,8 @@ class Prose:
     def loss(self, model: nn.Module, seed: int, step: int, worker: int) -> Tensor:
         """Return the mean loss of a worker's batch."""
         rng = np.random.default_rng([seed, step, worker])
-        return _cross_entropy(model, *self._text.sample(rng, self._batch))
+        inputs, classes = self._text.sample(rng, self._batch)
+        return cross_entropy(model(inputs), classes)
 
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Return mean loss, in nats, and accuracy on the held-out samples."""
@@ -159,7 +161,7 @@ class Digits:
         rng = np.random.default_rng([seed, step, worker])
         chosen = torch.from_numpy(rng.integers(len(self._classes), size=self._batch))
         images = _clutter(self._images, chosen, rng)
-        return functional.cross_entropy(model(images), self._classes[chosen])
+        return cross_entropy(model(images), self._classes[chosen])
 
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Return mean loss, in nats, and accuracy on the held-out samples."""
@@ -204,17 +206,13 @@ def _clutter(digits: Tensor, chosen: Tensor, rng: np.random.Generator) -> Tensor
     return images + torch.from_numpy(rng.normal(0, 0.15, images.shape)).float()
 
 
-def _cross_entropy(model: nn.Module, inputs: Tensor, classes: Tensor) -> Tensor:
-    return functional.cross_entropy(model(inputs).flatten(0, -2), classes.flatten())
-
-
 @torch.no_grad()
 def _evaluate(model: nn.Module, inputs: Tensor, classes: Tensor) -> tuple[float, float]:
     model.eval()
     loss, right = 0.0, 0
     for batch, wanted in zip(inputs.split(64), classes.split(64), strict=True):
-        logits = model(batch).flatten(0, -2)
-        loss += functional.cross_entropy(logits, wanted.flatten(), reduction="sum").item()
-        right += int((logits.argmax(-1) == wanted.flatten()).sum())
+        logits = model(batch)
+        loss += cross_entropy(logits, wanted, reduction="sum").item()
+        right += int((logits.argmax(-1) == wanted).sum())
     model.train()
     return loss / classes.numel(), right / classes.numel()

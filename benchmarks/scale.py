@@ -98,9 +98,7 @@ _OWN = (
     Method("update sign, 2× rate, β₁ .2", "update", "sign", rate=2, beta1=0.2),
 )
 _TEXT = (
-    Method("dense", "dense"),
-    Method("lloyd4", "gradient", "lloyd4"),
-    Method("preconditioned lloyd3", "preconditioned", "lloyd3"),
+    *_ADAM[:3],
     Method("dense, 2× rate", "dense", rate=2),
     Method("lloyd4, 2× rate", "gradient", "lloyd4", rate=2),
     *_OWN,
