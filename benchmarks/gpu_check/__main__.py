@@ -94,7 +94,7 @@ def run_here(name: str, context: Context) -> None:
 def environment_of(name: str, device: str) -> dict[str, str]:
     """Return the environment of a section's processes."""
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)}
-    if device == "cpu" and name in ("kernels", "bandwidth", "graphs"):
+    if device == "cpu" and name in ("kernels", "bandwidth"):
         found |= {"TRITON_INTERPRET": "1", "EFFADAM_KERNELS": "triton"}
     return found
 
@@ -118,9 +118,11 @@ def run_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
                 )
             else:
                 parts = min(8, cores // 2) if SECTIONS[name].shares_cores else 1
+                command = [sys.executable, "-m", "gpu_check", "--section", name]
+                command += ["--device", options.device, "--seconds", f"{seconds:.1f}"]
                 section = run_apart(
                     name,
-                    ["--section", name, "--device", options.device, "--seconds", f"{seconds:.1f}"],
+                    command,
                     environment_of(name, options.device),
                     1.5 * seconds + STARTUP_S,
                     Path(folder),

@@ -27,7 +27,7 @@ def run(context: Context) -> Checks:
             "|---|---|---|---|---|---|",
         ]
     )
-    sizes, names = (MEGABYTES, QUANTIZERS) if device.is_gpu else ((0.1,), QUANTIZERS[:1])
+    sizes, names = (MEGABYTES, QUANTIZERS) if device.is_gpu else ((0.02,), QUANTIZERS[:1])
 
     def measured(megabytes: float, quantizer: str) -> str:
         if context.left_s < 0:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -72,7 +71,7 @@ class _Part:
 
 def run_apart(
     name: str,
-    arguments: list[str],
+    command: list[str],
     environment: Mapping[str, str],
     limit_s: float,
     folder: Path,
@@ -82,7 +81,7 @@ def run_apart(
 
     Args:
         name: Name of the section.
-        arguments: Of ``python -m gpu_check``.
+        command: Command line, to which ``--parts`` and ``--part`` are added.
         environment: Environment variables of the processes.
         limit_s: Seconds until they are killed.
         folder: An existing folder for their files.
@@ -93,13 +92,13 @@ def run_apart(
         the last characters that they have printed.
     """
     begin_s = time.monotonic()
-    command = [sys.executable, "-m", "gpu_check", *arguments, "--parts", str(parts)]
     running: list[_Part] = []
     merged: dict[str, Any] = {"outcomes": [], "tables": [], "facts": {}, "output": ""}
     try:
         for number in range(parts):
+            words = ["--parts", str(parts), "--part", str(number)]
             place = folder / f"{name}.{number}"
-            running.append(_Part([*command, "--part", str(number)], environment, place))
+            running.append(_Part([*command, *words], environment, place))
         for part in running:
             found = part.read(name, part.wait(begin_s + limit_s))
             merged["outcomes"] += found["outcomes"]

@@ -13,7 +13,7 @@ from gpu_check.outcome import FAILED, PASSED, SKIPPED
 
 __all__ = ["CLAIMS", "NEVER", "counts", "markdown", "newest", "status_line", "summary", "write"]
 
-NEVER = "NCCL and GPUs: never yet; `make gpu-check` checks them in 9 minutes."
+NEVER = "never yet; `make gpu-check` checks them in 9 minutes."
 MANY = 20
 REPEAT = "PYTHONPATH=benchmarks python -m gpu_check --sections"
 
@@ -30,8 +30,8 @@ CLAIMS = {
     "nccl": "The same as over Gloo, over NCCL (RCCL on AMD), with a rank for each GPU.",
     "text": "A small GPT on Python's sources learns with 4 bits what it learns densely in as many "
     "steps.",
-    "lightning": "A Trainer with EfficientAdamStrategy in mixed precision: the loss falls, and the hook "
-    "runs.",
+    "lightning": "A Trainer with EfficientAdamStrategy in mixed precision: the loss falls, and the "
+    "hook runs.",
     "graphs": "The kernels, and a whole step of DDP with the hook, replay from a CUDA graph.",
 }
 """What is claimed of a section whose checks have passed."""
@@ -127,7 +127,7 @@ def newest(folder: Path) -> dict[str, Any] | None:
 
 
 def status_line(folder: Path) -> str:
-    """Return the line of the README about what has run on GPUs.
+    """Return what the README says of GPUs: what has run on which, from the newest report.
 
     Args:
         folder: As for :func:`newest`.
