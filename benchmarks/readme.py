@@ -3,8 +3,8 @@
     python benchmarks/readme.py    # rewrites docs/images/step_time.svg, and README.md between markers
 
 The figure shows the tables of docs/benchmarks.md, which were measured. The table is a prediction of the
-cost model, with what benchmarks/extrapolate.py assumes of a GPU: no GPU was measured. The status line is
-that of the newest report of ``make gpu-check`` in docs/gpu, or says that there is none.
+cost model, with what benchmarks/extrapolate.py assumes of a GPU: no GPU was measured. The status line
+is that of the newest report of ``make gpu-check`` in docs/gpu, or says that there is none.
 """
 
 from __future__ import annotations

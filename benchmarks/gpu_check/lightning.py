@@ -64,7 +64,7 @@ def fit(rank: int, world_size: int, device: str, precision: str) -> tuple[float,
 
         def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
             loss = nn.functional.mse_loss(self.body(batch[0]), batch[1])
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -196,7 +196,7 @@ def autocast(device: Device, dtype: torch.dtype) -> str:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     require(losses[-1] < losses[0] / 2, f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
     steps = int(step.state.stats()["steps"])
     require(steps == len(losses), f"the hook has run in {steps} of {len(losses)} steps")
