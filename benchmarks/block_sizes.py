@@ -63,7 +63,10 @@ def report(records: dict[str, Record], seeds: list[int]) -> str:
     for task in _TASKS:
         for method in _METHODS:
             runs = [records[n] for s in seeds if (n := _name(task, method, s)) in records]
-            pairs = [(each, records.get(_name(task, "dense", s))) for each, s in zip(runs, seeds)]
+            pairs = [
+                (each, records.get(_name(task, "dense", s)))
+                for each, s in zip(runs, seeds, strict=False)
+            ]
             excess = [each.losses[-1] - dense.losses[-1] for each, dense in pairs if dense]
             if not runs:
                 continue
