@@ -8,10 +8,10 @@
 writes one. It alternates with the kernels, a few repeats at a time, so that ratios compare adjacent
 measurements. "x add" is the ratio of the medians. "fastest" is the ratio of the fastest repeats, which
 is more reliable on a machine with other load. On a GPU, calls are queued behind a kernel that spins, so
-that launches cost nothing, and find a cache without their tensors; they alternate one by one. "floor" is the bytes that a kernel must move divided by
-those of the addition: the ratio of a kernel limited by memory alone. "faster" compares the fastest
-repeat with that of the reference. The kernels are first checked against the reference; if the check
-fails, no figures are printed.
+that launches cost nothing, and find a cache without their tensors; they alternate one by one. "floor"
+is the bytes that a kernel must move divided by those of the addition: the ratio of a kernel limited by
+memory alone. "faster" compares the fastest repeat with that of the reference. The kernels are first
+checked against the reference; if the check fails, no figures are printed.
 """
 
 from __future__ import annotations
