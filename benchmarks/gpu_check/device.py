@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from effadam_hook.kernels import choose
 from gpu_check.outcome import SkipError
 
-__all__ = ["Device", "Gpu", "Memory", "Trial", "device_of"]
+__all__ = ["Device", "Gpu", "Memory", "Trial", "device_of", "require_triton"]
 
 Call = Callable[[], object]
 
@@ -207,6 +208,17 @@ class Gpu(Trial):
             f"{repeats * len(calls)} calls were not launched within {LONGEST_SPIN_S:g} s: their times "
             "would be those of the launches. Run the check on an idle machine."
         )
+
+
+def require_triton(device: Trial) -> None:
+    """Skip a check on a GPU that runs the reference, which waits for the device.
+
+    Raises:
+        SkipError: If Triton is missing.
+    """
+    name = choose(device.device).kernels.name if device.is_gpu else ""
+    if name == "reference":
+        raise SkipError("the kernels are 'reference', see section machine")
 
 
 Device = Trial

@@ -10,7 +10,7 @@ import os
 import torch
 
 from effadam_hook.kernels import choose
-from gpu_check.device import Device, device_of
+from gpu_check.device import Device, device_of, require_triton
 from gpu_check.kernels import layout_of, values
 from gpu_check.outcome import Checks, Context, SkipError, require
 from gpu_check.ranks import held_back
@@ -40,6 +40,7 @@ def run(context: Context) -> Checks:
 
 def kernels_in_a_graph(device: Device) -> None:
     """Capture an encoding and a decoding; what is decoded and the residual must add up to the input."""
+    require_triton(device)
     kernels = choose(device.device).kernels
     layout = layout_of((50_000, 300), "lloyd4", "least_squares", 256, 4)
     x = values(layout.numel, torch.float32).to(device.device)
@@ -63,6 +64,7 @@ def kernels_in_a_graph(device: Device) -> None:
 
 def step_in_a_graph(device: Device) -> str:
     """Capture a whole step; skipped where DDP itself cannot be captured here."""
+    require_triton(device)
     try:
         replayed(device, enabled=False)
     except RuntimeError as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import attach
-from gpu_check.device import Device, device_of
+from gpu_check.device import Device, device_of, require_triton
 from gpu_check.outcome import Checks, Context, SkipError, require
 
 __all__ = ["Step", "group_of_one", "run"]
@@ -121,6 +121,7 @@ def waits(device: Device) -> str:
     ``torch.cuda.set_sync_debug_mode`` names the operation that waits, but knows no waits for events,
     streams and collectives; the spinning kernel finds all of them.
     """
+    require_triton(device)
     if device.is_gpu and device.backend != "nccl":
         raise SkipError("over Gloo the host waits for payloads; torch has no NCCL")
     slowest = {}
