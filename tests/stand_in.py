@@ -114,6 +114,8 @@ class LateWork:
         writes: Its targets.
         communicator: The stream on which collectives of one group run in order.
         what: Its name.
+        keeps: Whether the process group keeps tensors from being freed before the collective ends, as
+            that for Gloo does; that for NCCL only holds them until it is waited for.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class LateWork:
         writes: Sequence[Tensor],
         communicator: _Stream,
         what: str,
+        keeps: bool,
     ) -> None:
         self.what = what
         self._device, self._run = device, run
@@ -131,17 +134,24 @@ class LateWork:
         for tensors, is_write in ((reads, False), (writes, True)):
             for tensor in tensors:
                 device.access(communicator, tensor, is_write, what)
-                device.keep(tensor, communicator)  # as process groups for NCCL do
+                if keeps:
+                    device.keep(tensor, communicator)
         self._clock = dict(device.clock_of(communicator))
         sources = {tensor.data_ptr() for tensor in reads}
         for tensor in writes:
             if tensor.data_ptr() not in sources:
                 spoil(tensor)
 
-    def wait(self) -> None:
+    def is_completed(self) -> bool:
+        """Return whether the host need not wait."""
+        return True
+
+    def wait(self, *_: object) -> bool:
         """Run the collective, and order the current stream after it."""
         self._device.join(self._device.current_stream(), self._clock)
-        self._run()
+        with _disable_current_modes():
+            self._run()
+        return True
 
 
 def spoil(tensor: Tensor) -> None:
@@ -240,13 +250,15 @@ class Device:
             region.kept.clear()
 
     def free(self, tensor: Tensor) -> None:
-        """Free a tensor on the stream of backward, as the caching allocator would."""
+        """Free a tensor on the stream of backward, as the caching allocator would.
+
+        The memory is used again after the work of that stream and of the streams that keep it.
+        """
         with self._lock:
-            clock = self.clock_of(self._default)
             for region in self._regions_of(tensor):
+                clocks = [self.clock_of(stream) for stream in (self._default, *region.kept)]
                 for access in region.accesses:
-                    known = access.tick <= clock.get(access.actor, 0)
-                    if not known and access.actor not in region.kept:
+                    if all(access.tick > clock.get(access.actor, 0) for clock in clocks):
                         self.races.append(f"{region.name} is freed before {access.what}")
                 self._regions.remove(region)
 
@@ -305,6 +317,10 @@ class Device:
             self.access(actor, tensor, writes, what)
             if region.on_device and what == "aten::_local_scalar_dense":
                 self.races.append(f"the host waits for {region.name}")
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is in the memory of the device, rather than of the host."""
+        return any(region.on_device for region in self._regions_of(tensor))
 
     def _regions_of(self, tensor: Tensor) -> list[_Region]:
         if tensor.numel() == 0:

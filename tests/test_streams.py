@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,8 +24,8 @@ from effadam_hook import EffAdamError, attach
 from effadam_hook.config import Config
 from effadam_hook.errors import UnsupportedBackendError
 from effadam_hook.exchange import dense
-from effadam_hook.exchange import nccl as nccl_module
 from effadam_hook.exchange.collectives import wire_device
+from effadam_hook.exchange.dense import DenseExchange
 from effadam_hook.exchange.exchange import check_backend
 from effadam_hook.exchange.gloo import GlooExchange
 from effadam_hook.exchange.nccl import NcclExchange
@@ -79,6 +80,11 @@ def stand_in_for(device: Device, path: str) -> None:
         return exchange
 
     connection.make_exchange = make  # type: ignore[assignment]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("effadam_hook") and hasattr(module, "streams_of"):
+            module.streams_of = lambda _: device  # type: ignore[attr-defined]
+    if path == "nccl":
+        dense.backend_of = lambda *_: "nccl"
     if not device.watches:
         return
     communicators: dict[Any, _Stream] = {}
@@ -86,7 +92,7 @@ def stand_in_for(device: Device, path: str) -> None:
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def collective(*args: Any) -> Any:
             reads, writes = ACCESSES[name](*args)
-            if path == "staged":
+            if path == "staged" and not device.holds(args[0]):
                 for tensors, is_write in ((reads, False), (writes, True)):
                     for tensor in tensors:
                         device.access(threading.get_ident(), tensor, is_write, name)
@@ -96,7 +102,8 @@ def stand_in_for(device: Device, path: str) -> None:
             if group not in communicators:
                 communicators[group] = device.new_stream("communicator")
             run = partial(finish, call, args)
-            return LateWork(device, run, reads, writes, communicators[group], what)
+            keeps = path == "staged"
+            return LateWork(device, run, reads, writes, communicators[group], what, keeps)
 
         return collective
 
@@ -106,7 +113,7 @@ def stand_in_for(device: Device, path: str) -> None:
                 setattr(module, name, watched(name, getattr(module, name)))
 
     # What one thread has done before it appends a bucket, it has done before the next thread's work.
-    put, run = WorkerThread.put, GlooExchange._run
+    put, run, end = WorkerThread.put, GlooExchange._run, DenseExchange._finish
 
     def put_with_clock(thread: Any, inflight: Any, job: Any) -> None:
         inflight.clock = dict(device.clock_of(threading.get_ident()))
@@ -116,7 +123,12 @@ def stand_in_for(device: Device, path: str) -> None:
         device.join(threading.get_ident(), inflight.clock)
         run(exchange, number, inflight, job)
 
+    def end_with_clock(exchange: Any, inflight: Any, works: Any) -> None:
+        device.join(threading.get_ident(), inflight.clock)
+        end(exchange, inflight, works)
+
     WorkerThread.put = put_with_clock  # type: ignore[method-assign]
+    DenseExchange._finish = end_with_clock  # type: ignore[method-assign]
     GlooExchange._run = run_with_clock  # type: ignore[method-assign]
 
 
@@ -139,6 +151,8 @@ class Model:
 
     def __init__(self, device: Device, rank: int, world_size: int, topology: str) -> None:
         self.device, self.rank = device, rank
+        self.is_dense = topology == "dense"
+        topology = "sharded" if self.is_dense else topology
         config = Config("lloyd3", "lloyd2", block_size=16, topology=topology, exact=("<60",))
         self.session = ExchangeSession(config)
         if topology == "hierarchical":
@@ -163,7 +177,10 @@ class Model:
                 flat.copy_(draws.roll(self.rank) * 2**-index)
                 if step % 2:
                     flat[: bucket[0].numel()] = 0
-                futures.append(self.session.exchange(index, flat, bucket, check_weights=True))
+                if self.is_dense:
+                    futures.append(self.session.average(index, flat, bucket))
+                else:
+                    futures.append(self.session.exchange(index, flat, bucket, check_weights=True))
         self.session.release()
         self.session.counters.steps += 1
         return futures
@@ -195,7 +212,7 @@ def settle(futures: Sequence[Future[Tensor]]) -> None:
 @contextlib.contextmanager
 def without(device: Device, name: str) -> Iterator[None]:
     """Remove one wait, or what else the order needs."""
-    order, keep = nccl_module._order, device.keep
+    wait = LateWork.wait
     device.kept_since_now()
     removed: dict[str, list[tuple[Any, str, Any]]] = {
         "": [],
@@ -203,11 +220,9 @@ def without(device: Device, name: str) -> Iterator[None]:
         "bucket": [(_Stream, "wait_event", lambda *_: None)],
         "copy": [(_Event, "synchronize", lambda _: None)],
         "future": [(device, "new_future", Future)],
-        "memory": [
-            (device, "keep", lambda t, s: None if "communicator" not in s.name else keep(t, s))
-        ],
+        "memory": [(device, "keep", lambda *_: None)],
     }
-    skip = (nccl_module, "_order", lambda work: None if work.what == name else order(work))
+    skip = (LateWork, "wait", lambda work, *_: work.what == name or wait(work))
     with contextlib.ExitStack() as stack:
         for patched in removed.get(name, [skip]):
             stack.enter_context(mock.patch.object(*patched))
@@ -258,6 +273,16 @@ NEEDED = {
         "all_to_all_flat, peers": "reads payload",
         "all_gather_flat, peers": "reads payload",
         "all_gather_flat, node": "reads payload",
+    },
+    ("nccl", "dense"): {
+        "backward": "div_ writes bucket (534,) while aten::copy_ writes it",
+        "all_reduce, all": "reads bucket (534,) while all_reduce, all writes it",
+        "future": "reads bucket (534,) while all_reduce, all writes it",
+        "memory": "bucket (534,) is freed before",
+    },
+    ("staged", "dense"): {
+        "all_reduce, all": "reads bucket (534,) while all_reduce, all writes it",
+        "future": "reads bucket (534,) while all_reduce, all writes it",
     },
     ("staged", "rank0"): {"copy": "gather_to_first reads pinned"},
     ("staged", "sharded"): {

@@ -25,8 +25,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor
-from torch.futures import Future
 
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import abandon
@@ -81,10 +79,6 @@ class GlooExchange:
         for thread in self._threads:
             watchdog.on_close(thread.close)
         watchdog.on_close(groups.clear)  # those that may never end have been abandoned before
-
-    def new_future(self) -> Future[Tensor]:
-        """Make a future for a job, to be handed to DDP."""
-        return self.staging.new_future()
 
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
         """Start a job.

@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.futures import Future
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.bucket_job import BucketJob
@@ -44,10 +43,6 @@ class Staging:
     def __init__(self, sends_from_host: bool = True, computes_on_host: bool = True) -> None:
         self.sends_from_host = sends_from_host
         self.computes_on_host = computes_on_host
-
-    def new_future(self) -> Future[Tensor]:
-        """Make a future for a bucket."""
-        return Future()
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a buffer of the collectives.
@@ -130,10 +125,6 @@ class PinnedStaging(Staging):
         super().__init__(sends_from_host=True, computes_on_host=False)
         self._streams = streams
         self._of_stages = [streams.new_stream() for _ in range(stages)]
-
-    def new_future(self) -> Future[Tensor]:
-        """Make a future that orders the stream of whoever waits."""
-        return self._streams.new_future()
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate pinned memory, see :class:`Staging`."""

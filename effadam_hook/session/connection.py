@@ -35,6 +35,7 @@ class Connection:
     Attributes:
         exchange: Runs bucket jobs; None before :meth:`open`.
         kernels: The implementation of the arithmetic; None before :meth:`open`.
+        device: The device of the buckets; None before :meth:`open`.
         choice: The choice of the topology, and the nodes that it follows from.
         run_id: The same on all ranks and new in every run; empty before :meth:`agree`.
         phase: The current operation, for messages.
@@ -43,6 +44,7 @@ class Connection:
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         self.exchange: Exchange | None = None
         self.kernels: Kernels | None = None
+        self.device: torch.device | None = None
         self.choice = TopologyChoice(config.topology)
         self.run_id = ""
         self.phase = ""
@@ -149,6 +151,7 @@ class Connection:
             EffAdamError: If the ranks are at different steps, or one is gone.
         """
         self.phase = "opening the exchange"
+        device = torch.empty(0, device=device).device  # with its index
         try:
             check_backend(self.group, device)
         except UnsupportedBackendError:
@@ -165,7 +168,7 @@ class Connection:
         if self.group.rank() == 0 and self.group.size() > 1:
             self.choice.log()
         self.phase = "choosing kernels"
-        self.kernels = select(device)
+        self.kernels, self.device = select(device), device
 
     @property
     def watchdog(self) -> Watchdog:

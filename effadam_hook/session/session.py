@@ -27,6 +27,7 @@ from effadam_hook._version import PAYLOAD_VERSION, __version__
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.dense import DenseExchange
+from effadam_hook.exchange.streams import new_future
 from effadam_hook.exchange.topology import HIERARCHICAL, Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
@@ -184,6 +185,12 @@ class ExchangeSession:
         exchange, kernels = connection.exchange, connection.kernels
         if exchange is None or kernels is None:
             raise EffAdamError("The session is not open: call open() on all ranks first.")
+        if flat.device != connection.device:
+            raise EffAdamError(
+                f"Bucket {index} is on {flat.device}, and the first one was on {connection.device}. "
+                "All parameters of a model must be on one device of the process: give each device a "
+                "process, or set state.enabled = False, which averages densely."
+            )
         self.connection.phase = "laying out the bucket"
         parts = self._buckets.of(
             *(index, flat, tensors, self, exchange.part_numel),
@@ -208,7 +215,7 @@ class ExchangeSession:
                 buffers.fingerprint,
                 "encode",
                 flat,
-                exchange.new_future(),
+                new_future(flat.device),
             )
             # The parts arrive in order, so that the bucket is complete when its last part is.
             future = inflight.future
@@ -283,10 +290,8 @@ class ExchangeSession:
         Returns:
             A future of ``flat``.
         """
-        exchange = self.connection.exchange
-        new_future = None if exchange is None else exchange.new_future()
         watchdog = self.connection.watchdog
-        return watchdog.enter(f"bucket {index}", "", "", "", flat, new_future).future
+        return watchdog.enter(f"bucket {index}", "", "", "", flat, new_future(flat.device)).future
 
 
 def exchange_all(
