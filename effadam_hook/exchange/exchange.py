@@ -37,6 +37,13 @@ class Exchange(Protocol):
         """Start a job; the bucket in flight completes after decoding, or with an error."""
         ...
 
+    def settle(self) -> None:
+        """Wait for the arithmetic in progress, so that this thread may read and write residuals.
+
+        No bucket is in flight any more. On a GPU the wait orders this thread's stream.
+        """
+        ...
+
 
 def make_exchange(
     topology: Topology,

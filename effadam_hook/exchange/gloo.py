@@ -90,6 +90,12 @@ class GlooExchange:
         job.ready = self.staging.mark()
         self._threads[0].put(inflight, job)
 
+    def settle(self) -> None:
+        """Wait for the arithmetic in progress, see :class:`effadam_hook.exchange.exchange.Exchange`."""
+        for thread in self._threads:
+            thread.settle()
+        self.staging.settle()
+
     def _run(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
         """Run one stage of a bucket, in the thread of that stage."""
         stage = self._stages[number]

@@ -61,6 +61,10 @@ class NcclExchange:
                     _order(stage.start(job, group))
             inflight.succeed()
 
+    def settle(self) -> None:
+        """Order this thread's stream, see :class:`effadam_hook.exchange.exchange.Exchange`."""
+        self._streams.current_stream().wait_stream(self._stream)
+
 
 def _order(work: dist.Work | None) -> None:
     if work is not None:

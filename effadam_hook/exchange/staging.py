@@ -103,6 +103,9 @@ class Staging:
         """
         target.copy_(source)
 
+    def settle(self) -> None:
+        """Order this thread's stream after the work of all stages."""
+
     @contextlib.contextmanager
     def on_host(self, bucket: Tensor) -> Iterator[Tensor]:
         """Hand out a bucket for a dense collective within a context.
@@ -170,6 +173,11 @@ class PinnedStaging(Staging):
     def read(self, source: Tensor, target: Tensor) -> None:
         """Copy in the order of this thread's stream, see :class:`Staging`."""
         self._streams.copy(source, target)
+
+    def settle(self) -> None:
+        """Order this thread's stream, see :class:`Staging`."""
+        for stream in self._of_stages:
+            self._streams.current_stream().wait_stream(stream)
 
     @contextlib.contextmanager
     def on_host(self, bucket: Tensor) -> Iterator[Tensor]:

@@ -249,8 +249,24 @@ class ExchangeSession:
         self._waiting.clear()
 
     def begin_step(self) -> None:
-        """Drop buckets that an interrupted step has left waiting, before the first bucket."""
+        """End a step that was interrupted, before the first bucket of the next one."""
+        for _, inflight in self._waiting:
+            inflight.succeed()  # with the bucket as it is, which nobody reads
         self._waiting.clear()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the buckets in flight, so that residuals can be read and written.
+
+        A backward that an error has ended leaves buckets in flight: they end as on the other ranks, and
+        their residuals are those after the exchange. Without such buckets there is no wait.
+        """
+        if self._waiting:  # none of this step has been submitted yet
+            return
+        if self.connection.has_agreed:
+            self.connection.watchdog.join()
+        if self.connection.exchange is not None:
+            self.connection.exchange.settle()
 
     def restore_unused(self) -> None:
         """Undo the step of the parameters that no rank used, after gradients have been written."""
