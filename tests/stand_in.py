@@ -72,13 +72,18 @@ class _Stream:
     def wait_event(self, event: _Event) -> None:
         self.device.join(self, event.clock)
 
+    def record_event(self) -> _Event:
+        event = _Event(self.device)
+        event.record(self)
+        return event
+
 
 class _Event:
     def __init__(self, device: Device) -> None:
         self.device, self.clock = device, Clock()
 
-    def record(self, stream: _Stream) -> None:
-        self.clock = dict(self.device.clock_of(stream))
+    def record(self, stream: _Stream | None = None) -> None:
+        self.clock = dict(self.device.clock_of(stream or self.device.current_stream()))
 
     def synchronize(self) -> None:
         self.device.join(threading.get_ident(), self.clock)
@@ -249,18 +254,19 @@ class Device:
         for region in self._regions:
             region.kept.clear()
 
-    def free(self, tensor: Tensor) -> None:
-        """Free a tensor on the stream of backward, as the caching allocator would.
+    def free(self, tensor: Tensor, stream: _Stream | None = None) -> None:
+        """Free a tensor on a stream, by default that of backward, as the caching allocator would.
 
         The memory is used again after the work of that stream and of the streams that keep it.
         """
         with self._lock:
             for region in self._regions_of(tensor):
-                clocks = [self.clock_of(stream) for stream in (self._default, *region.kept)]
+                clocks = [
+                    self.clock_of(stream) for stream in (stream or self._default, *region.kept)
+                ]
                 for access in region.accesses:
                     if all(access.tick > clock.get(access.actor, 0) for clock in clocks):
                         self.races.append(f"{region.name} is freed before {access.what}")
-                self._regions.remove(region)
 
     def clock_of(self, actor: object) -> Clock:
         with self._lock:
@@ -337,6 +343,8 @@ class _Watch(TorchDispatchMode):
         self._device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):  # DTensors
+            return func(*args, **(kwargs or {}))
         schema, kwargs = func._schema, kwargs or {}
         is_view = any(
             r.alias_info is not None and not r.alias_info.is_write for r in schema.returns

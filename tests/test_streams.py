@@ -342,6 +342,47 @@ def test_staging_has_the_bits_of_the_host(topology: str, mode: str) -> None:
         assert copies >= 300
 
 
+class Placed:
+    """Kernels that record payloads outside the memory of the device, which a GPU could not reach."""
+
+    name = "placed"
+
+    def __init__(self, kernels: Any, device: Device, outside: list[str]) -> None:
+        for name, payloads in (("encode_", [3]), ("reduce_encode_", [3, 6]), ("decode", [1])):
+            setattr(self, name, partial(self._run, name, payloads, kernels, device, outside))
+
+    def _run(
+        self,
+        name: str,
+        payloads: Any,
+        kernels: Any,
+        device: Any,
+        outside: Any,
+        *args: Any,
+        **k: Any,
+    ) -> None:
+        outside += [name for at in payloads if args[at].numel() and not device.holds(args[at])]
+        getattr(kernels, name)(*args, **k)
+
+
+def payloads_outside(rank: int, world_size: int, topology: str) -> tuple[list[str], float]:
+    device, outside = Device(watches=False), list[str]()
+    stand_in_for(device, "staged")
+    select = connection.select
+    connection.select = lambda _: Placed(select(_), device, outside)  # type: ignore[assignment]
+    model = ddp(ChosenGradients())
+    options: dict[str, Any] = {"device_mesh": mesh()} if topology == "hierarchical" else {}
+    state = attach(model, topology=topology, **options)
+    model(drawn_gradients(rank, 0)).backward()
+    return outside, state.stats()["quantization_error"]
+
+
+@pytest.mark.parametrize("topology", ["rank0", "hierarchical"])
+def test_kernels_use_the_memory_of_the_device_for_statistics_too(topology: str) -> None:
+    for outside, error in run_ranks(payloads_outside, 4, topology):
+        assert outside == [] and error > 0
+
+
 def unused_on_the_device(
     rank: int, world_size: int, topology: str, quantizer: str, path: str
 ) -> tuple[list[Tensor], list[str]]:

@@ -1,7 +1,7 @@
 """The backward passes of a model that FSDP2 shards, dense or compressed as a whole.
 
-On CUDA the hook returns at once, and the stream in which FSDP runs it waits for the exchange. On the
-CPU, FSDP makes gradients that are views of the reduced tensor, and the hook returns at once as well:
+On NCCL the hook returns at once, and the stream in which FSDP runs it waits for the exchange. On Gloo,
+FSDP makes gradients that are views of the reduced tensor, and the hook returns at once as well:
 groups travel one behind the other while the backward continues, and the backward waits at its end. If
 FSDP reads the tensor after the hook, to add it to earlier gradients or to cast it, the hook waits.
 There is no last bucket: a backward ends with the callbacks of autograd::
@@ -108,6 +108,9 @@ class ShardEngine(Engine):
                 if not at_end_of_backward(self._end_step):
                     raise EffAdamError("FSDP has called the hook outside of a backward pass.")
                 self._backward = backward
+            exchange = connection.exchange
+            # On NCCL a wait only orders FSDP's stream.
+            defers = defers and (exchange is None or exchange.staging.sends_from_host)
             if not defers or index in self._pending:
                 self._wait()  # FSDP adds to gradients that may be in flight
             connection.phase = "preparing the bucket"

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from effadam_hook.exchange.streams import streams_of
 from effadam_hook.fsdp.engine import ShardEngine
 from effadam_hook.fsdp.groups import Shard, ShardGroup
 
@@ -42,6 +43,10 @@ class ShardHook:
         Raises:
             EffAdamError: If the exchange has failed, or the tensor does not fit the group.
         """
+        streams = streams_of(reduced.device)
+        if streams is not None:
+            # FSDP may free the tensor while this stream has yet to read it.
+            streams.keep(reduced, streams.current_stream())
         if not self._group.is_last_microbatch:
             self._keep(reduced)
             return
@@ -53,9 +58,6 @@ class ShardHook:
         own = [shard for shard in shards if shard.numel]
         if own:
             self._exchange(reduced, shards, own)
-        if reduced.is_cuda:
-            # FSDP may free the tensor while this stream has yet to read it.
-            reduced.record_stream(torch.cuda.current_stream(reduced.device))
 
     def _exchange(self, reduced: Tensor, shards: list[Shard], own: list[Shard]) -> None:
         owners = [shard.owner for shard in own]
