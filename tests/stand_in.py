@@ -175,6 +175,7 @@ class Device:
         races: The accesses that nothing orders.
         copies: Number of copies so far.
         fails_at: Number of the copy that fails, and with it all waits that follow; 0 for none.
+        refuses: Whether copies to the device fail at once.
     """
 
     def __init__(self, watches: bool = True) -> None:
@@ -182,6 +183,7 @@ class Device:
         self.races: list[str] = []
         self.copies = 0
         self.fails_at = 0
+        self.refuses = False
         self._lock = threading.RLock()
         self._clocks: dict[object, Clock] = {}
         self._regions: list[_Region] = []
@@ -221,6 +223,8 @@ class Device:
                 region.kept.add(stream)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
+        if self.refuses and self.holds(target):
+            raise DeviceError("CUDA error: an illegal memory access was encountered")
         stream = self.current_stream()
         self.access(stream, source, False, "a copy")
         tick = self.access(stream, target, True, "a copy")

@@ -454,6 +454,8 @@ def fail(rank: int, world_size: int, topology: str, how: str) -> str:
     model(drawn_gradients(rank, 0)).backward()
     if rank == 1 and how == "error":
         device.fails_at = device.copies + 5
+    if rank == 1 and how == "receive":
+        device.refuses = True
     if rank == 1 and how == "death":
         _Event.synchronize = lambda _: os._exit(3)  # type: ignore[assignment,method-assign]
     try:
@@ -464,9 +466,11 @@ def fail(rank: int, world_size: int, topology: str, how: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("topology", ["rank0", "sharded"])
-def test_an_error_in_a_copy_is_named_on_every_rank(topology: str) -> None:
-    for said in run_ranks(fail, 3, topology, "error"):
+@pytest.mark.parametrize(
+    ("topology", "how"), [("rank0", "error"), ("rank0", "receive"), ("sharded", "error")]
+)
+def test_an_error_in_a_copy_is_named_on_every_rank(topology: str, how: str) -> None:
+    for said in run_ranks(fail, 3, topology, how):
         assert "Rank 1" in said and "an illegal memory access" in said
 
 

@@ -22,10 +22,12 @@ Gloo sends from host memory. The buffers of buckets on a GPU are staged, see ``s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch.distributed as dist
 
+from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import abandon
 from effadam_hook.exchange.dense import start_average
@@ -113,7 +115,7 @@ class GlooExchange:
         stage = self._stages[number]
         if stage.prepare is not None:
             inflight.phase = stage.phase
-            stage.prepare(job)
+            _run_arithmetic(stage.prepare, job)
         if stage.averages_first and job.averages_first:
             inflight.phase = "dense average"
             with self.staging.on_host(job.values) as values:
@@ -121,6 +123,16 @@ class GlooExchange:
                 inflight.wait()
         if stage.compute is not None:
             inflight.phase = stage.phase
-            stage.compute(job)  # [1] [4] [7]
+            _run_arithmetic(stage.compute, job)  # [1] [4] [7]
         if stage.start is None:
             inflight.succeed()  # [8]
+
+
+def _run_arithmetic(action: Callable[[BucketJob], None], job: BucketJob) -> None:
+    """Run arithmetic, whose errors are the cause on all ranks; those of a collective may follow one."""
+    try:
+        action(job)
+    except EffAdamError:
+        raise
+    except RuntimeError as error:  # of the device, or out of its memory
+        raise EffAdamError(f"{type(error).__name__}: {error}") from error
