@@ -197,6 +197,20 @@ class Model:
                     start += tensor.numel()
         return [tensor.clone() for bucket in self.buckets for tensor in bucket]
 
+    def watch_residuals(self) -> None:
+        """Watch the residuals, which the first step has made."""
+        for side in (self.session.worker, self.session.server):
+            for _, residual in side:
+                self.device.register("residual", residual)
+
+    def save(self) -> None:
+        """Read residuals, as a state that is saved after an interrupted backward."""
+        self.session.settle()
+        with _Watch(self.device):
+            for side in (self.session.worker, self.session.server):
+                for _, residual in side:
+                    residual.clone()
+
 
 def mesh() -> DeviceMesh:
     return DeviceMesh("cpu", torch.tensor(NODES))
@@ -221,6 +235,7 @@ def without(device: Device, name: str) -> Iterator[None]:
         "copy": [(_Event, "synchronize", lambda _: None)],
         "future": [(device, "new_future", Future)],
         "memory": [(device, "keep", lambda *_: None)],
+        "settling": [(kind, "settle", lambda _: None) for kind in (NcclExchange, PinnedStaging)],
     }
     skip = (LateWork, "wait", lambda work, *_: work.what == name or wait(work))
     with contextlib.ExitStack() as stack:
@@ -243,12 +258,14 @@ def races_without(
         models.append(model := Model(device, rank, world_size, topology))
         model.step(0)
         assert device.races == []
+        model.watch_residuals()
         with without(device, "" if name == "dense" else name):
             with contextlib.suppress(EffAdamError, RuntimeError):
                 model.step(1)
                 settle(model.begin(2))
             for flat in model.flats:
                 device.free(flat)
+            model.save()
         model.session.connection.close()
         found[name] = device.races
     return found
@@ -267,6 +284,7 @@ NEEDED = {
         "all_reduce, all": "reads bucket (534,) while all_reduce, all writes it",
         "future": "reads bucket (534,) while aten::copy_ writes it",
         "memory": "bucket (534,) is freed before",
+        "settling": "aten::clone reads residual",
     },
     ("nccl", "hierarchical"): {
         "all_to_all_flat, node": "reads payload",
@@ -290,6 +308,7 @@ NEEDED = {
         "copy": "all_to_all_flat reads pinned",
         "future": "writes pinned (2, ",
         "memory": "bucket (534,) is freed before",
+        "settling": "aten::clone reads residual",
     },
     ("staged", "hierarchical"): {"copy": "all_to_all_flat reads pinned"},
 }
