@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from effadam_hook import EffAdamError, EfficientAdam, attach
+from effadam_hook.config import Config
 from effadam_hook.session import connection
+from effadam_hook.session.session import ExchangeSession
 from harness import run_ranks
 from test_fsdp import Interrupted, fsdp, loss_of, mesh_of
 from training import ChosenGradients, ddp, drawn_gradients
@@ -184,3 +186,26 @@ def part_ways(rank: int, _: int) -> tuple[str, float]:
 def test_replicas_that_were_interrupted_at_different_groups_do_not_wait_for_ever() -> None:
     for said, seconds in run_ranks(part_ways, 4, timeout=100):
         assert "state_dict()" in said and seconds < 30
+
+
+# Buckets that wait for the norm of the whole gradient
+
+
+def leave_waiting(rank: int, _: int) -> int:
+    session = ExchangeSession(Config("lloyd4", "lloyd4"))
+    session.mode.max_grad_norm = 1.0
+    parameter, device = torch.zeros(40, 8), torch.device("cpu")
+    session.agree(device)
+    session.open(device)
+    for step in range(3):
+        session.begin_step()
+        future = session.exchange(0, torch.ones(320), [parameter])
+        if step != 1:
+            session.release()
+            future.wait()
+    session.connection.watchdog.join()
+    return len(session.connection.watchdog.record.in_flight)
+
+
+def test_a_step_that_left_buckets_waiting_does_not_hold_up_the_next_one() -> None:
+    assert run_ranks(leave_waiting, 2, timeout=20) == [0, 0]
