@@ -161,13 +161,13 @@ class Connection:
             EffAdamError: If the ranks are at different steps, or one is gone.
         """
         self.phase = "opening the exchange"
-        device = torch.empty(0, device=device).device  # with its index
         try:
             check_backend(self.group, device)
         except UnsupportedBackendError:
             if compressing:
                 raise
             return  # dense steps need no exchange
+        device = torch.empty(0, device=device).device  # with its index
         with self.watchdog.hold("opening the exchange", "comparing steps") as held:
             # Over DDP's own connections, which break at once when a rank has died.
             layout = f"{self.topology.name} with blocks of {block_size}"
