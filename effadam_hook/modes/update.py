@@ -18,6 +18,7 @@ from effadam_hook.kernels.fusions import ADAM_TERMS, AdamSource
 from effadam_hook.modes.mode import Content, Mode
 from effadam_hook.optim.efficient_adam import EfficientAdam
 from effadam_hook.optim.groups import group_settings
+from effadam_hook.optim.matching import Matching
 from effadam_hook.wire.layout import Slot
 from effadam_hook.wire.node_layout import Run
 from effadam_hook.wire.node_shares import NodeShare
@@ -70,6 +71,11 @@ class UpdateMode(Mode):
     def divide(self, share: NodeShare | None) -> None:
         """Advance the moments of this rank's share only."""
         self._recursion.share = share
+
+    def connect(self, workers: int, energy: float) -> None:
+        """Match the steps to those of DDP, if the optimizer requires it."""
+        if self.optimizer.second_moment == "matched":
+            self._recursion.matching = Matching(workers, energy)
 
     def begin_backward(self, joins: bool) -> None:
         """Drop the results that no step has applied."""
@@ -189,7 +195,10 @@ class UpdateContent(Content):
         assert self.adam is not None
         self._place_moments()
         self.averages_first = self._recursion.needs_mean(self._parameters)
-        rows = [self._recursion.prepare(p, self.averages_first) for p in self._parameters]
+        rows = [
+            self._recursion.prepare(parameter, self.averages_first, slot.exact)
+            for parameter, slot in self._items()
+        ]
         self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
         self._mode.differing.update(self._parameters)
         states = self._mode.optimizer.state

@@ -18,6 +18,7 @@ from torch import Tensor
 from effadam_hook.errors import EffAdamError
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.kernels.arguments import compute_dtype
+from effadam_hook.optim.matching import Matching
 from effadam_hook.optim.moment_parts import place, widen
 from effadam_hook.optim.pending import MomentStep, PendingStep
 from effadam_hook.optim.second_moment import SecondMomentRule
@@ -45,6 +46,7 @@ class AdamRecursion:
         pending: Results of the exchange for the next step.
         generation: Number of times that a loaded state has replaced the moments.
         share: This rank's share of the parameters, whose moments it advances; None for all of them.
+        matching: The correction of the steps; None without.
     """
 
     def __init__(self, optimizer: EfficientAdam) -> None:
@@ -55,6 +57,7 @@ class AdamRecursion:
         self.pending = PendingStep()
         self.generation = 0
         self.share: NodeShare | None = None
+        self.matching: Matching | None = None
 
     @property
     def _optimizer(self) -> EfficientAdam:
@@ -150,6 +153,8 @@ class AdamRecursion:
                 state = self._optimizer.state[parameter]
                 moments = {key: state[key].detach().flatten().clone() for key in MOMENTS}
                 saved[name] = {**state, **moments}
+                if "signal" in state:
+                    saved[name]["signal"] = float(state["signal"])
         return saved
 
     def load_moments(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
@@ -164,6 +169,9 @@ class AdamRecursion:
                 state = self.init_state(parameter)
                 moments = {key: state[key] for key in MOMENTS}
                 state.update(saved[name])
+                if "signal" in state:
+                    signal = torch.as_tensor(state["signal"], dtype=torch.float64)
+                    state["signal"] = signal.to(parameter.device, copy=True)
                 if state["decay"] != 1:
                     state.setdefault("refreshed", state["step"])
                 for key, own in moments.items():
@@ -208,41 +216,49 @@ class AdamRecursion:
             rule.needs_mean(self._optimizer.state[parameter]) for parameter in parameters
         )
 
-    def prepare(self, parameter: Tensor, averaged: bool) -> tuple[float, ...]:
+    def prepare(self, parameter: Tensor, averaged: bool, exact: bool) -> tuple[float, ...]:
         """Return the terms with which the hook takes a step, and record them for :meth:`step`.
 
         Args:
             parameter: The parameter.
             averaged: Whether the gradient is the mean of all workers.
+            exact: Whether the update is sent uncompressed.
 
         Returns:
             See :meth:`terms`.
         """
         follows = self._second_moment.follows(self._optimizer.state[parameter], averaged)
         beta2 = self._beta2(parameter) if follows else 1.0
-        self.pending.moments[parameter] = MomentStep(beta2, follows)
-        return self.terms(parameter, beta2)
+        beta1 = self._beta1(parameter)
+        if self.matching is not None and not exact:
+            beta1 = self.matching.beta1(beta1)
+        self.pending.moments[parameter] = moment = MomentStep(beta1, beta2, follows)
+        return self.terms(parameter, moment)
 
-    def terms(self, parameter: Tensor, beta2: float) -> tuple[float, ...]:
+    def terms(self, parameter: Tensor, moment: MomentStep) -> tuple[float, ...]:
         """Return the numbers of the next step, in the order of :data:`kernels.fusions.ADAM_TERMS`.
 
         Args:
             parameter: The parameter.
-            beta2: β2 of this step; 1 keeps v constant.
+            moment: β1 and β2 of this step; β2 = 1 keeps v constant.
 
         Returns:
             β1, 1-β1, β2, 1-β2, α / (1-β1^t), 1 / √(1-Πβ2), ε.
         """
         group, state = self.group_of(parameter), self._optimizer.state[parameter]
-        beta1 = group["betas"][0]
+        beta1, beta2 = moment.beta1, moment.beta2
         alpha, step = self._alpha(parameter), state["step"] + 1
         if not self._optimizer.bias_correction:
             return (beta1, 1 - beta1, beta2, 1 - beta2, alpha, 1.0, 0.0)
+        if self.matching is None:
+            first_decay = beta1**step
+        else:  # β1 of dense steps is another one
+            first_decay = self.matching.first_decay(state, self._beta1(parameter)) * beta1
         seen = 1 - state["decay"] * beta2
         correction = 1 / math.sqrt(seen) if seen > 0 else 1.0
         return (
             *(beta1, 1 - beta1, beta2, 1 - beta2),
-            *(alpha / (1 - beta1**step), correction, group["eps"]),
+            *(alpha / (1 - first_decay), correction, group["eps"]),
         )
 
     def remaining_weight(self, parameter: Tensor) -> float:
@@ -258,6 +274,9 @@ class AdamRecursion:
         if schedule is not None:
             return schedule.alpha(self._optimizer.state[parameter]["step"] + 1)
         return float(self.group_of(parameter)["lr"])
+
+    def _beta1(self, parameter: Tensor) -> float:
+        return float(self.group_of(parameter)["betas"][0])
 
     def _beta2(self, parameter: Tensor) -> float:
         """Return β2 of a step in which v follows the gradient."""
@@ -277,7 +296,7 @@ class AdamRecursion:
             parameter: The parameter.
         """
         self.pending.withdraw(parameter)
-        if self._optimizer.second_moment != "local":
+        if not self._second_moment.is_local:
             state = self._optimizer.state[parameter]
             state["unused"] = state.get("unused", 0) + 1
 
@@ -328,26 +347,40 @@ class AdamRecursion:
     def _step_dense(self, parameter: Tensor, gradient: Tensor) -> None:
         """Step AdamW on the mean gradient."""
         state = self.init_state(parameter)
-        moment = MomentStep(self._beta2(parameter), follows=True)
+        moment = MomentStep(self._beta1(parameter), self._beta2(parameter), follows=True)
         first, second = state["exp_avg"], state["exp_avg_sq"]
         gradient = gradient.to(first.dtype)
-        beta1, rest1, beta2, rest2, size, correction, eps = self.terms(parameter, moment.beta2)
+        beta1, rest1, beta2, rest2, size, correction, eps = self.terms(parameter, moment)
         first.mul_(beta1).add_(gradient, alpha=rest1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=rest2)
         update = first.mul(size).div_(second.sqrt().mul_(correction).add_(eps))
         if eps == 0:
             update = update.nan_to_num_(0.0)
-        self._apply(parameter, update, moment, replaces=False)
+        self._apply(parameter, update, moment, replaces=False, dense=True)
 
-    def _apply(self, parameter: Tensor, update: Tensor, moment: MomentStep, replaces: bool) -> None:
+    def _apply(
+        self,
+        parameter: Tensor,
+        update: Tensor,
+        moment: MomentStep,
+        replaces: bool,
+        dense: bool = False,
+    ) -> None:
         """Change the weights, and record the step in the state."""
         state = self._optimizer.state[parameter]
+        factor = None
+        if self.matching is not None:
+            own = self._beta1(parameter), self._alpha(parameter)
+            factor = self.matching.factor(state, None if dense else update, moment, *own)
         if replaces:
             parameter.copy_(update)
         else:
             if self.group_of(parameter)["weight_decay"] != 0:
                 parameter.mul_(self.remaining_weight(parameter))
-            parameter.sub_(update)
+            if factor is None:
+                parameter.sub_(update)
+            else:
+                parameter.addcmul_(update, factor, value=-1)
         late = self._optimizer.second_moment == "frozen" and "refreshed" not in state
         state["decay"] *= moment.beta2
         state["step"] += 1

@@ -144,6 +144,8 @@ class ExchangeSession:
         """
         if self.connection.exchange is None:
             self.mode.divide(self.connection.share)
+            uplink, downlink = self.config.uplink, self.config.downlink
+            self.mode.connect(len(self.topology.worker_ranks), uplink.energy * downlink.energy)
             steps, progress = self.counters.steps, self.mode.progress()
             self.connection.open(device, steps, progress, compressing)
 
