@@ -196,6 +196,7 @@ def adopt_state(
     adopted["step"] = step = _count(name, entry["step"])
     if "decay" not in adopted:
         adopted["decay"] = float(group["betas"][1]) ** step
+        adopted["dense_mass"] = 1 - adopted["decay"]  # the second moment of DDP
     if "refreshed" not in adopted and adopted["decay"] != 1:
         adopted["refreshed"] = step
     check_moments(name, adopted)

@@ -50,6 +50,14 @@ class UpdateMode(Mode):
         self._joins = False
 
     @property
+    def matches(self) -> bool:
+        """Return whether steps are matched to those of DDP with AdamW."""
+        optimizer = self.optimizer
+        if optimizer.second_moment is None:
+            return optimizer.bias_correction
+        return optimizer.second_moment == "matched"
+
+    @property
     def generation(self) -> int:  # type: ignore[override]
         """Return a number that changes when a loaded state has replaced the moments."""
         return self._recursion.generation
@@ -74,7 +82,7 @@ class UpdateMode(Mode):
 
     def connect(self, workers: int, energy: float) -> None:
         """Match the steps to those of DDP, if the optimizer requires it."""
-        if self.optimizer.second_moment == "matched":
+        if self.matches:
             self._recursion.matching = Matching(workers, energy)
 
     def begin_backward(self, joins: bool) -> None:
@@ -119,7 +127,7 @@ class UpdateMode(Mode):
         """Return the settings and the step counts of the optimizer."""
         optimizer = self.optimizer
         return {
-            "second_moment": optimizer.second_moment,
+            "second_moment": "matched" if self.matches else optimizer.second_moment or "local",
             "refresh_every": optimizer.refresh_every,
             "max_grad_norm": optimizer.max_grad_norm,
             "bias_correction": optimizer.bias_correction,
@@ -195,10 +203,7 @@ class UpdateContent(Content):
         assert self.adam is not None
         self._place_moments()
         self.averages_first = self._recursion.needs_mean(self._parameters)
-        rows = [
-            self._recursion.prepare(parameter, self.averages_first, slot.exact)
-            for parameter, slot in self._items()
-        ]
+        rows = [self._recursion.prepare(p, self.averages_first) for p in self._parameters]
         self.adam.terms.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
         self._mode.differing.update(self._parameters)
         states = self._mode.optimizer.state

@@ -67,7 +67,9 @@ class AdamRecursion:
 
     @property
     def _second_moment(self) -> SecondMomentRule:
-        return SecondMomentRule(self._optimizer.second_moment, self._optimizer.refresh_every)
+        return SecondMomentRule(
+            self._optimizer.second_moment or "local", self._optimizer.refresh_every
+        )
 
     def attach_to(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Store the parameters that the hook exchanges; called by :func:`effadam_hook.attach`.
@@ -216,13 +218,12 @@ class AdamRecursion:
             rule.needs_mean(self._optimizer.state[parameter]) for parameter in parameters
         )
 
-    def prepare(self, parameter: Tensor, averaged: bool, exact: bool) -> tuple[float, ...]:
+    def prepare(self, parameter: Tensor, averaged: bool) -> tuple[float, ...]:
         """Return the terms with which the hook takes a step, and record them for :meth:`step`.
 
         Args:
             parameter: The parameter.
             averaged: Whether the gradient is the mean of all workers.
-            exact: Whether the update is sent uncompressed.
 
         Returns:
             See :meth:`terms`.
@@ -230,7 +231,7 @@ class AdamRecursion:
         follows = self._second_moment.follows(self._optimizer.state[parameter], averaged)
         beta2 = self._beta2(parameter) if follows else 1.0
         beta1 = self._beta1(parameter)
-        if self.matching is not None and not exact:
+        if self.matching is not None:
             beta1 = self.matching.beta1(beta1)
         self.pending.moments[parameter] = moment = MomentStep(beta1, beta2, follows)
         return self.terms(parameter, moment)
