@@ -5,9 +5,9 @@
 
 All workers are simulated in one process, with the arithmetic of matched second moments in plain torch:
 `text` is the model of `examples/train_text.py`, `gru` a recurrent one (width 128) on the same bytes,
-both with 600 steps of AdamW, 6e-3 and betas .9 .999. A method is `dense`, a quantizer, or QUANTIZER/local
-for local second moments without matching. Runs take about a minute of one core for four workers; each
-prints one line.
+both with 600 steps of AdamW, 6e-3 and betas .9 .999. A method is `dense`, a quantizer, or
+QUANTIZER/local for local second moments without matching. Runs take about a minute of one core for four
+workers; each prints one line.
 """
 
 from __future__ import annotations
