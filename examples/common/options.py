@@ -64,6 +64,7 @@ class Options:
     worker_quantizer: str | None
     server_quantizer: str | None
     topology: str
+    nodes: int
     block_size: int
     warmup_steps: int
     exchange: str
@@ -129,6 +130,13 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         choices=("auto", "hierarchical", "sharded", "rank0"),
         default="auto",
         help="who averages: every worker a share, rank 0, or nodes first (default %(default)s)",
+    )
+    exchange.add_argument(
+        "--nodes",
+        type=int,
+        default=0,
+        metavar="M",
+        help="treat the workers as M nodes of consecutive ranks (default: nodes are the hosts)",
     )
     exchange.add_argument(
         "--block-size", type=int, default=256, help="elements per scale (default %(default)s)"
@@ -254,6 +262,7 @@ def _find_error(options: Options) -> str | None:
         ("stop_after", 1),
         ("refresh_every", 1),
         ("warmup_steps", 0),
+        ("nodes", 0),
         ("lr_warmup", 0),
         ("weight_decay", 0),
         ("seed", 0),
@@ -261,6 +270,8 @@ def _find_error(options: Options) -> str | None:
         value = getattr(options, name)
         if value is not None and value < minimum:
             return f"--{name.replace('_', '-')} must be at least {minimum}, got {value}"
+    if options.nodes and options.workers % options.nodes:
+        return f"--nodes {options.nodes} does not divide --workers {options.workers} evenly"
     if not options.lr > 0:
         return f"--lr must be positive, got {options.lr}"
     if not all(0 <= beta < 1 for beta in options.betas):
@@ -307,10 +318,12 @@ def _find_attach_error(options: Options) -> str | None:
 
 def exchange_arguments(options: Options, mode: Mode) -> dict[str, Any]:
     """Return the keyword arguments of `attach` for a quantized run."""
+    nodes = options.nodes
     return {
         "worker_quantizer": mode.uplink,
         "server_quantizer": mode.downlink,
         "topology": options.topology,
+        "device_mesh": (nodes, options.workers // nodes) if nodes else None,
         "block_size": options.block_size,
         "warmup_steps": options.warmup_steps,
     }

@@ -214,7 +214,9 @@ def draw(seed: int, world_size: int, ending: str = "", nodes: int = 0) -> Case:
         "worker_quantizer": chance.choice(names),
         "server_quantizer": chance.choice(names),
         "block_size": 2 ** chance.randint(4, 10),
-        "topology": "hierarchical" if nodes else chance.choice(["rank0", "sharded"]),
+        "topology": chance.choice(
+            ["hierarchical", "auto"] if nodes else ["rank0", "sharded", "auto"]
+        ),
         "error_feedback": chance.random() < 0.9,
         "exact": chance.choice([("1d",), (), ("<40",), ("weights.0",)]),
         "scale_rule": chance.choice(["least_squares", "least_squares", "absmax"]),
