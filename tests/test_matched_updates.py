@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effadam_hook import EfficientAdam, attach
-from effadam_hook.optim.matching import Matching
+from effadam_hook.optim.matching import MatchedStep, Matching
 from effadam_hook.optim.pending import MomentStep
 from effadam_hook.wire.quantizers import QUANTIZERS
 from harness import run_ranks
@@ -141,7 +141,9 @@ def test_a_resumed_run_on_other_workers_keeps_the_share_of_the_signal() -> None:
             generator = torch.Generator().manual_seed(state["step"])
             update = torch.randn(300, 400, generator=generator) / workers**0.5
             moment = MomentStep(0.0, 0.999, True)
-            factor = Matching(workers, 1.0).factor(state, update, moment, 0.9, alpha=1.0)
+            matching = Matching(workers, 1.0)
+            matching.record(state, moment, 0.9, dense=False)
+            (factor,) = matching.factors([MatchedStep(state, update, moment, alpha=1.0)])
             state["step"] += 1
             state["decay"] *= 0.999
         assert factor is not None

@@ -23,36 +23,53 @@ rule is empirical; see docs/algorithm.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from effadam_hook.optim.pending import MomentStep
 
-__all__ = ["Matching"]
+__all__ = ["MatchedStep", "Matching"]
 
-_SAMPLE = 1 << 16
+_SAMPLES = 4096
 _UNIT = float(1 << 24)
 _LARGEST = 64.0
 
 
-@dataclass(frozen=True)
+class MatchedStep(NamedTuple):
+    """The compressed step of one parameter.
+
+    Attributes:
+        state: The state of the parameter, after :meth:`Matching.record`.
+        update: δ̃, in the shape of the parameter, without gaps in memory.
+        moment: β1 and β2 of the step.
+        alpha: α of the step.
+    """
+
+    state: dict[str, Any]
+    update: Tensor
+    moment: MomentStep
+    alpha: float
+
+
 class Matching:
     """The correction of the steps of one exchange.
 
-    Attributes:
+    Args:
         workers: N, the number of workers: of nodes, in the hierarchical topology.
         energy: The factor of β1, from 0 to 1.
     """
 
-    workers: int
-    energy: float
+    def __init__(self, workers: int, energy: float) -> None:
+        self.workers = workers
+        self._energy = energy
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def beta1(self, beta1: float) -> float:
         """Return β1 of a compressed step."""
-        return beta1 * self.energy
+        return beta1 * self._energy
 
     def first_decay(self, state: dict[str, Any], beta1: float) -> float:
         """Return the product of all β1 so far.
@@ -63,62 +80,109 @@ class Matching:
         """
         return float(state.get("first_decay", beta1 ** state["step"]))
 
-    def factor(
-        self,
-        state: dict[str, Any],
-        update: Tensor | None,
-        moment: MomentStep,
-        beta1: float,
-        alpha: float,
-    ) -> Tensor | None:
-        """Return the factor of a step, and follow the energy of the update.
+    def record(self, state: dict[str, Any], moment: MomentStep, beta1: float, dense: bool) -> None:
+        """Record a step in the state of a parameter, before its step count changes.
 
         Args:
-            state: The state of the parameter, before the step is recorded in it.
-            update: δ̃, in the shape of the parameter; None for a dense step.
+            state: The state.
             moment: β1 and β2 of the step.
             beta1: β1 of the optimizer.
-            alpha: α of the step.
+            dense: Whether the step is one on the mean gradient.
+        """
+        state["first_decay"] = self.first_decay(state, beta1) * moment.beta1
+        added = 1 - moment.beta2 if dense else 0.0
+        state["dense_mass"] = state.get("dense_mass", 0.0) * moment.beta2 + added
+
+    def factors(self, steps: Sequence[MatchedStep]) -> list[Tensor | None]:
+        """Return the factors of steps, and follow the energy of the updates.
+
+        The device computes them in a number of calls that does not depend on that of the parameters,
+        and the host does not wait for it.
+
+        Args:
+            steps: The compressed steps, of different parameters.
 
         Returns:
-            A float64 tensor without dimensions on the device of the update, computed without waiting
-            for the device; None for exactly 1.
+            By step, a tensor without dimensions in the dtype and on the device of the update; None for
+            exactly 1, with one worker.
         """
-        n, beta2 = self.workers, moment.beta2
-        first_decay = state["first_decay"] = self.first_decay(state, beta1) * moment.beta1
-        dense_mass = state.get("dense_mass", 0.0) * beta2
-        state["dense_mass"] = dense_mass + (1 - beta2 if update is None else 0.0)
-        if update is None or n == 1 or update.numel() == 0:
-            return None
-        signal, weight = state.get("signal"), state.get("signal_weight", 0.0)
-        if signal is None:
-            signal = torch.zeros((), dtype=torch.float64, device=update.device)
-            state["signal"] = signal
+        factors: list[Tensor | None] = [None] * len(steps)
+        if self.workers == 1:
+            return factors
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, step in enumerate(steps):
+            kinds.setdefault((step.update.device, step.update.dtype), []).append(index)
+        for indices in kinds.values():
+            found = self._factors([steps[index] for index in indices])
+            for index, factor in zip(indices, found.unbind(), strict=True):
+                factors[index] = factor
+        return factors
+
+    def _factors(self, steps: Sequence[MatchedStep]) -> Tensor:
+        """Return the factors ``[steps]`` of steps on one device, in one dtype."""
+        device, dtype = steps[0].update.device, steps[0].update.dtype
+        terms = torch.tensor([self._terms(step) for step in steps], dtype=torch.float64)
+        scale, last, kept, added, noise, dense, weight = terms.to(device, non_blocking=True).T
+        energy = self._energies(steps, scale.to(dtype))
+        for step in steps:
+            if "signal" not in step.state:
+                step.state["signal"] = torch.zeros((), dtype=torch.float64, device=device)
+        signals = [step.state["signal"] for step in steps]
+        signal = torch.stack(signals)
+        # Updates after dense steps are relative to the second moment of those.
+        relative = torch.where(last > 0, 1 - dense + dense * self._shrinkage(signal / last), 1.0)
+        signal.mul_(kept).add_(energy.mul_(relative).sub_(noise).mul_(added))
+        torch._foreach_copy_(signals, list(signal.unbind()))
+        factor: Tensor = dense + (1 - dense) / self._shrinkage(signal / weight)
+        return factor.sqrt_().to(dtype)
+
+    def _terms(self, step: MatchedStep) -> tuple[float, ...]:
+        """Return the numbers of a step, and record the weight of the energies in its state.
+
+        Returns:
+            1/α, the weight of the energies so far, the factors of their mean and of the next of them,
+            κ/N, the share of dense steps in the second moment, the weight with this step.
+        """
+        state, (beta1, beta2, _), alpha = step.state, step.moment, step.alpha
         mass = 1 - state["decay"] * beta2
-        dense = dense_mass / mass if mass > 0 else 0.0
-        if alpha > 0:
-            energy = _energy(update, alpha)
-            if dense > 0 and weight > 0:  # relative to local second moments
-                energy = energy * (1 - dense + dense * self._shrinkage(signal, weight))
-            kappa = (1 - moment.beta1) / (1 + moment.beta1)
-            noise = min(kappa * (1 + first_decay) / (1 - first_decay), 1.0) / n
-            signal.mul_(beta2).add_(energy - noise, alpha=1 - beta2)
-            state["signal_weight"] = weight = beta2 * weight + (1 - beta2) * (1 - noise)
-        if weight == 0:
-            return None
-        return (dense + (1 - dense) / self._shrinkage(signal, weight)).sqrt()
+        dense = state["dense_mass"] / mass if mass > 0 else 0.0
+        last = state.get("signal_weight", 0.0)
+        if alpha == 0:  # nothing is known of the energy; 1 as the factor, if nothing ever was
+            return (0.0, last, 1.0, 0.0, 0.0, dense, last) if last else (0, 0, 1, 0, 0, 1, 1)
+        first_decay = state["first_decay"]
+        kappa = (1 - beta1) * (1 + first_decay) / ((1 + beta1) * (1 - first_decay))
+        noise = min(kappa, 1.0) / self.workers
+        weight = state["signal_weight"] = beta2 * last + (1 - beta2) * (1 - noise)
+        return (1 / alpha, last, beta2, 1 - beta2, noise, dense, weight)
 
-    def _shrinkage(self, signal: Tensor, weight: float) -> Tensor:
+    def _energies(self, steps: Sequence[MatchedStep], scale: Tensor) -> Tensor:
+        """Return the mean squares ``[steps]`` of δ̃/α over evenly spaced elements, equal on all ranks.
+
+        Args:
+            steps: The steps.
+            scale: 1/α by step.
+        """
+        key = scale.device, scale.dtype
+        buffer = self._buffers.get(key)
+        if buffer is None or len(buffer) <= len(steps):
+            buffer = self._buffers[key] = torch.zeros(len(steps) + 1, _SAMPLES).to(*key)
+        padding, samples = buffer[-1], buffer[: len(steps)]
+        pieces, counts = [], []
+        for step in steps:
+            update = step.update
+            spacing = -(-update.numel() // _SAMPLES) | 1  # odd: rows usually have even lengths
+            count = -(-update.numel() // spacing)
+            counts.append(max(count, 1))
+            pieces.append(update.as_strided((count,), (spacing,), update.storage_offset()))
+            pieces.append(padding[count:])
+        torch.cat(pieces, out=samples.view(-1))
+        squares = samples.mul_(scale[:, None]).square_().nan_to_num_(0.0, _LARGEST)
+        # Sums of integers have no order, which differs between numbers of threads and processors.
+        total = squares.clamp_(max=_LARGEST).mul_(_UNIT).floor_().sum(1, dtype=torch.float64)
+        divisors = torch.tensor(counts, dtype=torch.float64).mul_(_UNIT)
+        return total.div_(divisors.to(scale.device, non_blocking=True)).clamp_(max=1.0)
+
+    def _shrinkage(self, rho: Tensor) -> Tensor:
         """Return 1/f²: DDP's second moment relative to that of a worker."""
-        rho = (signal / weight).clamp(0, 1)
+        rho = rho.clamp(0, 1)
         return rho + (1 - rho) / self.workers
-
-
-def _energy(update: Tensor, alpha: float) -> Tensor:
-    """Return the mean square of δ̃/α over evenly spaced elements: float64, equal on all ranks."""
-    flat = update.detach().flatten()
-    sample = flat[:: -(-flat.numel() // _SAMPLE)]
-    # Sums of integers have no order, which differs between numbers of threads and processors.
-    squares = sample.mul(1 / alpha).square_().nan_to_num_(0.0, _LARGEST).clamp_(max=_LARGEST)
-    total = squares.mul_(_UNIT).to(torch.int32).sum(dtype=torch.int64)
-    return total.to(torch.float64) / (_UNIT * sample.numel())

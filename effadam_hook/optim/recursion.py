@@ -18,7 +18,7 @@ from torch import Tensor
 from effadam_hook.errors import EffAdamError
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.kernels.arguments import compute_dtype
-from effadam_hook.optim.matching import Matching
+from effadam_hook.optim.matching import MatchedStep, Matching
 from effadam_hook.optim.moment_parts import place, widen
 from effadam_hook.optim.pending import MomentStep, PendingStep
 from effadam_hook.optim.second_moment import SecondMomentRule
@@ -339,11 +339,24 @@ class AdamRecursion:
             _clip(list(means.values()), self._optimizer.max_grad_norm)
         for parameter, gradient in means.items():
             self._step_dense(parameter, gradient)
-        for parameter in parameters:
-            if parameter in pending.updates:
-                update, moment = pending.updates[parameter], pending.moments[parameter]
-                self._apply(parameter, update, moment, pending.replaces)
+        updated = [p for p in parameters if p in pending.updates]
+        factors = self._match(updated)
+        for parameter in updated:
+            moment, factor = pending.moments[parameter], factors.get(parameter)
+            self._apply(parameter, pending.updates[parameter], moment, factor)
         pending.clear()
+
+    def _match(self, parameters: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
+        """Return the factors of the pending updates, by parameter."""
+        if self.matching is None:
+            return {}
+        steps = []
+        for parameter in parameters:
+            state, moment = self._optimizer.state[parameter], self.pending.moments[parameter]
+            self.matching.record(state, moment, self._beta1(parameter), dense=False)
+            update, alpha = self.pending.updates[parameter], self._alpha(parameter)
+            steps.append(MatchedStep(state, update, moment, alpha))
+        return dict(zip(parameters, self.matching.factors(steps), strict=True))
 
     def _step_dense(self, parameter: Tensor, gradient: Tensor) -> None:
         """Step AdamW on the mean gradient."""
@@ -357,23 +370,17 @@ class AdamRecursion:
         update = first.mul(size).div_(second.sqrt().mul_(correction).add_(eps))
         if eps == 0:
             update = update.nan_to_num_(0.0)
-        self._apply(parameter, update, moment, replaces=False, dense=True)
+        if self.matching is not None:
+            self.matching.record(state, moment, self._beta1(parameter), dense=True)
+        self._apply(parameter, update, moment)
 
     def _apply(
-        self,
-        parameter: Tensor,
-        update: Tensor,
-        moment: MomentStep,
-        replaces: bool,
-        dense: bool = False,
+        self, parameter: Tensor, update: Tensor, moment: MomentStep, factor: Tensor | None = None
     ) -> None:
         """Change the weights, and record the step in the state."""
         state = self._optimizer.state[parameter]
-        factor = None
-        if self.matching is not None:
-            own = self._beta1(parameter), self._alpha(parameter)
-            factor = self.matching.factor(state, None if dense else update, moment, *own)
-        if replaces:
+        compressed = parameter in self.pending.updates
+        if compressed and self.pending.replaces:
             parameter.copy_(update)
         else:
             if self.group_of(parameter)["weight_decay"] != 0:
@@ -388,7 +395,7 @@ class AdamRecursion:
         state.pop("unused", None)
         if moment.follows:
             state["refreshed"] = state["step"]
-        if late and parameter in self.pending.updates:
+        if late and compressed:
             state["estimate_until"] = state["step"] + self._optimizer.refresh_every - 1
 
 
