@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -149,6 +150,59 @@ def test_a_resumed_run_on_other_workers_keeps_the_share_of_the_signal() -> None:
         assert factor is not None
         factors.append(float(factor))
     assert factors == [pytest.approx(2, rel=0.02), pytest.approx(3, rel=0.02)]
+
+
+def test_factors_remain_between_1_and_the_root_of_n() -> None:
+    matching, moment = Matching(4, 0.5), MomentStep(0.45, 0.999, True)
+    drawn = torch.randn(3, 7, 5000, generator=torch.Generator().manual_seed(0))
+    channels_last = drawn[:, :, :90].reshape(3, 7, 9, 10).to(memory_format=torch.channels_last)
+    updates = [
+        *(
+            torch.zeros(5, 3),
+            torch.zeros(0),
+            torch.full((9,), torch.inf),
+            torch.full((9,), torch.nan),
+        ),
+        *(drawn, drawn.double(), channels_last, torch.tensor(0.3), 1e30 * drawn, 1e-30 * drawn),
+    ]
+    states: list[dict[str, Any]] = [{"step": 0, "decay": 1.0} for _ in updates]
+    for step, alpha in enumerate((0.0, 1e-8, 1e-3, 1.0, 0.0, 1e-310)):
+        for state in states:
+            matching.record(state, moment, 0.9, dense=step == 3)
+        steps = [MatchedStep(s, u, moment, alpha) for s, u in zip(states, updates, strict=True)]
+        factors = [] if step == 3 else matching.factors(steps)
+        for factor, update in zip(factors, updates):  # noqa: B905
+            assert factor is not None and factor.dtype == update.dtype
+            assert 1 <= float(factor) <= 2
+            assert step or float(factor) == 1  # a rate of zero tells nothing
+        for state in states:
+            state["step"] += 1
+            state["decay"] *= moment.beta2
+    assert [float(state["signal"]) < 0 for state in states][:2] == [True, True]
+
+
+def continue_with(rank: int, world_size: int, names: tuple[str, str]) -> list[str]:
+    saved = None
+    for name in names:
+        model = ddp(ChosenGradients())
+        optimizer = EfficientAdam(model.parameters(), lr=0.01, second_moment=name)
+        state = attach(model, optimizer=optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if saved is not None:
+                state.load_state_dict(saved)
+        model(drawn_gradients(rank, 0)).backward()
+        optimizer.step()
+        saved = state.state_dict()
+        state.close()
+    return [str(each.message) for each in caught]
+
+
+def test_a_change_of_the_length_of_steps_is_announced() -> None:
+    (message,) = run_ranks(continue_with, 2, ("local", "matched"))[0]
+    assert message.startswith('The saved moments are those of second_moment="local"')
+    for names in (("local", "local"), ("matched", "matched"), ("matched", "local")):
+        assert run_ranks(continue_with, 2, names) == [[], []]
 
 
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))

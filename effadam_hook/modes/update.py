@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from effadam_hook.modes.mode import Content, Mode
 from effadam_hook.optim.efficient_adam import EfficientAdam
 from effadam_hook.optim.groups import group_settings
 from effadam_hook.optim.matching import Matching
+from effadam_hook.optim.moment_states import is_local
 from effadam_hook.wire.layout import Slot
 from effadam_hook.wire.node_layout import Run
 from effadam_hook.wire.node_shares import NodeShare
@@ -151,6 +153,13 @@ class UpdateMode(Mode):
 
     def load(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace moments and step counts, and have the buckets use them."""
+        if self.matches and any(map(is_local, saved.values())):
+            warnings.warn(
+                'The saved moments are those of second_moment="local". From now on steps are matched '
+                "to those of DDP with AdamW, and up to √N longer with N workers. Use the learning rate "
+                'of DDP with AdamW, or second_moment="local" to continue as before.',
+                stacklevel=4,
+            )
         self._recursion.load_moments(saved)
         self.differing.update(self.optimizer.state)
 

@@ -147,8 +147,8 @@ class Matching:
         mass = 1 - state["decay"] * beta2
         dense = state["dense_mass"] / mass if mass > 0 else 0.0
         last = state.get("signal_weight", 0.0)
-        if alpha == 0:  # nothing is known of the energy; 1 as the factor, if nothing ever was
-            return (0.0, last, 1.0, 0.0, 0.0, dense, last) if last else (0, 0, 1, 0, 0, 1, 1)
+        if alpha == 0:  # no update tells its energy; the factor is 1 before the first that does
+            return (0.0, last, 1.0, 0.0, 0.0, dense if last else 1.0, last or 1.0)
         first_decay = state["first_decay"]
         kappa = (1 - beta1) * (1 + first_decay) / ((1 + beta1) * (1 - first_decay))
         noise = min(kappa, 1.0) / self.workers

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from effadam_hook.errors import EffAdamError
-from effadam_hook.feedback.moments import MOMENTS
-from effadam_hook.kernels.arguments import compute_dtype
+from effadam_hook.optim import moment_states
 from effadam_hook.optim.matching import MatchedStep, Matching
 from effadam_hook.optim.moment_parts import place, widen
 from effadam_hook.optim.pending import MomentStep, PendingStep
@@ -130,17 +129,8 @@ class AdamRecursion:
         optimizer = self._optimizer
         state: dict[str, Any] = optimizer.state[parameter]
         if "step" not in state:
-            first = torch.zeros_like(
-                parameter,
-                dtype=compute_dtype(parameter.dtype),
-                memory_format=torch.contiguous_format,
-            )
-            start = 0.0 if optimizer.bias_correction else float(self.group_of(parameter)["eps"])
-            state["exp_avg"] = first
-            state["exp_avg_sq"] = torch.full_like(first, start)
-            state["step"] = 0
-            # The product of all β2 so far. The bias correction of v divides by 1 minus this.
-            state["decay"] = 1.0
+            second = 0.0 if optimizer.bias_correction else float(self.group_of(parameter)["eps"])
+            moment_states.start(state, parameter, second)
         return state
 
     def save_moments(self) -> dict[str, dict[str, Any]]:
@@ -149,15 +139,9 @@ class AdamRecursion:
         Returns:
             By parameter name: copies of the moments ``[numel]``, and plain numbers.
         """
-        saved = {}
-        for parameter, name in (self.names or {}).items():
-            if parameter in self._optimizer.state:
-                state = self._optimizer.state[parameter]
-                moments = {key: state[key].detach().flatten().clone() for key in MOMENTS}
-                saved[name] = {**state, **moments}
-                if "signal" in state:
-                    saved[name]["signal"] = float(state["signal"])
-        return saved
+        states = self._optimizer.state
+        named = (self.names or {}).items()
+        return {name: moment_states.save(states[p]) for p, name in named if p in states}
 
     def load_moments(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace all moments and step counts by what :meth:`save_moments` returned.
@@ -168,20 +152,7 @@ class AdamRecursion:
         for parameter, name in (self.names or {}).items():
             self._optimizer.state.pop(parameter, None)
             if name in saved:
-                state = self.init_state(parameter)
-                moments = {key: state[key] for key in MOMENTS}
-                state.update(saved[name])
-                if "signal" in state:
-                    signal = torch.as_tensor(state["signal"], dtype=torch.float64)
-                    state["signal"] = signal.to(parameter.device, copy=True)
-                if state["decay"] != 1:
-                    state.setdefault("refreshed", state["step"])
-                for key, own in moments.items():
-                    value = saved[name][key]
-                    if "start" in saved[name]:
-                        state[key] = value.to(own.device, own.dtype, copy=True)
-                    else:
-                        state[key] = own.copy_(value.view_as(own))
+                moment_states.load(self.init_state(parameter), parameter, saved[name])
         self.generation += 1
 
     def place_moments(self, parameter: Tensor, flats: Mapping[str, Tensor]) -> None:
