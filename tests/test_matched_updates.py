@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effadam_hook import EfficientAdam, attach
 from effadam_hook.optim.matching import MatchedStep, Matching
@@ -179,6 +180,34 @@ def test_factors_remain_between_1_and_the_root_of_n() -> None:
             state["step"] += 1
             state["decay"] *= moment.beta2
     assert [float(state["signal"]) < 0 for state in states][:2] == [True, True]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls that read or write elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_factors_need_few_calls_and_no_value_on_the_host() -> None:
+    moment = MomentStep(0.9, 0.999, True)
+    matching = Matching(4, 1.0)
+    updates = [torch.empty(100, 90 + i, device="meta") for i in range(100)]
+    states: list[dict[str, Any]] = [{"step": 0, "decay": 1.0} for _ in updates]
+    counts = []
+    for _ in range(2):
+        for state in states:
+            matching.record(state, moment, 0.9, dense=False)
+        steps = [MatchedStep(s, u, moment, 0.01) for s, u in zip(states, updates, strict=True)]
+        with Calls() as calls:
+            matching.factors(steps)
+        counts.append(calls.count)
+    assert counts[1] <= 60
 
 
 def continue_with(rank: int, world_size: int, names: tuple[str, str]) -> list[str]:

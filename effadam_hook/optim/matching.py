@@ -162,25 +162,29 @@ class Matching:
             steps: The steps.
             scale: 1/α by step.
         """
-        key = scale.device, scale.dtype
-        buffer = self._buffers.get(key)
-        if buffer is None or len(buffer) <= len(steps):
-            buffer = self._buffers[key] = torch.zeros(len(steps) + 1, _SAMPLES).to(*key)
-        padding, samples = buffer[-1], buffer[: len(steps)]
         pieces, counts = [], []
         for step in steps:
             update = step.update
             spacing = -(-update.numel() // _SAMPLES) | 1  # odd: rows usually have even lengths
-            count = -(-update.numel() // spacing)
-            counts.append(max(count, 1))
-            pieces.append(update.as_strided((count,), (spacing,), update.storage_offset()))
-            pieces.append(padding[count:])
-        torch.cat(pieces, out=samples.view(-1))
+            counts.append(-(-update.numel() // spacing))
+            pieces.append(update.as_strided((counts[-1],), (spacing,), update.storage_offset()))
+        width = max(counts)
+        samples, zeros = self._buffer(len(steps) * width, scale)
+        padded = [each for p, n in zip(pieces, counts, strict=True) for each in (p, zeros[n:width])]
+        torch.cat(padded, out=samples)
+        samples = samples.view(len(steps), width)
         squares = samples.mul_(scale[:, None]).square_().nan_to_num_(0.0, _LARGEST)
         # Sums of integers have no order, which differs between numbers of threads and processors.
         total = squares.clamp_(max=_LARGEST).mul_(_UNIT).floor_().sum(1, dtype=torch.float64)
-        divisors = torch.tensor(counts, dtype=torch.float64).mul_(_UNIT)
+        divisors = torch.tensor(counts, dtype=torch.float64).clamp_(min=1).mul_(_UNIT)
         return total.div_(divisors.to(scale.device, non_blocking=True)).clamp_(max=1.0)
+
+    def _buffer(self, numel: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a buffer ``[numel]``, which remains between steps, and zeros for the longest row."""
+        key = like.device, like.dtype
+        if key not in self._buffers or self._buffers[key].numel() < numel + _SAMPLES:
+            self._buffers[key] = like.new_zeros(numel + _SAMPLES)
+        return self._buffers[key][_SAMPLES : _SAMPLES + numel], self._buffers[key][:_SAMPLES]
 
     def _shrinkage(self, rho: Tensor) -> Tensor:
         """Return 1/f²: DDP's second moment relative to that of a worker."""
