@@ -149,6 +149,8 @@ class ExchangeSession:
         if self.connection.exchange is None:
             size = self.blocks.value
             self.mode.divide(self.connection.share_of(size))
+            uplink, downlink = self.config.uplink, self.config.downlink
+            self.mode.connect(len(self.topology.worker_ranks), uplink.energy * downlink.energy)
             steps, progress = self.counters.steps, self.mode.progress()
             self.connection.open(device, steps, progress, size, compressing)
 

@@ -15,7 +15,7 @@ from .launch import under_torchrun
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 EXCHANGES = ("gradient", "preconditioned", "update", "weights")
-SECOND_MOMENTS = ("local", "shared", "frozen")
+SECOND_MOMENTS = ("local", "matched", "shared", "frozen")
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         "--second-moment",
         choices=SECOND_MOMENTS,
         default="local",
-        help="of EfficientAdam: local to each worker, shared, or frozen after --warmup-steps"
-        " (default %(default)s)",
+        help="of EfficientAdam: local to each worker, local with steps matched to those of DDP, shared,"
+        " or frozen after --warmup-steps (default %(default)s)",
     )
     exchange.add_argument(
         "--refresh-every",
