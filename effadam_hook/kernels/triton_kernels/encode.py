@@ -53,6 +53,7 @@ def encode_blocks(
     exp_avg,
     exp_avg_sq,
     residual,
+    is_used,
     scales,
     codes,
     i,
@@ -80,10 +81,12 @@ def encode_blocks(
 
     ``residual``, ``scales`` and ``codes`` point to the tile's first element, scale and code;
     ``exp_avg`` and ``exp_avg_sq`` to the first moments, of which a finite block keeps ``m`` and ``v``.
+    Unless ``is_used``, there is no residual.
     """
     if residual is not None:
         term = total
-        total = saturate(term + tl.load(residual + i, mask=live, other=0.0), term, real)
+        present = live if is_used is None else live & is_used
+        total = saturate(term + tl.load(residual + i, mask=present, other=0.0), term, real)
     value = total
     if divisor is not None:
         value = saturate(divide(total, divisor, real), total, real)
@@ -116,6 +119,8 @@ def encode_blocks(
     if divisor is not None:
         sent = limit(sent * divisor, real)
     if residual is not None:
+        if is_used is not None:
+            kept = kept & is_used
         tl.store(residual + i, total - sent, mask=kept)
 
 
@@ -132,6 +137,7 @@ def _encode_tile(
     exp_avg,
     exp_avg_sq,
     terms,
+    used,
     FULL: tl.constexpr,
     BLOCKS: tl.constexpr,
     RAW: tl.constexpr,
@@ -194,6 +200,7 @@ def _encode_tile(
             None if exp_avg is None else exp_avg + start,
             None if exp_avg is None else exp_avg_sq + start,
             None if residual is None else residual + start,
+            None if used is None else tl.load(used + tl.load(piece + 6)) != 0,
             payload + tl.load(piece + 4) + first // SIZE * 2,
             data + first // SIZE * ((SIZE + PLANES - 1) // PLANES * PLANE_BYTES),
             i,
@@ -230,6 +237,7 @@ def encode_kernel(
     exp_avg,
     exp_avg_sq,
     terms,
+    used,
     BLOCKS: tl.constexpr,
     PART: tl.constexpr,
     RAW: tl.constexpr,
@@ -271,6 +279,7 @@ def encode_kernel(
             exp_avg,
             exp_avg_sq,
             terms,
+            used,
             True,
             BLOCKS,
             RAW,
@@ -301,6 +310,7 @@ def encode_kernel(
                 exp_avg,
                 exp_avg_sq,
                 terms,
+                used,
                 False,
                 PART,
                 RAW,
