@@ -111,48 +111,31 @@ def decode_kernel(
     data_at = tl.load(piece + 5)
     rest = tl.load(piece + 2) - first
     full = (rest >= SIZE * BLOCKS) & (start % 4 == 0) & (data_at % 4 == 0)
-    if full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0)):
-        _decode_tile(
-            payload,
-            out,
-            piece,
-            first,
-            start // 4 * 4,
-            data_at // 4 * 4,
-            SIZE * BLOCKS,
-            moments,
-            True,
-            BLOCKS,
-            RAW,
-            RAW_BYTES,
-            SIZE,
-            COLS,
-            PLANES,
-            PLANE_BYTES,
-            LEVELS,
-            MAGNITUDES,
-            HAS_ZERO,
-        )
-    else:
-        for at in range(0, tl.minimum(rest, SIZE * BLOCKS).to(tl.int32), SIZE * PART):
-            _decode_tile(
-                payload,
-                out,
-                piece,
-                first + at,
-                start + at,
-                data_at,
-                tl.minimum(rest - at, SIZE * PART).to(tl.int32),
-                moments,
-                False,
-                PART,
-                RAW,
-                RAW_BYTES,
-                SIZE,
-                COLS,
-                PLANES,
-                PLANE_BYTES,
-                LEVELS,
-                MAGNITUDES,
-                HAS_ZERO,
-            )
+    full = full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0))
+    for FULL in tl.static_range(2):
+        if full == (FULL == 1):
+            step: tl.constexpr = BLOCKS if FULL else PART
+            unit: tl.constexpr = 4 if FULL else 1
+            count = tl.minimum(rest, SIZE * BLOCKS).to(tl.int32)
+            for at in range(0, SIZE * BLOCKS if FULL else count, SIZE * step):
+                _decode_tile(
+                    payload,
+                    out,
+                    piece,
+                    first + at,
+                    start // unit * unit + at,
+                    data_at // unit * unit,
+                    count - at,
+                    moments,
+                    FULL,
+                    step,
+                    RAW,
+                    RAW_BYTES,
+                    SIZE,
+                    COLS,
+                    PLANES,
+                    PLANE_BYTES,
+                    LEVELS,
+                    MAGNITUDES,
+                    HAS_ZERO,
+                )

@@ -266,64 +266,39 @@ def encode_kernel(
     start = tl.load(piece) + first
     rest = tl.load(piece + 2) - first
     full = (rest >= SIZE * BLOCKS) & (start % 4 == 0)
-    if full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0)):
-        _encode_tile(
-            x,
-            residual,
-            payload,
-            piece,
-            first,
-            start // 4 * 4,
-            SIZE * BLOCKS,
-            moments,
-            exp_avg,
-            exp_avg_sq,
-            terms,
-            used,
-            True,
-            BLOCKS,
-            RAW,
-            RAW_BYTES,
-            SIZE,
-            COLS,
-            PLANES,
-            PLANE_BYTES,
-            LEVELS,
-            MAGNITUDES,
-            HAS_ZERO,
-            ABSMAX,
-            SPREAD,
-            TOP,
-            LARGEST_SCALE,
-        )
-    else:
-        for at in range(0, tl.minimum(rest, SIZE * BLOCKS).to(tl.int32), SIZE * PART):
-            _encode_tile(
-                x,
-                residual,
-                payload,
-                piece,
-                first + at,
-                start + at,
-                tl.minimum(rest - at, SIZE * PART).to(tl.int32),
-                moments,
-                exp_avg,
-                exp_avg_sq,
-                terms,
-                used,
-                False,
-                PART,
-                RAW,
-                RAW_BYTES,
-                SIZE,
-                COLS,
-                PLANES,
-                PLANE_BYTES,
-                LEVELS,
-                MAGNITUDES,
-                HAS_ZERO,
-                ABSMAX,
-                SPREAD,
-                TOP,
-                LARGEST_SCALE,
-            )
+    full = full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0))
+    for FULL in tl.static_range(2):
+        if full == (FULL == 1):
+            step: tl.constexpr = BLOCKS if FULL else PART
+            unit: tl.constexpr = 4 if FULL else 1
+            count = tl.minimum(rest, SIZE * BLOCKS).to(tl.int32)
+            for at in range(0, SIZE * BLOCKS if FULL else count, SIZE * step):
+                _encode_tile(
+                    x,
+                    residual,
+                    payload,
+                    piece,
+                    first + at,
+                    start // unit * unit + at,
+                    count - at,
+                    moments,
+                    exp_avg,
+                    exp_avg_sq,
+                    terms,
+                    used,
+                    FULL,
+                    step,
+                    RAW,
+                    RAW_BYTES,
+                    SIZE,
+                    COLS,
+                    PLANES,
+                    PLANE_BYTES,
+                    LEVELS,
+                    MAGNITUDES,
+                    HAS_ZERO,
+                    ABSMAX,
+                    SPREAD,
+                    TOP,
+                    LARGEST_SCALE,
+                )
