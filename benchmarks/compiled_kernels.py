@@ -160,14 +160,16 @@ def compile_variant(variant: Variant) -> Row:
     pointers |= dict.fromkeys(("payload", "payloads"), "*u8")
     pointers |= dict.fromkeys(("pieces", "sources"), "*i64")
     pointers |= dict.fromkeys(("exp_avg", "exp_avg_sq"), real) | {"terms": "*fp64"}
-    pointers |= {"moments": "*i64"}
+    pointers |= {"moments": "*i64", "used": "*i32"}
     absent = set()
     if variant.fusion != "adam":
         absent |= {"exp_avg", "exp_avg_sq", "terms"}
+    else:
+        absent.add("used")  # as at run time: momentum continues without a gradient
     if variant.fusion != "preconditioner":
         absent.add("moments")
     if variant.fusion == "no residual":
-        absent.add("residual")
+        absent |= {"residual", "used"}
     types = {name: kind for name, kind in pointers.items() if name not in absent}
     types |= {"workers": "i32", "stride": "i64"}
     names = list(inspect.signature(kernel.fn).parameters)

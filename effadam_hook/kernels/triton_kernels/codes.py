@@ -19,6 +19,17 @@ def _power_of_three(plane):
 
 
 @triton.jit
+def _without_digits(word, count):
+    """Return ``word // 3**count`` for a byte, by a product with the reciprocal, rounded up."""
+    reciprocal = tl.where(count == 1, 21846, 65536)
+    reciprocal = tl.where(count == 2, 7282, reciprocal)
+    reciprocal = tl.where(count == 3, 2428, reciprocal)
+    reciprocal = tl.where(count == 4, 810, reciprocal)
+    reciprocal = tl.where(count == 5, 270, reciprocal)
+    return (word * reciprocal) >> 16
+
+
+@triton.jit
 def read_levels(
     codes,
     plane,
@@ -45,7 +56,8 @@ def read_levels(
             more = tl.load(codes + (byte * width + column), mask=inside, other=0).to(tl.int32)
             word = word | (more << (8 * byte))
         if PLANES == 5:
-            code = (word // _power_of_three(plane)) % 3
+            # Each quotient serves two planes, which are in one thread.
+            code = _without_digits(word, plane) - 3 * _without_digits(word, plane + 1)
             level = level_of(code, LEVELS, MAGNITUDES, HAS_ZERO)
         elif HAS_ZERO or LEVELS == 0:
             code = (word >> (PLANE_BYTES * plane)) & ((1 << PLANE_BYTES) - 1)
