@@ -172,18 +172,7 @@ def compile_variant(variant: Variant) -> Row:
         absent |= {"residual", "used"}
     types = {name: kind for name, kind in pointers.items() if name not in absent}
     types |= {"workers": "i32", "stride": "i64"}
-    names = list(inspect.signature(kernel.fn).parameters)
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(i,): known.get(name) for i, name in enumerate(names) if name not in types},
-        # As at run time for tensors of torch, whose memory is aligned.
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if types.get(name, "").startswith("*")
-        },
-    )
+    source = source_of(kernel, types, known)
     target = TARGETS[variant.target]
     warps = 128 // target.warp_size
     options = {"num_warps": warps, "enable_fp_fusion": known["enable_fp_fusion"]}
@@ -209,6 +198,41 @@ def compile_variant(variant: Variant) -> Row:
         memory_ns=1e9 * 1000 * moved / COPY_BYTES_PER_S,
         issue_ns=1e9 * 1000 * code.instructions / blocks / ISSUES_PER_S,
         compile_s=compile_s,
+    )
+
+
+def source_of(kernel: Any, types: dict[str, str], known: dict[str, Any]) -> ASTSource:
+    """Specialize a kernel as at run time, where the memory of tensors is aligned to 16 bytes.
+
+    Args:
+        kernel: The kernel.
+        types: Types of its arguments by name.
+        known: Values of its constants by name; None for absent ones.
+    """
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = {name: known.get(name) for name in names if name not in types}
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version >= (3, 3):
+        return ASTSource(
+            fn=kernel,
+            signature={name: types.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        )
+    if version == (3, 2):
+        from triton.backends.compiler import AttrsDescriptor
+
+        attributes = AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+        types = {name: types[name] for name in names if name in types}
+        return ASTSource(fn=kernel, signature=types, constants=constants, attrs=attributes)
+    from triton.compiler import AttrsDescriptor
+
+    return ASTSource(
+        fn=kernel,
+        signature={i: types[name] for i, name in enumerate(names) if name in types},
+        constants={names.index(name): value for name, value in constants.items()},
+        attrs=AttrsDescriptor(divisible_by_16=aligned, equal_to_1=[]),
     )
 
 

@@ -1,7 +1,5 @@
 """Packing and unpacking of codes in the Triton kernels."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

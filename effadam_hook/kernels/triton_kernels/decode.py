@@ -1,14 +1,12 @@
 """The kernel of ``decode``."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
 from effadam_hook.kernels.triton_kernels.arithmetic import limit
 from effadam_hook.kernels.triton_kernels.codes import read_levels
 from effadam_hook.kernels.triton_kernels.encode import read_divisor
-from effadam_hook.kernels.triton_kernels.tile import positions
+from effadam_hook.kernels.triton_kernels.tile import pointer_to, positions
 
 __all__ = ["decode_kernel", "read_scales"]
 
@@ -51,7 +49,7 @@ def _decode_tile(
     else:
         raw = tl.load(piece + 3) != 0
     if raw:
-        source = (payload + data_at + first * RAW_BYTES).to(tl.pointer_type(RAW))
+        source = pointer_to(RAW, payload + data_at + first * RAW_BYTES)
         value = tl.load(source + i, mask=live, other=0.0).to(real)
         tl.store(out + start + i, value.to(out.dtype.element_ty), mask=live)
     elif MAGNITUDES > 0:

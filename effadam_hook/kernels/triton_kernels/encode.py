@@ -1,7 +1,5 @@
 """The kernel of ``encode_``; the quantization with error feedback, which the server's kernel shares."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -19,7 +17,7 @@ from effadam_hook.kernels.triton_kernels.quantize import (
     largest_magnitude_bits,
     quantize,
 )
-from effadam_hook.kernels.triton_kernels.tile import positions
+from effadam_hook.kernels.triton_kernels.tile import pointer_to, positions
 
 __all__ = ["encode_blocks", "encode_kernel", "read_divisor"]
 
@@ -40,7 +38,7 @@ def read_divisor(
     address = tl.load(moments + slot)
     # A mask of the tile's shape: the interpreter does not broadcast a single truth value.
     present = live & (tl.zeros_like(i) + address != 0)
-    v = tl.load(address.to(tl.pointer_type(real)) + offset + i, mask=present, other=0.0)
+    v = tl.load(pointer_to(real, address) + offset + i, mask=present, other=0.0)
     return divisor_of(v, live, tl.maximum(numel, 1), BLOCKS, COLS, real)
 
 
@@ -183,7 +181,7 @@ def _encode_tile(
             total = tl.where(kept, total, float("nan"))
             tl.store(exp_avg + start + i, m, mask=kept)
             tl.store(exp_avg_sq + start + i, v, mask=kept)
-        out = (data + first * RAW_BYTES).to(tl.pointer_type(RAW))
+        out = pointer_to(RAW, data + first * RAW_BYTES)
         tl.store(out + i, total.to(RAW), mask=live)
     elif MAGNITUDES > 0:
         divisor = None

@@ -5,8 +5,6 @@ each, in units of 2**-14. Tables in memory are not needed: four magnitudes are a
 one shift selects among them.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

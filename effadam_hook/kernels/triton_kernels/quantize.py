@@ -1,7 +1,5 @@
 """Quantization of a tile in the Triton kernels, steps [1] to [4] of `effadam_hook.wire.quantizers`."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

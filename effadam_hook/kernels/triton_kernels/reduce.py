@@ -1,7 +1,5 @@
 """The kernel of ``reduce_encode_``."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -9,7 +7,7 @@ from effadam_hook.kernels.triton_kernels.arithmetic import divide, limit
 from effadam_hook.kernels.triton_kernels.codes import read_levels
 from effadam_hook.kernels.triton_kernels.decode import read_scales
 from effadam_hook.kernels.triton_kernels.encode import encode_blocks, read_divisor
-from effadam_hook.kernels.triton_kernels.tile import positions
+from effadam_hook.kernels.triton_kernels.tile import pointer_to, positions
 
 __all__ = ["reduce_encode_kernel"]
 
@@ -67,7 +65,7 @@ def _reduce_tile(
     chunk = payloads
     for _ in range(workers):
         if source_raw:
-            pointer = (chunk + source_at + first * RAW_BYTES).to(tl.pointer_type(RAW))
+            pointer = pointer_to(RAW, chunk + source_at + first * RAW_BYTES)
             part = tl.load(pointer + i, mask=live, other=0.0).to(real)
             total += divide(part, share.to(real), real)
         elif UP_MAGNITUDES > 0:
@@ -104,7 +102,7 @@ def _reduce_tile(
 
     data = payload + tl.load(piece + 5)
     if raw:
-        out = (data + first * RAW_BYTES).to(tl.pointer_type(RAW))
+        out = pointer_to(RAW, data + first * RAW_BYTES)
         tl.store(out + i, total.to(RAW), mask=live)
     elif MAGNITUDES > 0:
         encode_blocks(

@@ -4,10 +4,10 @@ A program reads its tile until it finds a number other than zero, which is mostl
 and nothing at all once another program has found one.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
+
+from effadam_hook.kernels.triton_kernels.tile import pointer_to
 
 __all__ = ["mark_used_input_kernel", "mark_used_mean_kernel"]
 
@@ -66,7 +66,7 @@ def mark_used_mean_kernel(
     flag = used + tl.load(piece + 6)
     if tl.load(piece + 3) == 0:
         if tl.load(source + 3) != 0:
-            values = (payloads + tl.load(source + 5) + first * RAW_BYTES).to(tl.pointer_type(RAW))
+            values = pointer_to(RAW, payloads + tl.load(source + 5) + first * RAW_BYTES)
             _mark(flag, values, workers, stride // RAW_BYTES, count, WIDTH)
         else:
             scales = payloads + tl.load(source + 4) + first // SIZE * 2
