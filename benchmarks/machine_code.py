@@ -117,7 +117,8 @@ def exchanges_planes(ttgir: str) -> bool:
     """
     layouts = dict(re.findall(r"^(#\w+) = (#(?:ttg|triton_gpu)\.\w+<.*>)$", ttgir, re.MULTILINE))
     axes = re.findall(
-        r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32[^}]*\}>.*?\}\) : \(tensor<\w+, (#\w+|#(?:ttg|triton_gpu)[^)]*)>\)',
+        r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32[^}]*\}>.*?\}\) : '
+        r"\(tensor<\w+, (#\w+|#(?:ttg|triton_gpu)[^)]*)>\)",
         ttgir,
         re.DOTALL,
     )

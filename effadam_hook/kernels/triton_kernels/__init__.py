@@ -6,6 +6,9 @@ A program holds its blocks as a tile whose rows are the planes of the packing (s
 differ by one unit in the last place of bfloat16, and with it a code at a threshold; all
 implementations decode a payload to the same values.
 
+The modules of kernels do not postpone the evaluation of annotations: the interpreter of Triton 3.0 and
+3.1 compares the annotations of constants themselves.
+
 After the first call for a wire, calls neither wait for the device nor allocate memory on it: a table of
 the positions of all tiles remains on the device, and launches go to the current stream.
 """

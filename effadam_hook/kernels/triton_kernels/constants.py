@@ -40,12 +40,12 @@ def check_version(version: str) -> None:
         version: Version of Triton.
 
     Raises:
-        ImportError: If it is older than 3.2.
+        ImportError: If it is older than 3.0.
     """
     major, minor = (int(part) for part in version.split(".")[:2])
     if (major, minor) < (3, 0):
         raise ImportError(
-            f"Triton {version} is too old. Must be 3.2 or newer, which comes with torch 2.6: install "
+            f"Triton {version} is too old. Must be 3.0 or newer, which comes with torch 2.4: install "
             "that, or set EFFADAM_KERNELS=reference"
         )
 

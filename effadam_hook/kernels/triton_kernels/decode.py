@@ -42,7 +42,7 @@ def _decode_tile(
     HAS_ZERO: tl.constexpr,
 ):
     """Decode ``count`` elements, from ``first`` on in the piece, to ``start`` in the bucket."""
-    real: tl.constexpr = tl.float64 if tl.float64 == RAW else tl.float32
+    real: tl.constexpr = tl.float64 if RAW == tl.float64 else tl.float32  # noqa: SIM300
     block, plane, column, numel, width, i, live = positions(count, SIZE, BLOCKS, COLS, PLANES, FULL)
     if FULL:
         raw = MAGNITUDES == 0

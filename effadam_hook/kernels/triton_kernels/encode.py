@@ -153,7 +153,7 @@ def _encode_tile(
     LARGEST_SCALE: tl.constexpr,
 ):
     """Encode ``count`` elements, from ``first`` on in the piece and from ``start`` on in the bucket."""
-    real: tl.constexpr = tl.float64 if tl.float64 == RAW else tl.float32
+    real: tl.constexpr = tl.float64 if RAW == tl.float64 else tl.float32  # noqa: SIM300
     block, plane, column, numel, width, i, live = positions(count, SIZE, BLOCKS, COLS, PLANES, FULL)
     total = tl.load(x + start + i, mask=live, other=0.0).to(real)
     if exp_avg is not None:

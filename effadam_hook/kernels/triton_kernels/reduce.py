@@ -49,7 +49,7 @@ def _reduce_tile(
     LARGEST_SCALE: tl.constexpr,
 ):
     """Average and encode ``count`` elements, from ``first`` on in the piece, ``local`` in the chunk."""
-    real: tl.constexpr = tl.float64 if tl.float64 == RAW else tl.float32
+    real: tl.constexpr = tl.float64 if RAW == tl.float64 else tl.float32  # noqa: SIM300
     block, plane, column, numel, width, i, live = positions(count, SIZE, BLOCKS, COLS, PLANES, FULL)
     if FULL:
         source_raw = UP_MAGNITUDES == 0

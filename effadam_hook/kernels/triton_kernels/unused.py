@@ -69,6 +69,5 @@ def mark_used_mean_kernel(
             values = pointer_to(RAW, payloads + tl.load(source + 5) + first * RAW_BYTES)
             _mark(flag, values, workers, stride // RAW_BYTES, count, WIDTH)
         else:
-            scales = payloads + tl.load(source + 4) + first // SIZE * 2
-            values = scales.to(tl.pointer_type(tl.bfloat16))
-            _mark(flag, values, workers, stride // 2, (count + (SIZE - 1)) // SIZE, WIDTH)
+            scales = pointer_to(tl.bfloat16, payloads + tl.load(source + 4) + first // SIZE * 2)
+            _mark(flag, scales, workers, stride // 2, (count + (SIZE - 1)) // SIZE, WIDTH)
