@@ -134,7 +134,7 @@ def test_keeps_the_residuals_of_unused_parameters_like_the_reference(
         assert torch.equal(ours.cpu(), law) or name == "sign"
 
 
-@pytest.mark.parametrize("block_size", [16, 4096])
+@pytest.mark.parametrize("block_size", [16, 4096, 24, 72, 144, 150, 200])
 def test_every_block_size(kernels: Kernels, block_size: int) -> None:
     layout = layout_of((70, 20), "lloyd3", block_size=block_size)
     x, e = inputs(layout, torch.float32)

@@ -25,6 +25,7 @@ def stats_of(engine: Engine) -> dict[str, float]:
         The values of :meth:`effadam_hook.state.EfficientAdamState.stats`.
     """
     session = engine.session
+    session.settle()
     worker, server = session.worker.norm(), session.server.norm()
     result = _result_norm(engine)
     if result and session.topology.shares > 1:
@@ -89,7 +90,7 @@ def _options(engine: Engine) -> list[tuple[str, str]]:
         ("exchanges", session.mode.name),
         (
             "quantizers",
-            f"{_quantizers(engine)}, blocks of {config.block_size}, scale {config.scale_rule}",
+            f"{_quantizers(engine)}, {session.blocks.describe()}; scale {config.scale_rule}",
         ),
         ("feedback", "both sides" if config.error_feedback else "none"),
         ("topology", session.connection.choice.describe()),

@@ -22,12 +22,12 @@ Gloo sends from host memory. The buffers of buckets on a GPU are staged, see ``s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor
-from torch.futures import Future
 
+from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import abandon
 from effadam_hook.exchange.dense import start_average
@@ -82,10 +82,6 @@ class GlooExchange:
             watchdog.on_close(thread.close)
         watchdog.on_close(groups.clear)  # those that may never end have been abandoned before
 
-    def new_future(self) -> Future[Tensor]:
-        """Make a future for a job, to be handed to DDP."""
-        return self.staging.new_future()
-
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
         """Start a job.
 
@@ -95,6 +91,12 @@ class GlooExchange:
         """
         job.ready = self.staging.mark()
         self._threads[0].put(inflight, job)
+
+    def settle(self) -> None:
+        """Wait for the arithmetic in progress, see :class:`effadam_hook.exchange.exchange.Exchange`."""
+        for thread in self._threads:
+            thread.settle()
+        self.staging.settle()
 
     def _run(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
         """Run one stage of a bucket, in the thread of that stage."""
@@ -113,7 +115,7 @@ class GlooExchange:
         stage = self._stages[number]
         if stage.prepare is not None:
             inflight.phase = stage.phase
-            stage.prepare(job)
+            _run_arithmetic(stage.prepare, job)
         if stage.averages_first and job.averages_first:
             inflight.phase = "dense average"
             with self.staging.on_host(job.values) as values:
@@ -121,6 +123,16 @@ class GlooExchange:
                 inflight.wait()
         if stage.compute is not None:
             inflight.phase = stage.phase
-            stage.compute(job)  # [1] [4] [7]
+            _run_arithmetic(stage.compute, job)  # [1] [4] [7]
         if stage.start is None:
             inflight.succeed()  # [8]
+
+
+def _run_arithmetic(action: Callable[[BucketJob], None], job: BucketJob) -> None:
+    """Run arithmetic, whose errors are the cause on all ranks; those of a collective may follow one."""
+    try:
+        action(job)
+    except EffAdamError:
+        raise
+    except RuntimeError as error:  # of the device, or out of its memory
+        raise EffAdamError(f"{type(error).__name__}: {error}") from error

@@ -10,8 +10,6 @@ collective only orders streams: the host continues at once, and the device is ne
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor
-from torch.futures import Future
 
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.dense import start_average
@@ -41,10 +39,6 @@ class NcclExchange:
         self._streams = streams
         self._stream = streams.new_stream()
 
-    def new_future(self) -> Future[Tensor]:
-        """Make a future for a job, to be handed to DDP; it orders the streams of whoever waits."""
-        return self._streams.new_future()
-
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
         """Issue a job.
 
@@ -54,6 +48,8 @@ class NcclExchange:
         """
         self._stream.wait_stream(self._streams.current_stream())
         with self._streams.on(self._stream):
+            # The allocator must not hand the bucket out again while this stream reads it.
+            self._streams.keep(job.bucket, self._stream)
             for stage, group in zip(self._stages, self._groups, strict=True):
                 if stage.prepare is not None:
                     stage.prepare(job)
@@ -63,9 +59,11 @@ class NcclExchange:
                     stage.compute(job)
                 if stage.start is not None:
                     _order(stage.start(job, group))
-            # The allocator must not hand the bucket out again while this stream reads it.
-            self._streams.keep(job.bucket, self._stream)
             inflight.succeed()
+
+    def settle(self) -> None:
+        """Order this thread's stream, see :class:`effadam_hook.exchange.exchange.Exchange`."""
+        self._streams.current_stream().wait_stream(self._stream)
 
 
 def _order(work: dist.Work | None) -> None:

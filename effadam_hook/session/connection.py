@@ -35,6 +35,7 @@ class Connection:
     Attributes:
         exchange: Runs bucket jobs; None before :meth:`open`.
         kernels: The implementation of the arithmetic; None before :meth:`open`.
+        device: The device of the buckets; None before :meth:`open`.
         choice: The choice of the topology, and the nodes that it follows from.
         run_id: The same on all ranks and new in every run; empty before :meth:`agree`.
         phase: The current operation, for messages.
@@ -43,10 +44,10 @@ class Connection:
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         self.exchange: Exchange | None = None
         self.kernels: Kernels | None = None
+        self.device: torch.device | None = None
         self.choice = TopologyChoice(config.topology)
         self.run_id = ""
         self.phase = ""
-        self._config = config
         self._group = group
         self._watchdog: Watchdog | None = None
         self._wait_timeout_s: float | None = None
@@ -73,13 +74,16 @@ class Connection:
         """This rank's view of the servers."""
         return self.choice.view(self.group)
 
-    @property
-    def share(self) -> NodeShare | None:
-        """This rank's share of its node's bucket; None where every rank encodes whole buckets."""
+    def share_of(self, block_size: int) -> NodeShare | None:
+        """Return this rank's share of its node's bucket; None where every rank encodes whole buckets.
+
+        Args:
+            block_size: Number of elements that share a scale.
+        """
         topology = self.topology
         if topology.shares == 1:
             return None
-        return NodeShare(topology.share, topology.shares, topology.servers, self._config.block_size)
+        return NodeShare(topology.share, topology.shares, topology.servers, block_size)
 
     @property
     def given_group(self) -> dist.ProcessGroup | None:
@@ -131,7 +135,14 @@ class Connection:
         if table is not None and 1 < len(table.nodes) < self.group.size():
             self._watchdog.name_nodes(table)
 
-    def open(self, device: torch.device, steps: int, progress: Any, compressing: bool) -> None:
+    def open(
+        self,
+        device: torch.device,
+        steps: int,
+        progress: Any,
+        block_size: int,
+        compressing: bool,
+    ) -> None:
         """Connect the ranks and choose kernels; a collective operation.
 
         It runs before the first bucket, even if that is dense: a rank that opened its groups later
@@ -141,6 +152,7 @@ class Connection:
             device: The device of the buckets.
             steps: Steps made so far.
             progress: Further counts that must be equal on all ranks.
+            block_size: Number of elements that share a scale.
             compressing: Whether the next bucket is compressed.
 
         Raises:
@@ -155,17 +167,18 @@ class Connection:
             if compressing:
                 raise
             return  # dense steps need no exchange
+        device = torch.empty(0, device=device).device  # with its index
         with self.watchdog.hold("opening the exchange", "comparing steps") as held:
             # Over DDP's own connections, which break at once when a rank has died.
-            topology = self.topology.name
+            layout = f"{self.topology.name} with blocks of {block_size}"
             wire = wire_device(self.group, device)
-            check_steps(self.run_id, steps, progress, topology, self.group, wire)
+            check_steps(self.run_id, steps, progress, layout, self.group, wire)
             held.phase = CONNECTING
             self.exchange = make_exchange(self.topology, self.group, device, self.watchdog, held)
         if self.group.rank() == 0 and self.group.size() > 1:
             self.choice.log()
         self.phase = "choosing kernels"
-        self.kernels = select(device)
+        self.kernels, self.device = select(device), device
 
     @property
     def watchdog(self) -> Watchdog:
