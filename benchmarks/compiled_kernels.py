@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here, and count what their code costs.
 
     python benchmarks/compiled_kernels.py                          # the table of docs/kernels.md
-    python benchmarks/compiled_kernels.py --all                    # every variant, hours
+    python benchmarks/compiled_kernels.py --all --csv all.csv      # every variant, hours; resumes
     python benchmarks/compiled_kernels.py --check                  # a few variants against the goals
     python benchmarks/compiled_kernels.py --targets sm_80 gfx942 --dtypes bfloat16 --fusions adam
 
@@ -38,11 +38,16 @@ from effadam_hook.kernels.triton_kernels.constants import (
     blocks_of,
     decode_constants,
     encode_constants,
+    marking_constants,
     reduce_constants,
 )
 from effadam_hook.kernels.triton_kernels.decode import decode_kernel
 from effadam_hook.kernels.triton_kernels.encode import encode_kernel
 from effadam_hook.kernels.triton_kernels.reduce import reduce_encode_kernel
+from effadam_hook.kernels.triton_kernels.unused import (
+    mark_used_input_kernel,
+    mark_used_mean_kernel,
+)
 from effadam_hook.wire.layout import Slot, Wire, lay_out_bucket
 from effadam_hook.wire.quantizers import QUANTIZERS, SCALE_RULES, get_quantizer
 
@@ -160,28 +165,19 @@ def compile_variant(variant: Variant) -> Row:
     pointers |= dict.fromkeys(("payload", "payloads"), "*u8")
     pointers |= dict.fromkeys(("pieces", "sources"), "*i64")
     pointers |= dict.fromkeys(("exp_avg", "exp_avg_sq"), real) | {"terms": "*fp64"}
-    pointers |= {"moments": "*i64"}
+    pointers |= {"moments": "*i64", "used": "*i32"}
     absent = set()
     if variant.fusion != "adam":
         absent |= {"exp_avg", "exp_avg_sq", "terms"}
+    else:
+        absent.add("used")  # as at run time: momentum continues without a gradient
     if variant.fusion != "preconditioner":
         absent.add("moments")
     if variant.fusion == "no residual":
-        absent.add("residual")
+        absent |= {"residual", "used"}
     types = {name: kind for name, kind in pointers.items() if name not in absent}
     types |= {"workers": "i32", "stride": "i64"}
-    names = list(inspect.signature(kernel.fn).parameters)
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(i,): known.get(name) for i, name in enumerate(names) if name not in types},
-        # As at run time for tensors of torch, whose memory is aligned.
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if types.get(name, "").startswith("*")
-        },
-    )
+    source = source_of(kernel, types, known)
     target = TARGETS[variant.target]
     warps = 128 // target.warp_size
     options = {"num_warps": warps, "enable_fp_fusion": known["enable_fp_fusion"]}
@@ -207,6 +203,57 @@ def compile_variant(variant: Variant) -> Row:
         memory_ns=1e9 * 1000 * moved / COPY_BYTES_PER_S,
         issue_ns=1e9 * 1000 * code.instructions / blocks / ISSUES_PER_S,
         compile_s=compile_s,
+    )
+
+
+def compile_marking(target: str) -> None:
+    """Compile the kernels that find unused parameters, for every dtype."""
+    for name, (dtype, short) in DTYPES.items():
+        constants = reduce_constants(*Variant("reduce", "lloyd4", dtype=name).wires(), dtype)
+        known = marking_constants(constants, raw=True)
+        types = {"x": f"*{short}", "payloads": "*u8", "workers": "i32", "stride": "i64"}
+        types |= {"used": "*i32", "owner": "*i32", "sources": "*i64", "pieces": "*i64"}
+        for kernel in (mark_used_input_kernel, mark_used_mean_kernel):
+            given = {
+                key: types[key] for key in inspect.signature(kernel.fn).parameters if key in types
+            }
+            triton.compile(
+                source_of(kernel, given, known), target=TARGETS[target], options={"num_warps": 1}
+            )
+
+
+def source_of(kernel: Any, types: dict[str, str], known: dict[str, Any]) -> ASTSource:
+    """Specialize a kernel as at run time, where the memory of tensors is aligned to 16 bytes.
+
+    Args:
+        kernel: The kernel.
+        types: Types of its arguments by name.
+        known: Values of its constants by name; None for absent ones.
+    """
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = {name: known.get(name) for name in names if name not in types}
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version >= (3, 3):
+        return ASTSource(
+            fn=kernel,
+            signature={name: types.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        )
+    if version == (3, 2):
+        from triton.backends.compiler import AttrsDescriptor
+
+        attributes = AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+        types = {name: types[name] for name in names if name in types}
+        return ASTSource(fn=kernel, signature=types, constants=constants, attrs=attributes)
+    from triton.compiler import AttrsDescriptor
+
+    return ASTSource(
+        fn=kernel,
+        signature={i: types[name] for i, name in enumerate(names) if name in types},
+        constants={names.index(name): value for name, value in constants.items()},
+        attrs=AttrsDescriptor(divisible_by_16=aligned, equal_to_1=[]),
     )
 
 
@@ -294,6 +341,32 @@ def format_row(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def key_of(row: Variant | Row) -> tuple[str, ...]:
+    """Return what tells a variant from others of the same block size."""
+    return row.kernel, row.quantizer, row.rule, row.dtype, row.fusion, row.target
+
+
+def read_rows(path: Path) -> dict[tuple[str, ...], Row]:
+    """Read the rows of a file by the keys of their variants."""
+    convert = {"float": float, "int": int, "bool": lambda text: text == "True", "str": str}
+    fields = Row.__dataclass_fields__.values()
+    with path.open(newline="") as file:
+        rows = [
+            Row(**{field.name: convert[str(field.type)](line[field.name]) for field in fields})
+            for line in csv.DictReader(file)
+        ]
+    return {key_of(row): row for row in rows}
+
+
+def append_row(path: Path, row: Row) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every variant of the options below")
@@ -304,7 +377,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=SCALE_RULES)
     fusions = sorted({fusion for some in FUSIONS.values() for fusion in some})
     parser.add_argument("--fusions", nargs="+", choices=fusions)
-    parser.add_argument("--csv", type=Path, help="write the rows to this file as well")
+    parser.add_argument(
+        "--csv", type=Path, help="append the rows to this file, and skip variants that it contains"
+    )
     options = parser.parse_args()
     given = {"targets": TARGETS, "dtypes": DTYPES, "quantizers": QUANTIZERS}
     given |= {"rules": SCALE_RULES, "fusions": fusions}
@@ -319,23 +394,24 @@ def main() -> int:
     variants: Iterator[Variant] = table_variants()
     if options.check:
         variants = check_variants()
+        compile_marking("sm_90")
     elif options.all:
         variants = every_variant(options)
     print(f"Triton {triton.__version__}; blocks of 256 elements; counts per block\n")
     print(HEADER)
     print("|" + "---|" * (HEADER.count("|") - 1))
     rows, wrong = [], []
+    known = read_rows(options.csv) if options.csv and options.csv.exists() else {}
     for variant in dict.fromkeys(variants):
-        row = compile_variant(variant)
+        row = known.get(key_of(variant))
+        if row is None:
+            row = compile_variant(variant)
+            if options.csv:
+                append_row(options.csv, row)
         rows.append(row)
         print(format_row(row), flush=True)
         wrong += complaints(row)
     print(f"\n{len(rows)} variants, {sum(row.compile_s for row in rows):.0f} s of compilation")
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
     for one in wrong:
         print(f"FAILED {one}", file=sys.stderr)
     return 1 if wrong else 0

@@ -115,9 +115,10 @@ def exchanges_planes(ttgir: str) -> bool:
 
     It must not: the order of the sum would then depend on the tile, see ``block_sum``.
     """
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.MULTILINE))
+    layouts = dict(re.findall(r"^(#\w+) = (#(?:ttg|triton_gpu)\.\w+<.*>)$", ttgir, re.MULTILINE))
     axes = re.findall(
-        r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32[^}]*\}>.*?\}\) : \(tensor<\w+, (#\w+|#ttg[^)]*)>\)',
+        r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32[^}]*\}>.*?\}\) : '
+        r"\(tensor<\w+, (#\w+|#(?:ttg|triton_gpu)[^)]*)>\)",
         ttgir,
         re.DOTALL,
     )

@@ -30,14 +30,13 @@ from effadam_hook.exchange.replica_check import ReplicaCheck
 from effadam_hook.exchange.watchdog.flight_record import FlightRecord
 from effadam_hook.exchange.watchdog.monitor import Monitor
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
-from effadam_hook.feedback.unused import UnusedInput, UnusedMean
+from effadam_hook.kernels.unused import Unused
 
 CHECKS: tuple[tuple[type, str], ...] = (
     (ReplicaCheck, "stamp"),
     (ReplicaCheck, "write"),
     (ReplicaCheck, "check"),
-    (UnusedInput, "_find"),
-    (UnusedMean, "_find"),
+    (Unused, "_find"),
     (AccumulationCheck, "begin"),
     (AccumulationCheck, "end"),
     (Watchdog, "enter"),

@@ -276,6 +276,45 @@ def test_many_small_parameters(kernels: Kernels) -> None:
 
 
 @each
+@pytest.mark.parametrize(("up", "down"), [("sign", "lloyd3"), ("none", "sign")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_residuals_of_unused_parameters_are_neither_sent_nor_changed(
+    kernels: Kernels, up: str, down: str, dtype: torch.dtype
+) -> None:
+    """The first parameter is unused, the second but for its last element, the third is exact."""
+    layout = layout_of((70, 40, 33), up, down, block_size=16, servers=2, dtype=dtype, exact=(2,))
+    x = values_like_gradients(layout.numel, dtype)
+    x[:110], x[20], x[109] = 0, -0.0, 1
+    e = torch.randn(layout.numel, dtype=compute(dtype))
+    kept, used = e.clone(), torch.full((3,), 7, dtype=torch.int32)
+    payload = encode(kernels, layout.uplink, x, kept, used=used)
+    if up != "none":
+        assert used[:2].tolist() == [0, 1]
+        assert torch.equal(kept[:70], e[:70])
+        assert not torch.equal(kept[70:110], e[70:110])
+        assert not decode(kernels, layout.uplink, payload, dtype)[:70].any()
+        everything = encode(kernels, layout.uplink, x, e.clone())
+        assert decode(kernels, layout.uplink, everything, dtype)[:70].all()
+    nothing = encode(kernels, layout.uplink, torch.zeros_like(x), None)
+    for server, chunk in enumerate(layout.downlink.chunks):
+        e = torch.randn(chunk.numel, dtype=compute(dtype))
+        kept, used = e.clone(), torch.full((3,), 7, dtype=torch.int32)
+        both = torch.stack([nothing[server], payload[server]])
+        sent = reduce_encode(kernels, layout, server, both, kept, dtype, used=used)
+        made = torch.zeros(2, layout.downlink.stride_bytes, dtype=torch.uint8)
+        made[server] = sent
+        out = decode(kernels, layout.downlink, made, dtype)
+        for piece in chunk.pieces[:2]:
+            here = slice(piece.local, piece.local + piece.numel)
+            is_used = bool(x[piece.start : piece.start + piece.numel].any()) or (
+                up != "none" and piece.slot == 1
+            )
+            assert bool(used[piece.slot]) is is_used
+            assert torch.equal(kept[here], e[here]) is not is_used
+            assert out[piece.start : piece.start + piece.numel].any() == is_used
+
+
+@each
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -285,6 +324,8 @@ def test_many_small_parameters(kernels: Kernels) -> None:
         ({"residual": torch.zeros(10).double()}, TypeError, "Invalid dtype of residual"),
         ({"residual": torch.zeros(11)}, ValueError, "Invalid shape of residual"),
         ({"payload": torch.zeros(1, 3).byte()}, ValueError, "Invalid shape of payload"),
+        ({"used": torch.zeros(1)}, TypeError, "Invalid dtype of used"),
+        ({"used": torch.zeros(0).int()}, ValueError, r"Invalid shape of used: \(0,\)"),
         ({"dtype": torch.float16}, TypeError, "Must be a floating dtype of 4 bytes"),
     ],
 )

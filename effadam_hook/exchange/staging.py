@@ -128,6 +128,7 @@ class PinnedStaging(Staging):
         super().__init__(sends_from_host=True, computes_on_host=False)
         self._streams = streams
         self._of_stages = [streams.new_stream() for _ in range(stages)]
+        self._average = streams.pinned((0,), torch.uint8)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate pinned memory, see :class:`Staging`."""
@@ -181,8 +182,14 @@ class PinnedStaging(Staging):
 
     @contextlib.contextmanager
     def on_host(self, bucket: Tensor) -> Iterator[Tensor]:
-        """Copy a bucket to pinned memory and its result back, see :class:`Staging`."""
-        staged = self._streams.pinned(bucket.shape, bucket.dtype)
+        """Copy a bucket to pinned memory and its result back, see :class:`Staging`.
+
+        One stage averages, so that the copies of one bucket precede those of the next in its stream.
+        """
+        size = bucket.numel() * bucket.element_size()
+        if self._average.numel() < size:
+            self._average = self._streams.pinned((size,), torch.uint8)
+        staged = self._average[:size].view(bucket.dtype)
         self.send(bucket, staged)
         yield staged
         self.receive(staged, bucket)

@@ -47,6 +47,7 @@ class Kernels(Protocol):
         *,
         preconditioner: Preconditioner | None = None,
         adam: AdamSource | None = None,
+        used: Tensor | None = None,
     ) -> None:
         """Quantize ``x + residual`` on a worker and keep the error in ``residual``."""
         ...
@@ -62,6 +63,7 @@ class Kernels(Protocol):
         payload: Tensor,
         *,
         preconditioner: Preconditioner | None = None,
+        used: Tensor | None = None,
     ) -> None:
         """Average on a server, add ``residual``, quantize again, and keep the error."""
         ...

@@ -39,6 +39,7 @@ def check_arguments(
     residual: Tensor | None = None,
     preconditioner: Preconditioner | None = None,
     adam: AdamSource | None = None,
+    used: Tensor | None = None,
 ) -> None:
     """Check the arguments of a kernel, which reads and writes memory without further checks.
 
@@ -53,6 +54,7 @@ def check_arguments(
         residual: ``[numel]``, or ``[chunk numel]`` if ``server`` is given, in :func:`compute_dtype`.
         preconditioner: See :class:`Preconditioner`.
         adam: See :class:`AdamSource`.
+        used: ``[slots]`` int32.
 
     Raises:
         TypeError: If a dtype is wrong.
@@ -82,6 +84,9 @@ def check_arguments(
         _check_pair(uplink, wire)
         shape = (max(1, len(payloads)), uplink.stride_bytes)
         _check("payloads", payloads, (torch.uint8,), shape, device)
+    if used is not None:
+        slots = max(len(used), len(wire.slot_numels))
+        _check("used", used, (torch.int32,), (slots,), device)
     if preconditioner is not None:
         _check_moments(preconditioner, wire, compute, device)
     if adam is not None:

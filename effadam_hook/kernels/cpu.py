@@ -21,6 +21,7 @@ from torch import Tensor
 from effadam_hook.kernels.arguments import check_arguments
 from effadam_hook.kernels.fusions import AdamSource, Preconditioner
 from effadam_hook.kernels.levels import TABLE_CODES, TABLE_THRESHOLDS, is_linear, level_table
+from effadam_hook.kernels.unused import put_aside_input, put_aside_mean
 from effadam_hook.wire.layout import Wire
 from effadam_hook.wire.quantizers import Quantizer
 
@@ -143,6 +144,7 @@ class CpuKernels:
         *,
         preconditioner: Preconditioner | None = None,
         adam: AdamSource | None = None,
+        used: Tensor | None = None,
     ) -> None:
         """Quantize ``x + residual``; see :func:`effadam_hook.kernels.reference.encode_`."""
         check_arguments(
@@ -153,6 +155,7 @@ class CpuKernels:
             payload=payload,
             preconditioner=preconditioner,
             adam=adam,
+            used=used,
         )
         job = _Job(
             task=_ENCODE,
@@ -166,7 +169,8 @@ class CpuKernels:
             terms = adam.terms.contiguous()
             addresses = (adam.exp_avg.data_ptr(), adam.exp_avg_sq.data_ptr(), terms.data_ptr())
             job.adam = ctypes.pointer(_Adam(*addresses))
-        self._run(job, dtype, preconditioner)
+        with put_aside_input(wire, x, residual, used):
+            self._run(job, dtype, preconditioner)
 
     def reduce_encode_(
         self,
@@ -179,6 +183,7 @@ class CpuKernels:
         payload: Tensor,
         *,
         preconditioner: Preconditioner | None = None,
+        used: Tensor | None = None,
     ) -> None:
         """Average and quantize; see :func:`effadam_hook.kernels.reference.reduce_encode_`."""
         check_arguments(
@@ -190,6 +195,7 @@ class CpuKernels:
             residual=residual,
             payload=payload,
             preconditioner=preconditioner,
+            used=used,
         )
         job = _Job(
             task=_REDUCE_ENCODE,
@@ -201,7 +207,8 @@ class CpuKernels:
             workers=payloads.shape[0],
             stride=payloads.shape[1],
         )
-        self._run(job, dtype, preconditioner)
+        with put_aside_mean(uplink, downlink, server, payloads, residual, dtype, used):
+            self._run(job, dtype, preconditioner)
 
     def decode(
         self,

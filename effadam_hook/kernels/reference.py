@@ -50,6 +50,7 @@ def encode_(
     *,
     preconditioner: Preconditioner | None = None,
     adam: AdamSource | None = None,
+    used: Tensor | None = None,
 ) -> None:
     """Quantize ``x + residual`` into ``payload`` and keep the error in ``residual``.
 
@@ -62,6 +63,8 @@ def encode_(
         dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
         preconditioner: Second moments by whose root blocks are divided before they are quantized.
         adam: Moments that turn ``x`` into the update that is encoded in its place.
+        used: ``[slots]`` int32, overwritten. A parameter of which all elements of ``x`` are zero gets a
+            0, and its residual is neither sent nor changed. None sends all residuals.
 
     Raises:
         TypeError: If a dtype is wrong.
@@ -75,11 +78,16 @@ def encode_(
         payload=payload,
         preconditioner=preconditioner,
         adam=adam,
+        used=used,
     )
+    if used is not None:
+        used.zero_()
+        for piece in (piece for chunk in wire.chunks for piece in chunk.pieces):
+            used[piece.slot] |= bool(x[piece.start : piece.start + piece.numel].any())
     for chunk, out in zip(wire.chunks, payload, strict=True):
         for piece in chunk.pieces:
             here = slice(piece.start, piece.start + piece.numel)
-            error = None if residual is None else residual[here]
+            error = None if residual is None or _is_unused(piece, used) else residual[here]
             values = x[here].to(compute_dtype(dtype)) if adam is not None else x[here]
             moments = None if adam is None else _Moments(adam, piece)
             if moments is not None:
@@ -98,6 +106,7 @@ def reduce_encode_(
     payload: Tensor,
     *,
     preconditioner: Preconditioner | None = None,
+    used: Tensor | None = None,
 ) -> None:
     """Average the workers' payloads, add the server's residual, and quantize again.
 
@@ -111,6 +120,9 @@ def reduce_encode_(
         dtype: The dtype in which raw elements travel; float64 makes the arithmetic float64.
         payload: ``[stride_bytes]`` uint8, overwritten except for its padding.
         preconditioner: Second moments by whose root blocks were divided, and are divided again.
+        used: ``[slots]`` int32, overwritten. A parameter for which the scales of all workers, or their
+            raw elements, are zero gets a 0, and its residual is neither sent nor changed. None sends
+            all residuals.
 
     Raises:
         TypeError: If a dtype is wrong.
@@ -125,17 +137,26 @@ def reduce_encode_(
         residual=residual,
         payload=payload,
         preconditioner=preconditioner,
+        used=used,
     )
+    if used is not None:
+        used.zero_()
+        for source in uplink.chunks[server].pieces:
+            sent = [
+                (_raw(source, row, dtype) if source.raw else _scales(uplink, source, row)).any()
+                for row in payloads
+            ]
+            used[source.slot] = any(map(bool, sent))
     pieces = zip(uplink.chunks[server].pieces, downlink.chunks[server].pieces, strict=True)
     for source, target in pieces:
         mean = torch.zeros(source.numel, dtype=compute_dtype(dtype), device=payloads.device)
         for worker in payloads:
             mean += _decode_piece(uplink, source, worker, dtype, divisor=len(payloads))
-        sent = _divisor(uplink, source, preconditioner)
-        if sent is not None:
-            mean = _limit(mean * sent)
+        factor = _divisor(uplink, source, preconditioner)
+        if factor is not None:
+            mean = _limit(mean * factor)
         here = slice(target.local, target.local + target.numel)
-        error = None if residual is None else residual[here]
+        error = None if residual is None or _is_unused(target, used) else residual[here]
         divisor = _divisor(downlink, target, preconditioner)
         _encode_piece(downlink, target, mean, error, dtype, payload, divisor)
 
@@ -168,6 +189,10 @@ def decode(
             values = _decode_piece(wire, piece, source, dtype)
             divisor = _divisor(wire, piece, preconditioner)
             out[here] = (values if divisor is None else _limit(values * divisor)).to(out.dtype)
+
+
+def _is_unused(piece: Piece, used: Tensor | None) -> bool:
+    return used is not None and not bool(used[piece.slot])
 
 
 class _Moments:

@@ -104,12 +104,21 @@ class _PreconditionedContent(Content):
         self._moment_of = moment_of
         self._parameters = list(parameters)
         self._dtype = dtype
+        self._converted: dict[int, Tensor] = {}
 
     def begin(self) -> None:
-        moments = [self._moment(parameter) for parameter in self._parameters]
+        moments = [self._moment(index) for index in range(len(self._parameters))]
         known = any(moment is not None for moment in moments)
         self.preconditioner = Preconditioner(tuple(moments)) if known else None
 
-    def _moment(self, parameter: Tensor) -> Tensor | None:
-        moment = self._moment_of(parameter)
-        return None if moment is None else flat_view(moment.to(self._dtype))
+    def _moment(self, index: int) -> Tensor | None:
+        moment = self._moment_of(self._parameters[index])
+        if moment is None:
+            return None
+        flat = flat_view(moment)
+        if flat.dtype == self._dtype:
+            return flat
+        # Into the same memory at every step: kernels on a device keep a table of the addresses.
+        if index not in self._converted:
+            self._converted[index] = torch.empty_like(flat, dtype=self._dtype)
+        return self._converted[index].copy_(flat)

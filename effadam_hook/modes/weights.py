@@ -46,6 +46,18 @@ class _WeightContent(UpdateContent):
 
     sends_weights = True
 
+    def __init__(
+        self,
+        mode: WeightMode,
+        parameters: Sequence[Tensor],
+        slots: Sequence[Slot],
+        bucket_dtype: torch.dtype,
+        runs: Sequence[Run],
+    ) -> None:
+        super().__init__(mode, parameters, slots, bucket_dtype, runs)
+        assert self._update is not None
+        self._held = self._update.new_zeros(max((slot.numel for slot in slots), default=0))
+
     def apply_on_server(
         self, mean: Tensor, residual: Tensor | None, pieces: Sequence[Piece]
     ) -> None:
@@ -53,8 +65,9 @@ class _WeightContent(UpdateContent):
             here = slice(piece.local, piece.local + piece.numel)
             parameter = self._parameters[piece.slot]
             factor = self._recursion.remaining_weight(parameter)
-            held = flat_view(parameter)[piece.offset : piece.offset + piece.numel]
-            torch.sub(held.to(mean.dtype) * factor, mean[here], out=mean[here])
+            held = self._held[: piece.numel]
+            held.copy_(flat_view(parameter)[piece.offset : piece.offset + piece.numel])
+            torch.sub(held.mul_(factor), mean[here], out=mean[here])
             if residual is not None:
                 residual[here].mul_(factor)
 
@@ -63,5 +76,5 @@ class _WeightContent(UpdateContent):
         for parameter, slot in self._items():
             here = slice(slot.start, slot.start + slot.numel)
             # The gradient that an optimizer would subtract: the old weights minus the new ones.
-            bucket[here] = flat_view(parameter).to(self._update.dtype) - self._update[here]
+            torch.sub(flat_view(parameter), self._update[here], out=bucket[here])
         self._recursion.pending.deliver(self._views(self._update), replaces=True)

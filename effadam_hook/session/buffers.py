@@ -21,7 +21,6 @@ from effadam_hook.exchange.staging import Staging
 from effadam_hook.exchange.streams import Event
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.feedback.residuals import Place, Residuals
-from effadam_hook.feedback.unused import UnusedInput, UnusedMean, put_aside
 from effadam_hook.kernels import Kernels
 from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Content
@@ -115,12 +114,13 @@ class BucketBuffers:
                 for sent, got, ranks in compared
             ]
 
-        looks = staging.computes_on_host
-        self._unused_input = UnusedInput(self._sent_wire, looks)
-        self._unused_mean = UnusedMean(up, down, self._server or 0, dtype, looks)
+        # Flags of the parameters that a step uses; apart, as two threads encode and reduce.
+        flags = torch.zeros(2, len(layout.slots), dtype=torch.int32, device=device)
+        self._used_input, self._used_mean = flags
         # Otherwise zeros in a gradient are found before they are sent.
         self._restores = content.adam is not None
-        self._savepoint: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
+        self._savepoint: list[int] = []
+        self._saved: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
         self._raw = up.as_raw()
         rows = int(content.sends_weights and self._server is not None)
@@ -180,8 +180,12 @@ class BucketBuffers:
         """
         for index, parameter in enumerate(self._parameters):
             if parameter.grad is None:
-                views = self._views_of(index)
-                self._savepoint.append((parameter, [(view, view.clone()) for view in views]))
+                if index not in self._saved:
+                    views = self._views_of(index)
+                    self._saved[index] = [(view, torch.empty_like(view)) for view in views]
+                for view, before in self._saved[index]:
+                    before.copy_(view)
+                self._savepoint.append(index)
 
     def _views_of(self, index: int) -> list[Tensor]:
         """Return the residuals and moments of one parameter that this rank holds."""
@@ -208,9 +212,10 @@ class BucketBuffers:
         DDP drops the result for them and leaves ``.grad`` None, on all ranks alike. Their residuals
         and moments must therefore not change.
         """
-        for parameter, views in self._savepoint:
+        for index in self._savepoint:
+            parameter = self._parameters[index]
             if parameter.grad is None:
-                for view, before in views:
+                for view, before in self._saved[index]:
                     view.copy_(before)
                 self._content.withdraw(parameter)
         self._savepoint.clear()
@@ -236,17 +241,16 @@ class BucketBuffers:
         if self.node is not None:
             preconditioner = self.node.share_of(preconditioner)
         # Momentum continues an Adam update without a gradient: no element is unused there.
-        find = None if self._content.adam else self._unused_input
-        with put_aside(find, values, self._worker_residual) as residual:
-            self._kernels.encode_(
-                self._sent_wire,
-                values,
-                residual,
-                self._uplink,
-                self._dtype,
-                preconditioner=preconditioner,
-                adam=self._content.adam,
-            )
+        self._kernels.encode_(
+            self._sent_wire,
+            values,
+            self._worker_residual,
+            self._uplink,
+            self._dtype,
+            preconditioner=preconditioner,
+            adam=self._content.adam,
+            used=None if self._content.adam else self._used_input,
+        )
         self._staging.send(self._uplink, self.uplink)
         for check in self._checks[:1]:
             check.write()
@@ -267,18 +271,17 @@ class BucketBuffers:
 
     def _reduce_to_mean(self, server: int) -> None:
         """Decode the mean and encode it again."""
-        find, received = self._unused_mean, self._received
-        with put_aside(find, received, self._server_residual) as residual:
-            self._kernels.reduce_encode_(
-                self.layout.uplink,
-                self.layout.downlink,
-                server,
-                received,
-                residual,
-                self._dtype,
-                self._outgoing,
-                preconditioner=self._content.preconditioner,
-            )
+        self._kernels.reduce_encode_(
+            self.layout.uplink,
+            self.layout.downlink,
+            server,
+            self._received,
+            self._server_residual,
+            self._dtype,
+            self._outgoing,
+            preconditioner=self._content.preconditioner,
+            used=self._used_mean,
+        )
 
     def _reduce_to_weights(self, server: int) -> None:
         """Decode the mean, replace it by the server's new weights, and encode those."""

@@ -32,6 +32,7 @@ from effadam_hook.exchange.topology import HIERARCHICAL, Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
+from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import GradientMode, Mode
 from effadam_hook.session.block_size import BlockSize
 from effadam_hook.session.buckets import Buckets
@@ -247,7 +248,10 @@ class ExchangeSession:
             return
         assert self.mode.max_grad_norm is not None
         flats = [buffers.bucket for buffers, _ in self._waiting]
-        norm = torch.stack([bucket.float().norm() for bucket in flats]).norm()
+        norms = [
+            torch.linalg.vector_norm(bucket, dtype=compute_dtype(bucket.dtype)) for bucket in flats
+        ]
+        norm = torch.stack([norm.float() for norm in norms]).norm()
         factor = (self.mode.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for buffers, inflight in self._waiting:
             buffers.bucket.mul_(factor.to(buffers.bucket.dtype))

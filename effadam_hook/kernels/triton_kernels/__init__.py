@@ -6,6 +6,9 @@ A program holds its blocks as a tile whose rows are the planes of the packing (s
 differ by one unit in the last place of bfloat16, and with it a code at a threshold; all
 implementations decode a payload to the same values.
 
+The modules of kernels do not postpone the evaluation of annotations: the interpreter of Triton 3.0 and
+3.1 compares the annotations of constants themselves.
+
 After the first call for a wire, calls neither wait for the device nor allocate memory on it: a table of
 the positions of all tiles remains on the device, and launches go to the current stream.
 """
@@ -13,6 +16,7 @@ the positions of all tiles remains on the device, and launches go to the current
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,6 +26,7 @@ from effadam_hook.kernels.fusions import AdamSource, Preconditioner
 from effadam_hook.kernels.triton_kernels.constants import (
     decode_constants,
     encode_constants,
+    marking_constants,
     reduce_constants,
     warps_of,
 )
@@ -29,6 +34,10 @@ from effadam_hook.kernels.triton_kernels.decode import decode_kernel
 from effadam_hook.kernels.triton_kernels.encode import encode_kernel
 from effadam_hook.kernels.triton_kernels.reduce import reduce_encode_kernel
 from effadam_hook.kernels.triton_kernels.table import table_of
+from effadam_hook.kernels.triton_kernels.unused import (
+    mark_used_input_kernel,
+    mark_used_mean_kernel,
+)
 from effadam_hook.wire.layout import Wire
 
 __all__ = ["decode", "encode_", "name", "reduce_encode_"]
@@ -37,6 +46,7 @@ name = "triton"
 
 _addresses: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 _ADDRESSES_KEPT = 1024
+_terms: WeakKeyDictionary[AdamSource, Tensor] = WeakKeyDictionary()
 
 
 def encode_(
@@ -48,6 +58,7 @@ def encode_(
     *,
     preconditioner: Preconditioner | None = None,
     adam: AdamSource | None = None,
+    used: Tensor | None = None,
 ) -> None:
     """Quantize ``x + residual``; see :func:`effadam_hook.kernels.reference.encode_`."""
     check_arguments(
@@ -58,15 +69,20 @@ def encode_(
         payload=payload,
         preconditioner=preconditioner,
         adam=adam,
+        used=used,
     )
     table = table_of(wire, x.device, None)
     if table.tiles == 0:
         return
-    terms = None
-    if adam is not None:
-        terms = adam.terms.pin_memory() if x.is_cuda else adam.terms
-        terms = terms.to(x.device, non_blocking=True)
+    if residual is None:
+        used = None
+    constants = encode_constants(wire, dtype)
     with _on(x.device):
+        if used is not None:
+            used.zero_()
+            mark_used_input_kernel[(table.tiles,)](
+                *(x, used, table.owner, table.pieces), **marking_constants(constants), num_warps=1
+            )
         encode_kernel[(table.tiles,)](
             x,
             residual,
@@ -76,8 +92,9 @@ def encode_(
             _moments_of(preconditioner, x.device),
             None if adam is None else adam.exp_avg,
             None if adam is None else adam.exp_avg_sq,
-            terms,
-            **encode_constants(wire, dtype),
+            None if adam is None else _terms_of(adam, x.device),
+            used,
+            **constants,
             num_warps=warps_of(x.device),
         )
 
@@ -92,6 +109,7 @@ def reduce_encode_(
     payload: Tensor,
     *,
     preconditioner: Preconditioner | None = None,
+    used: Tensor | None = None,
 ) -> None:
     """Average and quantize; see :func:`effadam_hook.kernels.reference.reduce_encode_`."""
     check_arguments(
@@ -103,12 +121,24 @@ def reduce_encode_(
         residual=residual,
         payload=payload,
         preconditioner=preconditioner,
+        used=used,
     )
     device = payload.device
     source, target = table_of(uplink, device, server), table_of(downlink, device, server)
     if target.tiles == 0:
         return
+    if residual is None:
+        used = None
+    constants = reduce_constants(uplink, downlink, dtype)
     with _on(device):
+        if used is not None:
+            used.zero_()
+            mark_used_mean_kernel[(target.tiles,)](
+                *(payloads, payloads.shape[0], payloads.shape[1], used),
+                *(target.owner, source.pieces, target.pieces),
+                **marking_constants(constants, raw=True),
+                num_warps=1,
+            )
         reduce_encode_kernel[(target.tiles,)](
             payloads,
             payloads.shape[0],
@@ -119,7 +149,8 @@ def reduce_encode_(
             source.pieces,
             target.pieces,
             _moments_of(preconditioner, device),
-            **reduce_constants(uplink, downlink, dtype),
+            used,
+            **constants,
             num_warps=warps_of(device),
         )
 
@@ -151,6 +182,19 @@ def decode(
 
 def _on(device: torch.device) -> Any:
     return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _terms_of(adam: AdamSource, device: torch.device) -> Tensor:
+    """Copy the terms of a step to the device, into the same memory at every step.
+
+    The next step's terms overwrite ``adam.terms`` while a copy may still be under way, so it reads
+    from pinned memory that torch keeps for it and reuses after it.
+    """
+    if device.type != "cuda":
+        return adam.terms
+    if adam not in _terms:
+        _terms[adam] = torch.empty_like(adam.terms, device=device)
+    return _terms[adam].copy_(adam.terms.pin_memory(), non_blocking=True)
 
 
 def _moments_of(preconditioner: Preconditioner | None, device: torch.device) -> Tensor | None:

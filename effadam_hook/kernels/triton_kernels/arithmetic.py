@@ -1,7 +1,5 @@
 """Roundings, limits and divisors of the Triton kernels, as the reference defines them."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Packing and unpacking of codes in the Triton kernels."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -16,6 +14,17 @@ def _power_of_three(plane):
     power = tl.where(plane == 2, 9, power)
     power = tl.where(plane == 3, 27, power)
     return tl.where(plane == 4, 81, power)
+
+
+@triton.jit
+def _without_digits(word, count):
+    """Return ``word // 3**count`` for a byte, by a product with the reciprocal, rounded up."""
+    reciprocal = tl.where(count == 1, 21846, 65536)
+    reciprocal = tl.where(count == 2, 7282, reciprocal)
+    reciprocal = tl.where(count == 3, 2428, reciprocal)
+    reciprocal = tl.where(count == 4, 810, reciprocal)
+    reciprocal = tl.where(count == 5, 270, reciprocal)
+    return (word * reciprocal) >> 16
 
 
 @triton.jit
@@ -45,7 +54,8 @@ def read_levels(
             more = tl.load(codes + (byte * width + column), mask=inside, other=0).to(tl.int32)
             word = word | (more << (8 * byte))
         if PLANES == 5:
-            code = (word // _power_of_three(plane)) % 3
+            # Each quotient serves two planes, which are in one thread.
+            code = _without_digits(word, plane) - 3 * _without_digits(word, plane + 1)
             level = level_of(code, LEVELS, MAGNITUDES, HAS_ZERO)
         elif HAS_ZERO or LEVELS == 0:
             code = (word >> (PLANE_BYTES * plane)) & ((1 << PLANE_BYTES) - 1)

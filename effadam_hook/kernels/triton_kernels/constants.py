@@ -18,6 +18,7 @@ __all__ = [
     "check_version",
     "decode_constants",
     "encode_constants",
+    "marking_constants",
     "reduce_constants",
     "warps_of",
 ]
@@ -39,12 +40,12 @@ def check_version(version: str) -> None:
         version: Version of Triton.
 
     Raises:
-        ImportError: If it is older than 3.2.
+        ImportError: If it is older than 3.0.
     """
     major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) < (3, 2):
+    if (major, minor) < (3, 0):
         raise ImportError(
-            f"Triton {version} is too old. Must be 3.2 or newer, which comes with torch 2.6: install "
+            f"Triton {version} is too old. Must be 3.0 or newer, which comes with torch 2.4: install "
             "that, or set EFFADAM_KERNELS=reference"
         )
 
@@ -127,6 +128,17 @@ def decode_constants(wire: Wire, dtype: torch.dtype) -> dict[str, Any]:
         # Multiply and add are not fused: the residual is exactly the difference to what is sent.
         "enable_fp_fusion": False,
     }
+
+
+def marking_constants(constants: dict[str, Any], raw: bool = False) -> dict[str, Any]:
+    """Return the constants of the kernels that find unused parameters.
+
+    Args:
+        constants: Those of the kernel that follows, with the same tiles.
+        raw: Whether to include those of raw elements.
+    """
+    names = ("SIZE", "BLOCKS", *(("RAW", "RAW_BYTES") if raw else ()))
+    return {**{name: constants[name] for name in names}, "WIDTH": 256}
 
 
 @lru_cache

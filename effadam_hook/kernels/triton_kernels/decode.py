@@ -1,14 +1,12 @@
 """The kernel of ``decode``."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
 from effadam_hook.kernels.triton_kernels.arithmetic import limit
 from effadam_hook.kernels.triton_kernels.codes import read_levels
 from effadam_hook.kernels.triton_kernels.encode import read_divisor
-from effadam_hook.kernels.triton_kernels.tile import positions
+from effadam_hook.kernels.triton_kernels.tile import pointer_to, positions
 
 __all__ = ["decode_kernel", "read_scales"]
 
@@ -44,14 +42,14 @@ def _decode_tile(
     HAS_ZERO: tl.constexpr,
 ):
     """Decode ``count`` elements, from ``first`` on in the piece, to ``start`` in the bucket."""
-    real: tl.constexpr = tl.float64 if tl.float64 == RAW else tl.float32
+    real: tl.constexpr = tl.float64 if RAW == tl.float64 else tl.float32  # noqa: SIM300
     block, plane, column, numel, width, i, live = positions(count, SIZE, BLOCKS, COLS, PLANES, FULL)
     if FULL:
         raw = MAGNITUDES == 0
     else:
         raw = tl.load(piece + 3) != 0
     if raw:
-        source = (payload + data_at + first * RAW_BYTES).to(tl.pointer_type(RAW))
+        source = pointer_to(RAW, payload + data_at + first * RAW_BYTES)
         value = tl.load(source + i, mask=live, other=0.0).to(real)
         tl.store(out + start + i, value.to(out.dtype.element_ty), mask=live)
     elif MAGNITUDES > 0:
@@ -111,48 +109,31 @@ def decode_kernel(
     data_at = tl.load(piece + 5)
     rest = tl.load(piece + 2) - first
     full = (rest >= SIZE * BLOCKS) & (start % 4 == 0) & (data_at % 4 == 0)
-    if full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0)):
-        _decode_tile(
-            payload,
-            out,
-            piece,
-            first,
-            start // 4 * 4,
-            data_at // 4 * 4,
-            SIZE * BLOCKS,
-            moments,
-            True,
-            BLOCKS,
-            RAW,
-            RAW_BYTES,
-            SIZE,
-            COLS,
-            PLANES,
-            PLANE_BYTES,
-            LEVELS,
-            MAGNITUDES,
-            HAS_ZERO,
-        )
-    else:
-        for at in range(0, tl.minimum(rest, SIZE * BLOCKS).to(tl.int32), SIZE * PART):
-            _decode_tile(
-                payload,
-                out,
-                piece,
-                first + at,
-                start + at,
-                data_at,
-                tl.minimum(rest - at, SIZE * PART).to(tl.int32),
-                moments,
-                False,
-                PART,
-                RAW,
-                RAW_BYTES,
-                SIZE,
-                COLS,
-                PLANES,
-                PLANE_BYTES,
-                LEVELS,
-                MAGNITUDES,
-                HAS_ZERO,
-            )
+    full = full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0))
+    for FULL in tl.static_range(2):
+        if full == (FULL == 1):
+            step: tl.constexpr = BLOCKS if FULL else PART
+            unit: tl.constexpr = 4 if FULL else 1
+            count = tl.minimum(rest, SIZE * BLOCKS).to(tl.int32)
+            for at in range(0, SIZE * BLOCKS if FULL else count, SIZE * step):
+                _decode_tile(
+                    payload,
+                    out,
+                    piece,
+                    first + at,
+                    start // unit * unit + at,
+                    data_at // unit * unit,
+                    count - at,
+                    moments,
+                    FULL,
+                    step,
+                    RAW,
+                    RAW_BYTES,
+                    SIZE,
+                    COLS,
+                    PLANES,
+                    PLANE_BYTES,
+                    LEVELS,
+                    MAGNITUDES,
+                    HAS_ZERO,
+                )

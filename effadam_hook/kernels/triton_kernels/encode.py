@@ -1,7 +1,5 @@
 """The kernel of ``encode_``; the quantization with error feedback, which the server's kernel shares."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -19,7 +17,7 @@ from effadam_hook.kernels.triton_kernels.quantize import (
     largest_magnitude_bits,
     quantize,
 )
-from effadam_hook.kernels.triton_kernels.tile import positions
+from effadam_hook.kernels.triton_kernels.tile import pointer_to, positions
 
 __all__ = ["encode_blocks", "encode_kernel", "read_divisor"]
 
@@ -40,7 +38,7 @@ def read_divisor(
     address = tl.load(moments + slot)
     # A mask of the tile's shape: the interpreter does not broadcast a single truth value.
     present = live & (tl.zeros_like(i) + address != 0)
-    v = tl.load(address.to(tl.pointer_type(real)) + offset + i, mask=present, other=0.0)
+    v = tl.load(pointer_to(real, address) + offset + i, mask=present, other=0.0)
     return divisor_of(v, live, tl.maximum(numel, 1), BLOCKS, COLS, real)
 
 
@@ -53,6 +51,7 @@ def encode_blocks(
     exp_avg,
     exp_avg_sq,
     residual,
+    is_used,
     scales,
     codes,
     i,
@@ -80,10 +79,12 @@ def encode_blocks(
 
     ``residual``, ``scales`` and ``codes`` point to the tile's first element, scale and code;
     ``exp_avg`` and ``exp_avg_sq`` to the first moments, of which a finite block keeps ``m`` and ``v``.
+    Unless ``is_used``, there is no residual.
     """
     if residual is not None:
         term = total
-        total = saturate(term + tl.load(residual + i, mask=live, other=0.0), term, real)
+        present = live if is_used is None else live & is_used
+        total = saturate(term + tl.load(residual + i, mask=present, other=0.0), term, real)
     value = total
     if divisor is not None:
         value = saturate(divide(total, divisor, real), total, real)
@@ -116,6 +117,8 @@ def encode_blocks(
     if divisor is not None:
         sent = limit(sent * divisor, real)
     if residual is not None:
+        if is_used is not None:
+            kept = kept & is_used
         tl.store(residual + i, total - sent, mask=kept)
 
 
@@ -132,6 +135,7 @@ def _encode_tile(
     exp_avg,
     exp_avg_sq,
     terms,
+    used,
     FULL: tl.constexpr,
     BLOCKS: tl.constexpr,
     RAW: tl.constexpr,
@@ -149,7 +153,7 @@ def _encode_tile(
     LARGEST_SCALE: tl.constexpr,
 ):
     """Encode ``count`` elements, from ``first`` on in the piece and from ``start`` on in the bucket."""
-    real: tl.constexpr = tl.float64 if tl.float64 == RAW else tl.float32
+    real: tl.constexpr = tl.float64 if RAW == tl.float64 else tl.float32  # noqa: SIM300
     block, plane, column, numel, width, i, live = positions(count, SIZE, BLOCKS, COLS, PLANES, FULL)
     total = tl.load(x + start + i, mask=live, other=0.0).to(real)
     if exp_avg is not None:
@@ -177,7 +181,7 @@ def _encode_tile(
             total = tl.where(kept, total, float("nan"))
             tl.store(exp_avg + start + i, m, mask=kept)
             tl.store(exp_avg_sq + start + i, v, mask=kept)
-        out = (data + first * RAW_BYTES).to(tl.pointer_type(RAW))
+        out = pointer_to(RAW, data + first * RAW_BYTES)
         tl.store(out + i, total.to(RAW), mask=live)
     elif MAGNITUDES > 0:
         divisor = None
@@ -194,6 +198,7 @@ def _encode_tile(
             None if exp_avg is None else exp_avg + start,
             None if exp_avg is None else exp_avg_sq + start,
             None if residual is None else residual + start,
+            None if used is None else tl.load(used + tl.load(piece + 6)) != 0,
             payload + tl.load(piece + 4) + first // SIZE * 2,
             data + first // SIZE * ((SIZE + PLANES - 1) // PLANES * PLANE_BYTES),
             i,
@@ -230,6 +235,7 @@ def encode_kernel(
     exp_avg,
     exp_avg_sq,
     terms,
+    used,
     BLOCKS: tl.constexpr,
     PART: tl.constexpr,
     RAW: tl.constexpr,
@@ -258,62 +264,39 @@ def encode_kernel(
     start = tl.load(piece) + first
     rest = tl.load(piece + 2) - first
     full = (rest >= SIZE * BLOCKS) & (start % 4 == 0)
-    if full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0)):
-        _encode_tile(
-            x,
-            residual,
-            payload,
-            piece,
-            first,
-            start // 4 * 4,
-            SIZE * BLOCKS,
-            moments,
-            exp_avg,
-            exp_avg_sq,
-            terms,
-            True,
-            BLOCKS,
-            RAW,
-            RAW_BYTES,
-            SIZE,
-            COLS,
-            PLANES,
-            PLANE_BYTES,
-            LEVELS,
-            MAGNITUDES,
-            HAS_ZERO,
-            ABSMAX,
-            SPREAD,
-            TOP,
-            LARGEST_SCALE,
-        )
-    else:
-        for at in range(0, tl.minimum(rest, SIZE * BLOCKS).to(tl.int32), SIZE * PART):
-            _encode_tile(
-                x,
-                residual,
-                payload,
-                piece,
-                first + at,
-                start + at,
-                tl.minimum(rest - at, SIZE * PART).to(tl.int32),
-                moments,
-                exp_avg,
-                exp_avg_sq,
-                terms,
-                False,
-                PART,
-                RAW,
-                RAW_BYTES,
-                SIZE,
-                COLS,
-                PLANES,
-                PLANE_BYTES,
-                LEVELS,
-                MAGNITUDES,
-                HAS_ZERO,
-                ABSMAX,
-                SPREAD,
-                TOP,
-                LARGEST_SCALE,
-            )
+    full = full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0))
+    for FULL in tl.static_range(2):
+        if full == (FULL == 1):
+            step: tl.constexpr = BLOCKS if FULL else PART
+            unit: tl.constexpr = 4 if FULL else 1
+            count = tl.minimum(rest, SIZE * BLOCKS).to(tl.int32)
+            for at in range(0, SIZE * BLOCKS if FULL else count, SIZE * step):
+                _encode_tile(
+                    x,
+                    residual,
+                    payload,
+                    piece,
+                    first + at,
+                    start // unit * unit + at,
+                    count - at,
+                    moments,
+                    exp_avg,
+                    exp_avg_sq,
+                    terms,
+                    used,
+                    FULL,
+                    step,
+                    RAW,
+                    RAW_BYTES,
+                    SIZE,
+                    COLS,
+                    PLANES,
+                    PLANE_BYTES,
+                    LEVELS,
+                    MAGNITUDES,
+                    HAS_ZERO,
+                    ABSMAX,
+                    SPREAD,
+                    TOP,
+                    LARGEST_SCALE,
+                )

@@ -5,8 +5,6 @@ each, in units of 2**-14. Tables in memory are not needed: four magnitudes are a
 one shift selects among them.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -90,8 +88,18 @@ def _magnitude_of(twice, LEVELS: tl.constexpr, MAGNITUDES: tl.constexpr):
 @triton.jit
 def level_of(code, LEVELS: tl.constexpr, MAGNITUDES: tl.constexpr, HAS_ZERO: tl.constexpr):
     """Return the float32 levels of int32 codes."""
-    if LEVELS == 0:
+    # The magnitudes 0 and 1 are linear, and those of "log4" and "log3" double from the second one on.
+    linear: tl.constexpr = LEVELS == 0 or LEVELS == 16384 << 16
+    doubling: tl.constexpr = (
+        (HAS_ZERO and MAGNITUDES > 2) and LEVELS >> (16 * MAGNITUDES - 16) == 16384
+    ) and LEVELS >> 32 == (LEVELS & ((1 << (16 * MAGNITUDES - 16)) - 1)) >> 15
+    if linear:
         level = (code - (MAGNITUDES - 1)).to(tl.float32)
+    elif doubling:
+        # As an exponent, the index 0 is the number 0.
+        centred = code - (MAGNITUDES - 1)
+        bits = (tl.abs(centred) << 23) | (centred & tl.full((), -0x80000000, tl.int32))
+        level = bits.to(tl.float32, bitcast=True) * (2.0 ** (128 - MAGNITUDES))
     else:
         centred = code - (MAGNITUDES - HAS_ZERO)
         if HAS_ZERO:

@@ -1,7 +1,5 @@
 """Quantization of a tile in the Triton kernels, steps [1] to [4] of `effadam_hook.wire.quantizers`."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -53,16 +51,16 @@ def quantize(
         usable = finite & (largest_bits >= (1023 - 100) << 52)
         bits = tl.where(usable, largest_bits, 1023 << 52)
         exponent = tl.minimum((bits >> 52) - 1023, 1022)
-        power = ((exponent + 1023) << 52).to(real, bitcast=True)
-        factor = ((1023 - exponent) << 52).to(real, bitcast=True)
-        largest = bits.to(real, bitcast=True)
+        power = ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+        factor = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+        largest = bits.to(tl.float64, bitcast=True)
     else:
         usable = finite & (largest_bits >= (127 - 100) << 23)
         bits = tl.where(usable, largest_bits, 127 << 23)
         exponent = tl.minimum((bits >> 23) - 127, 126)
-        power = ((exponent + 127) << 23).to(real, bitcast=True)
-        factor = ((127 - exponent) << 23).to(real, bitcast=True)
-        largest = bits.to(real, bitcast=True)
+        power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+        factor = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+        largest = bits.to(tl.float32, bitcast=True)
     y = tl.where(live & usable, value, 0.0) * factor
     # [2]
     if ABSMAX or SPREAD == 0:

@@ -1,7 +1,5 @@
 """The kernel of ``reduce_encode_``."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -9,7 +7,7 @@ from effadam_hook.kernels.triton_kernels.arithmetic import divide, limit
 from effadam_hook.kernels.triton_kernels.codes import read_levels
 from effadam_hook.kernels.triton_kernels.decode import read_scales
 from effadam_hook.kernels.triton_kernels.encode import encode_blocks, read_divisor
-from effadam_hook.kernels.triton_kernels.tile import positions
+from effadam_hook.kernels.triton_kernels.tile import pointer_to, positions
 
 __all__ = ["reduce_encode_kernel"]
 
@@ -28,6 +26,7 @@ def _reduce_tile(
     source_at,
     count,
     moments,
+    used,
     FULL: tl.constexpr,
     BLOCKS: tl.constexpr,
     RAW: tl.constexpr,
@@ -50,7 +49,7 @@ def _reduce_tile(
     LARGEST_SCALE: tl.constexpr,
 ):
     """Average and encode ``count`` elements, from ``first`` on in the piece, ``local`` in the chunk."""
-    real: tl.constexpr = tl.float64 if tl.float64 == RAW else tl.float32
+    real: tl.constexpr = tl.float64 if RAW == tl.float64 else tl.float32  # noqa: SIM300
     block, plane, column, numel, width, i, live = positions(count, SIZE, BLOCKS, COLS, PLANES, FULL)
     if FULL:
         source_raw = UP_MAGNITUDES == 0
@@ -66,7 +65,7 @@ def _reduce_tile(
     chunk = payloads
     for _ in range(workers):
         if source_raw:
-            pointer = (chunk + source_at + first * RAW_BYTES).to(tl.pointer_type(RAW))
+            pointer = pointer_to(RAW, chunk + source_at + first * RAW_BYTES)
             part = tl.load(pointer + i, mask=live, other=0.0).to(real)
             total += divide(part, share.to(real), real)
         elif UP_MAGNITUDES > 0:
@@ -103,7 +102,7 @@ def _reduce_tile(
 
     data = payload + tl.load(piece + 5)
     if raw:
-        out = (data + first * RAW_BYTES).to(tl.pointer_type(RAW))
+        out = pointer_to(RAW, data + first * RAW_BYTES)
         tl.store(out + i, total.to(RAW), mask=live)
     elif MAGNITUDES > 0:
         encode_blocks(
@@ -114,6 +113,7 @@ def _reduce_tile(
             None,
             None,
             None if residual is None else residual + local,
+            None if used is None else tl.load(used + tl.load(piece + 6)) != 0,
             payload + tl.load(piece + 4) + first // SIZE * 2,
             data + first // SIZE * ((SIZE + PLANES - 1) // PLANES * PLANE_BYTES),
             i,
@@ -150,6 +150,7 @@ def reduce_encode_kernel(
     sources,
     pieces,
     moments,
+    used,
     BLOCKS: tl.constexpr,
     PART: tl.constexpr,
     RAW: tl.constexpr,
@@ -186,74 +187,45 @@ def reduce_encode_kernel(
     rest = tl.load(piece + 2) - first
     full = (rest >= SIZE * BLOCKS) & (local % 4 == 0) & (source_at % 4 == 0)
     full = full & ((tl.load(source + 3) != 0) == (UP_MAGNITUDES == 0))
-    if full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0)):
-        _reduce_tile(
-            payloads,
-            workers,
-            stride // 4 * 4,
-            residual,
-            payload,
-            source,
-            piece,
-            first,
-            local // 4 * 4,
-            source_at // 4 * 4,
-            SIZE * BLOCKS,
-            moments,
-            True,
-            BLOCKS,
-            RAW,
-            RAW_BYTES,
-            UP_PLANES,
-            UP_PLANE_BYTES,
-            UP_LEVELS,
-            UP_MAGNITUDES,
-            UP_HAS_ZERO,
-            SIZE,
-            COLS,
-            PLANES,
-            PLANE_BYTES,
-            LEVELS,
-            MAGNITUDES,
-            HAS_ZERO,
-            ABSMAX,
-            SPREAD,
-            TOP,
-            LARGEST_SCALE,
-        )
-    else:
-        for at in range(0, tl.minimum(rest, SIZE * BLOCKS).to(tl.int32), SIZE * PART):
-            _reduce_tile(
-                payloads,
-                workers,
-                stride,
-                residual,
-                payload,
-                source,
-                piece,
-                first + at,
-                local + at,
-                source_at,
-                tl.minimum(rest - at, SIZE * PART).to(tl.int32),
-                moments,
-                False,
-                PART,
-                RAW,
-                RAW_BYTES,
-                UP_PLANES,
-                UP_PLANE_BYTES,
-                UP_LEVELS,
-                UP_MAGNITUDES,
-                UP_HAS_ZERO,
-                SIZE,
-                COLS,
-                PLANES,
-                PLANE_BYTES,
-                LEVELS,
-                MAGNITUDES,
-                HAS_ZERO,
-                ABSMAX,
-                SPREAD,
-                TOP,
-                LARGEST_SCALE,
-            )
+    full = full & ((tl.load(piece + 3) != 0) == (MAGNITUDES == 0))
+    for FULL in tl.static_range(2):
+        if full == (FULL == 1):
+            step: tl.constexpr = BLOCKS if FULL else PART
+            unit: tl.constexpr = 4 if FULL else 1
+            count = tl.minimum(rest, SIZE * BLOCKS).to(tl.int32)
+            for at in range(0, SIZE * BLOCKS if FULL else count, SIZE * step):
+                _reduce_tile(
+                    payloads,
+                    workers,
+                    stride // unit * unit,
+                    residual,
+                    payload,
+                    source,
+                    piece,
+                    first + at,
+                    local // unit * unit + at,
+                    source_at // unit * unit,
+                    count - at,
+                    moments,
+                    used,
+                    FULL,
+                    step,
+                    RAW,
+                    RAW_BYTES,
+                    UP_PLANES,
+                    UP_PLANE_BYTES,
+                    UP_LEVELS,
+                    UP_MAGNITUDES,
+                    UP_HAS_ZERO,
+                    SIZE,
+                    COLS,
+                    PLANES,
+                    PLANE_BYTES,
+                    LEVELS,
+                    MAGNITUDES,
+                    HAS_ZERO,
+                    ABSMAX,
+                    SPREAD,
+                    TOP,
+                    LARGEST_SCALE,
+                )

@@ -9,12 +9,25 @@ A tile is *full* if all of its blocks are and its elements are aligned to four. 
 on the length of a block is then known when the kernel is compiled, and no access has a mask.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
-__all__ = ["positions"]
+__all__ = ["pointer_to", "positions"]
+
+
+@triton.jit
+def pointer_to(dtype: tl.constexpr, address):
+    """Return an address as a pointer to elements of a floating dtype."""
+    # Triton 3.0 and 3.1 make no pointer type of a dtype that is a constant.
+    if dtype == tl.float64:
+        pointer = address.to(tl.pointer_type(tl.float64))
+    elif dtype == tl.float32:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif dtype == tl.float16:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    return pointer
 
 
 @triton.jit
@@ -43,4 +56,7 @@ def positions(
     width = (numel + (PLANES - 1)) // PLANES
     inside = plane * width + column
     live = (column < width) & (inside < numel) & (plane < PLANES)
-    return block, plane, column, numel, width, block * SIZE + inside, live
+    # A thread must hold all planes. Triton before 3.7 spreads axes with longer runs over threads first,
+    # so the blocks claim one of two. Only that of the last axis, the true one, determines accesses.
+    i = tl.max_contiguous(block * SIZE + inside, [1, 2, COLS])
+    return block, plane, column, numel, width, i, live
