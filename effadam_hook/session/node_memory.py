@@ -8,6 +8,7 @@ systems other than Linux, gradients travel over Gloo.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import secrets
@@ -24,7 +25,7 @@ TICKET_BYTES = _TICKET.size
 _HEADER_BYTES, _TOKEN_BYTES = 64, 16
 _NAME = "effadam"
 _MOST_FILES = 256
-"""File descriptors that may be open at once, until the other ranks have mapped their memory."""
+"""File descriptors that may be open at once, of memory that the other ranks have not mapped yet."""
 _open_files: set[int] = set()
 
 
@@ -52,21 +53,21 @@ class SharedMemory:
         self.ticket = _TICKET.pack(os.getpid(), file, length, token)
 
 
-def share(numel: int) -> SharedMemory | None:
+def share(numel: int) -> SharedMemory:
     """Make memory for the other ranks of this node.
 
     Args:
         numel: Number of bytes.
 
-    Returns:
-        The memory; None if this system has none, or too many others have not been mapped yet.
+    Raises:
+        OSError: If this system has no such memory; with the number ``EMFILE`` if too many files are
+            open, which ends when other memory has been mapped.
     """
-    if not hasattr(os, "memfd_create") or len(_open_files) >= _MOST_FILES:
-        return None
-    try:
-        return SharedMemory(numel)
-    except OSError:
-        return None
+    if not hasattr(os, "memfd_create"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if len(_open_files) >= _MOST_FILES:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return SharedMemory(numel)
 
 
 def open_ticket(ticket: bytes) -> Tensor | None:
