@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard effadam_hook/__init__.py lightning_plugin/__init__.py))
 KERNEL_SOURCES := $(wildcard effadam_hook/kernels/csrc/*.[ch])
 
-# The tests wait for one another's processes more than they compute, so two files run side by side.
-TEST_FILES_AT_ONCE ?= 2
+# The tests wait for one another's processes more than they compute, so three files run side by side.
+TEST_FILES_AT_ONCE ?= 3
 
 # make test ARGS="-k harness", make demo ARGS="--workers 4", make bench ARGS="--csv out.csv"
 ARGS ?=

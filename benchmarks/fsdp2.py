@@ -76,9 +76,9 @@ def measure(mode: str, mesh: DeviceMesh, args: argparse.Namespace) -> dict[str, 
         if step >= args.warmup:
             ends.append(time.perf_counter())
     after = read_counters()
-    times = [torch.tensor(ends[1:]) - torch.tensor(ends[:-1])]
-    gathered = [torch.empty_like(times[0]) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, times[0])
+    times = torch.tensor(ends, dtype=torch.float64).diff()
+    gathered = [torch.empty_like(times) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, times)
     slowest = torch.stack(gathered).max(0).values * 1e3
     if state is not None:
         state.close()

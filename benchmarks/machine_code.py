@@ -11,15 +11,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = ["Code", "disassemble", "exchanges_planes", "read_amdgcn", "read_sass"]
 
 _LABEL = re.compile(r"^(\.L_x_\d+|\.text\.\S+):")
+_SUBROUTINE = re.compile(r"CALL\S* `\(\$")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;")
-_PATHS = 20_000
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,17 @@ class _Graph:
             name: [one for one in self._continues(name, after) if one in self.code]
             for name, after in zip(names, [*names[1:], ""], strict=True)
         }
+        rare = {n for n, lines in self.code.items() if any(map(_SUBROUTINE.search, lines))}
+        for name, following in self._next.items():
+            self._next[name] = [one for one in following if one not in rare]
+        self._depth_first()
 
     def _continues(self, name: str, after: str) -> list[str]:
         last = self.code[name][-1] if self.code[name] else ""
         conditional = bool(re.match(r"@", last)) or bool(re.search(r"BRA(\.\w+)* !?U?P\d", last))
-        if "BRA" in last and "BRA.DIV" not in last:
+        # A call of a label in the kernel itself is a branch.
+        branches = "CALL" in last if "BRA" not in last else "BRA.DIV" not in last
+        if branches and not _SUBROUTINE.search(last):
             target = re.search(r"`\((\S+?)\)", last)
             return [*([target[1]] if target else []), *([after] if conditional else [])]
         if re.search(r"\b(EXIT|RET)\b", last):
@@ -181,48 +186,65 @@ class _Graph:
 
     def coded_path(self, trips: int) -> list[str]:
         """Return the instructions of the path, those of a loop ``trips`` times."""
-        moved = {name: sum(map(_width, lines)) for name, lines in self.code.items()}
-        coded = max(
-            self._paths(),
-            key=lambda path: (
-                sum(moved[name] for name in path),
-                -sum(len(self.code[name]) for name in path),
-            ),
-            default=[],
-        )
-        return self._lines(coded, trips)
-
-    def _paths(self) -> Iterator[list[str]]:
-        """Yield paths without repetition, from the entry to an exit."""
-        rare = {name for name, lines in self.code.items() if any("CALL" in one for one in lines)}
-        stack, found = [["entry"]], 0
-        while stack and found < _PATHS:
-            path = stack.pop()
-            following = [one for one in self._next[path[-1]] if one not in path and one not in rare]
-            stack += [[*path, one] for one in following]
-            if any("EXIT" in line for line in self.code[path[-1]][-1:]):
-                found += 1
-                yield path
-
-    def _lines(self, path: list[str], trips: int) -> list[str]:
+        path = self._best("entry", self._exits())
         times = dict.fromkeys(path, 1)
-        for at, name in enumerate(path):
-            for target in self._next[name]:
-                if target in path[: at + 1]:
-                    times |= dict.fromkeys(path[path.index(target) : at + 1], trips)
-        for name in path:
-            times |= dict.fromkeys(self._detour(name, path), trips)
+        for latch, head in self._loops:
+            if head not in path:
+                continue
+            if latch in path:
+                body = path[path.index(head) : path.index(latch) + 1]
+            else:
+                body = self._best(head, {latch})
+            times |= dict.fromkeys(body, trips)
         return [
             line for name, count in times.items() for _ in range(count) for line in self.code[name]
         ]
 
-    def _detour(self, head: str, path: list[str]) -> list[str]:
-        """Return the blocks of a loop off the path that starts and ends at one of its blocks."""
-        stack = [[one] for one in self._next[head] if one not in path]
+    def _exits(self) -> set[str]:
+        return {name for name, lines in self.code.items() if any("EXIT" in x for x in lines[-1:])}
+
+    def _depth_first(self) -> None:
+        """Order the blocks, and find the edges that close a loop."""
+        self._order: list[str] = []
+        self._loops: list[tuple[str, str]] = []
+        active, done = {"entry"}, set()
+        stack = [("entry", iter(self._next["entry"]))]
         while stack:
-            way = stack.pop()
-            following = self._next[way[-1]]
-            if head in following:
-                return way
-            stack += [[*way, one] for one in following if one not in path and one not in way]
-        return []
+            name, following = stack[-1]
+            for one in following:
+                if one in active:
+                    self._loops.append((name, one))
+                elif one not in done:
+                    active.add(one)
+                    stack.append((one, iter(self._next[one])))
+                    break
+            else:
+                stack.pop()
+                active.remove(name)
+                done.add(name)
+                self._order.append(name)
+
+    def _best(self, start: str, ends: set[str]) -> list[str]:
+        """Return the path that accesses the most bytes and then has the fewest instructions.
+
+        Without the edges that close loops the graph has no cycle, so the best continuation of a block
+        follows from those of its successors, which precede it in the order.
+        """
+        best: dict[str, tuple[int, int, str]] = {}
+        for name in self._order:
+            own = sum(map(_width, self.code[name])), -len(self.code[name])
+            ways = [
+                (best[one][0], best[one][1], one)
+                for one in self._next[name]
+                if one in best and (name, one) not in self._loops
+            ]
+            if name in ends:
+                ways.append((0, 0, ""))
+            if ways:
+                moved, instructions, one = max(ways)
+                best[name] = (own[0] + moved, own[1] + instructions, one)
+        path = []
+        while start in best:
+            path.append(start)
+            start = best[start][2]
+        return path

@@ -110,7 +110,7 @@ def run(
         rng = np.random.default_rng([args.seed, step, worker.rank])
         inputs, targets = task.sample(rng, args.batch_size)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(step, args)
+            group["lr"] = args.lr * lr_factor(step, args.steps, args.lr_warmup)
         optimizer.zero_grad()
         cross_entropy(model(inputs.to(worker.device)), targets.to(worker.device)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-MAX_BYTES = 440_000
+MAX_BYTES = 420_000
 PACKAGES = ("effadam_hook", "lightning_plugin")
 LIBRARY = re.compile(r"effadam_hook/kernels/_cpu\.(so|dylib|dll)")
 BINARY = re.compile(r"\.(so|dylib|dll|pyd|a|o)$")

@@ -25,7 +25,9 @@ kernel:
         /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
 .L_x_0:
         /*0030*/                   LDG.E.U8 R8, desc[UR4][R2.64] ;
-        /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/              @!P1 CALL.REL.NOINC `(.L_x_4) ;
+        /*0048*/                   BRA `(.L_x_0) ;
+.L_x_4:
         /*0050*/               @P2 BRA `(.L_x_2) ;
 .L_x_3:
         /*0060*/                   STG.E.128 desc[UR4][R2.64], R4 ;
@@ -44,8 +46,8 @@ def test_the_coded_path_is_the_wide_one_with_its_loop_and_without_subroutines() 
     code = read_sass("REG:40 STACK:0", SASS, trips=4)
     assert code.registers == 40
     assert code.spills == 1
-    assert code.total == 13
-    assert code.instructions == 3 + 4 * 2 + 1 + 2
+    assert code.total == 14
+    assert code.instructions == 3 + 4 * 3 + 1 + 2
     assert (code.loads, code.stores, code.widest_bytes) == (2 + 4, 1, 16)
 
 

@@ -6,7 +6,10 @@ The comparison is a copy of the model that is sharded over the mesh of both dime
 from __future__ import annotations
 
 import functools
+import inspect
+import random
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,10 @@ from harness import run_ranks
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(not hasattr(fsdp, "FSDPModule"), reason="torch has no FSDP2")
+compares_with_hsdp = pytest.mark.skipif(
+    not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"),
+    reason="FSDP's own all-reduce does not run on Gloo before torch 2.8",
+)
 
 WORDS, WIDTH, INNER = 33, 20, 37  # odd: shards of different sizes, and one without elements
 
@@ -96,6 +103,7 @@ def _hundred_steps(rank: int, _: int, replicas: int, shards: int) -> float:
     return distance(own, other)
 
 
+@compares_with_hsdp
 @pytest.mark.parametrize(("replicas", "shards"), [(2, 2), (3, 2)])
 def test_without_a_quantizer_training_is_that_of_native_hsdp(replicas: int, shards: int) -> None:
     found = run_ranks(_hundred_steps, replicas * shards, replicas, shards, timeout=120)
@@ -163,6 +171,20 @@ def _compile(model: Any) -> None:
         model.blocks[number] = torch.compile(block, backend="aot_eager")
 
 
+def _divide_after_the_hook(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _step_in_the_backward(model: Any) -> None:
+    def descend(parameter: Any) -> None:
+        parameter.data.add_(parameter.grad, alpha=-0.2)
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(descend)
+
+
 def _leave(model: Any) -> None:
     pass
 
@@ -187,6 +209,8 @@ FEATURES: dict[str, Callable[[], Case]] = {
         1e-6,
     ),
     "divide factor": lambda: ({}, functools.partial(_divide_by, factor=7.0), _plain, 1e-6),
+    "sum, then divide": lambda: ({}, _divide_after_the_hook, _plain, 1e-6),
+    "hooks of gradients": lambda: ({}, _step_in_the_backward, _plain, 1e-6),
     "checkpointing": lambda: ({}, _checkpoint_activations, _plain, 1e-6),
     "frozen": lambda: ({}, _freeze, _plain, 1e-6),
     "tied": lambda: ({}, _tie, _plain, 1e-6),
@@ -234,12 +258,79 @@ def _features(rank: int, _: int) -> dict[str, tuple[float, float, float]]:
     return found
 
 
+@compares_with_hsdp
 def test_every_feature_of_fsdp_gives_the_gradients_of_native_hsdp() -> None:
     for found in run_ranks(_features, 4, timeout=180):
         assert {name: error for name, (error, _, _) in found.items() if error > 1} == {}
         assert all(moved > 1e-2 for _, moved, _ in found.values())
         steps = {name: steps for name, (_, _, steps) in found.items() if steps != 3}
         assert steps == {"no zero_grad": 6}
+
+
+def _random_shapes(rank: int, _: int, seed: int) -> list[tuple[float, float]]:
+    draw = random.Random(seed)
+    found = []
+    for replicas, shards in ((1, 4), (2, 2), (4, 1)):
+        mesh = mesh_of(replicas, shards)
+        sizes = [draw.randint(1, 40) for _ in range(draw.randint(3, 6))]
+        biased = [draw.random() < 0.7 for _ in sizes]
+        wrapped = [draw.random() < 0.6 for _ in sizes]
+        options = {"reshard_after_forward": draw.choice((True, False, 2 if shards == 4 else True))}
+        models = []
+        for own in (mesh["shard"], mesh):
+            torch.manual_seed(seed)
+            layers = [nn.Linear(*each) for each in zip(sizes, sizes[1:], biased, strict=False)]
+            model: Any = nn.Sequential(*layers)
+            for layer, is_wrapped in zip(layers, wrapped, strict=False):
+                if is_wrapped:
+                    fsdp.fully_shard(layer, mesh=own, **options)
+            models.append(fsdp.fully_shard(model, mesh=own))
+        state = attach(models[0], process_group=mesh.get_group("replicate"), quantizer="none")
+        start = locals_of(models[0])
+        for model in models:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            for step in range(3):
+                optimizer.zero_grad()
+                own_seed = torch.Generator().manual_seed(10 * step + rank)
+                outputs = model(torch.randn(3, sizes[0], generator=own_seed))
+                (outputs - 1).square().sum(1).mean().backward()
+                optimizer.step()
+        assert state.stats()["steps"] == 3
+        moved = [
+            float((a - b).abs().sum()) for a, b in zip(start, locals_of(models[0]), strict=True)
+        ]
+        found.append((distance(*models), sum(moved)))
+        state.close()
+    return found
+
+
+@compares_with_hsdp
+@pytest.mark.parametrize("seed", [1, 2])
+def test_models_and_meshes_drawn_at_random_train_as_with_native_hsdp(seed: int) -> None:
+    ranks = run_ranks(_random_shapes, 4, seed, timeout=60)
+    for number in range(3):
+        assert max(errors[number][0] for errors in ranks) < 1e-5
+        assert max(errors[number][1] for errors in ranks) > 1e-3
+
+
+def _late_replica(rank: int, _: int) -> int:
+    mesh = mesh_of(2, 1)
+    model = sharded(mesh["shard"])
+    state = attach(model, process_group=mesh.get_group("replicate"), quantizer="lloyd4")
+    loss_of(model, 0, rank).backward()
+    model.zero_grad()
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        model.blocks[0].register_full_backward_hook(lambda *_: store.set("passed", "1"))
+    loss = loss_of(model, 1, rank)
+    if rank == 1:  # whose groups rank 0 would wait for, without end
+        store.wait(["passed"], timedelta(seconds=20))
+    loss.backward()
+    return state.stats()["steps"]
+
+
+def test_the_backward_continues_while_groups_travel() -> None:
+    assert run_ranks(_late_replica, 2, timeout=40) == [2, 2]
 
 
 def _two_groups(rank: int, _: int) -> list[float]:
@@ -314,6 +405,7 @@ def _tensor_parallel(rank: int, _: int, path: Path) -> tuple[float, str]:
     return distance(*models), str(state.state_dict()["server"]["2.weight"].placements[1])
 
 
+@compares_with_hsdp
 def test_replicas_may_be_tensor_parallel(tmp_path: Path) -> None:
     for error, placement in run_ranks(_tensor_parallel, 4, tmp_path / "step3", timeout=60):
         assert error < 1e-6
@@ -527,17 +619,21 @@ def _refusals(rank: int, _: int) -> list[str]:
 
 
 def _replicated(mesh: DeviceMesh) -> nn.Module:
-    from torch.distributed._composable.replicate_with_fsdp import replicate
-
+    try:
+        from torch.distributed._composable.replicate_with_fsdp import replicate
+    except ImportError:  # replicate() of torch 2.7 is DDP
+        return sharded(mesh)
+    takes_mesh = "mesh" in inspect.signature(replicate).parameters
+    options = {"mesh": mesh["replicate"]} if takes_mesh else {"device_mesh": mesh_of(4, 1)}
     model = nn.Linear(3, 3)
-    replicate(model, mesh=mesh["replicate"])
+    replicate(model, **options)
     return model
 
 
 def test_unsupported_models_groups_and_options_are_refused_with_a_remedy() -> None:
     expected = [
         'mesh=mesh["shard"]',
-        "Must be a DistributedDataParallel",
+        "replicate()",
         'process_group=mesh.get_group("replicate")',
         "only this rank of the mesh",
         "update mode does not support",
@@ -637,6 +733,39 @@ def test_steps_go_on_after_a_backward_that_an_error_of_the_model_has_ended() -> 
     if not hasattr(fsdp.FSDPModule, "reset_iter_state"):
         pytest.skip("FSDP does not recover from errors")
     assert run_ranks(_interrupted, 4, timeout=40) == [2] * 4
+
+
+def _reset_between(rank: int, _: int) -> float:
+    mesh = mesh_of(2, 2)
+    models = []
+    for own in (mesh["shard"], mesh):
+        torch.manual_seed(0)
+        model: Any = Interrupted()
+        for block in model.net.blocks:
+            fsdp.fully_shard(block, mesh=own)
+        models.append(fsdp.fully_shard(model, mesh=own))
+    attach(models[0], process_group=mesh.get_group("replicate"), quantizer="none")
+    for model in models:
+        model.set_requires_all_reduce(False)
+        loss_of(model, 0, rank).backward()
+        model.interrupts = True
+        with pytest.raises(KeyError):
+            loss_of(model, 1, rank).backward()
+        model.interrupts = False
+        model.reset_iter_state()
+        model.zero_grad()
+        loss_of(model, 2, rank).backward()
+        model.set_requires_all_reduce(True)
+        loss_of(model, 3, rank).backward()
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    gradients = [(a.grad.to_local(), b.grad.to_local()) for a, b in pairs]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in gradients if a.numel())
+
+
+def test_a_reset_drops_the_gradients_of_earlier_micro_batches_as_in_native_hsdp() -> None:
+    if not hasattr(fsdp.FSDPModule, "reset_iter_state"):
+        pytest.skip("FSDP does not recover from errors")
+    assert max(run_ranks(_reset_between, 4, timeout=40)) < 1e-5
 
 
 def _dies(rank: int, _: int) -> str:

@@ -45,6 +45,7 @@ def train(
     steps: int,
     resume: str | bool | None = None,
     hook_options: dict[str, Any] | None = None,
+    loss_scale: float = 0.0,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Train a tiny GPT-2; return weights, residuals, logs and warnings."""
@@ -80,6 +81,8 @@ def train(
         callbacks=[callback],
         **({"optimizers": (optimizer(model.parameters()), None)} if optimizer else {}),
     )
+    if loss_scale:  # fp16=True has no scaler on a CPU: this is the one that it has on a GPU
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train(resume_from_checkpoint=resume)
@@ -147,6 +150,27 @@ def test_identity_quantizers_train_as_the_trainer_alone(
             assert torch.allclose(a, b, rtol=0, atol=3e-5)
         assert identity["steps"] == dense["steps"] == 3
         assert identity["residuals"] and not dense["residuals"]
+
+
+def train_scaled(rank: int, world_size: int, folder: str) -> list[Any]:
+    return [
+        train(
+            *(rank, world_size, folder, 3),
+            loss_scale=scale,
+            max_grad_norm=0.0,  # Accelerate unscales before it clips on GPUs only
+            save_strategy="no",
+        )
+        for scale in (0.0, 1024.0)
+    ]
+
+
+@pytest.mark.slow
+def test_logged_residuals_are_in_units_of_the_trainers_unscaled_loss(tmp_path: Path) -> None:
+    name = "effadam/worker_residual_norm"
+    runs, _ = run_ranks(train_scaled, 2, str(tmp_path), timeout=TIMEOUT)  # rank 0 logs
+    plain, scaled = ([row[name] for row in run["logs"] if name in row] for run in runs)
+    assert len(plain) == 3
+    assert scaled == pytest.approx(plain, rel=1e-2)
 
 
 def resume_elsewhere(rank: int, world_size: int, folder: str) -> list[str]:

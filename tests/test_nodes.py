@@ -85,7 +85,7 @@ def test_a_variable_that_is_no_number_is_an_error() -> None:
 
 
 def launched(host: str, local_rank: int, size: int | None, node: int | None) -> Description:
-    return Description(host, f"name of {host}", "torchrun", local_rank, size, node)
+    return Description(host, host, "torchrun", local_rank, size, node)
 
 
 def test_launchers_that_agree_with_the_hosts_pass() -> None:
@@ -110,15 +110,15 @@ def test_a_part_of_the_ranks_of_a_node_passes() -> None:
         ),
         (
             [launched("a", 0, 1, 0), launched("a", 0, 1, 1)],
-            "both on host 'name of a', and on the nodes 0 and 1 of torchrun",
+            "both on host 'a', and on the nodes 0 and 1 of torchrun",
         ),
         (
             [launched("a", i, 2, None) for i in range(3)],
-            r"host 'name of a' has 3 ranks \(0, 1, 2\), and torchrun has told rank 0 of 2",
+            r"host 'a' has 3 ranks \(0, 1, 2\), and torchrun has told rank 0 of 2",
         ),
         (
             [launched("a", 1, None, None), launched("a", 1, None, None)],
-            "rank 0 and rank 1 are both on host 'name of a', and have the local rank 1",
+            "rank 0 and rank 1 are both on host 'a', and have the local rank 1",
         ),
     ],
 )
@@ -129,6 +129,25 @@ def test_contradictions_between_hosts_and_launchers_are_errors(
         DisagreementError, match=f"(?s){message}.*intra_node_group= or device_mesh="
     ):
         tabulate(rows)
+
+
+@pytest.mark.parametrize(
+    ("known", "text"),
+    [
+        (
+            ((0, 1, 0), (0, 1, 1)),
+            "1 node x 2 ranks, by host (not by torchrun, which counts 2 nodes)",
+        ),
+        (((0, 1, None), (1, 1, None)), "1 node x 2 ranks, by host (not by torchrun)"),
+    ],
+)
+def test_ranks_of_one_boot_are_on_one_node_whatever_their_launchers_count(
+    known: tuple[tuple[int, int, int | None], ...], text: str
+) -> None:
+    rows = [Description("a boot namespace", "a", "torchrun", *own) for own in known]
+    assert tabulate(rows).describe() == text
+    with pytest.raises(DisagreementError):
+        tabulate([Description("a", "a", "torchrun", *own) for own in known])
 
 
 @pytest.mark.parametrize(

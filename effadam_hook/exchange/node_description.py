@@ -66,6 +66,11 @@ class Description:
     failure: str = ""
     is_named: bool = False
 
+    @property
+    def has_boot(self) -> bool:
+        """Return whether the identity holds boot and network namespace, which no other host has."""
+        return self.host != self.name
+
 
 def describe_ranks(
     group: dist.ProcessGroup,

@@ -1,7 +1,9 @@
 """The nodes of a process group, derived from the descriptions of all ranks.
 
-Every rank derives the same table, or raises the same error. Hosts make the nodes, launchers are the
-check: nothing follows from the order of the ranks.
+Every rank derives the same table, or raises the same error. Hosts make the nodes: nothing follows from
+the order of the ranks. Launchers are the check of host names, which two hosts may share. The boot and
+the network namespace they cannot share: ranks that have both in common are on one node, however many
+nodes their launchers count, as with two agents of torchrun on one host.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def tabulate(descriptions: Sequence[Description]) -> NodeTable:
     else:
         groups = _by_host(descriptions)
         _check_launchers(groups, descriptions)
-        source = "host" + _launchers(descriptions)
+        source = "host" + _launchers(groups, descriptions)
     return NodeTable.of(groups, source, [own.name for own in descriptions])
 
 
@@ -89,13 +91,14 @@ def _check_launchers(
     for ranks in groups:
         known = {rank: descriptions[rank] for rank in ranks if descriptions[rank].launcher}
         _check_node_numbers(known, host_of)
-        _check_local_ranks(ranks, known)
+        if not descriptions[ranks[0]].has_boot:
+            _check_local_ranks(ranks, known)
 
 
 def _check_node_numbers(
     known: Mapping[int, Description], host_of: dict[tuple[str, int], tuple[str, int]]
 ) -> None:
-    """Check that a node of the launcher is one host, and a host one node of the launcher."""
+    """Check that a node of the launcher is one host, and a host known by name one node of it."""
     first: tuple[int, Description] | None = None
     for rank, own in known.items():
         if own.node is None:
@@ -107,7 +110,8 @@ def _check_node_numbers(
                 "on different hosts"
             )
         first = first or (rank, own)
-        if first[1].launcher == own.launcher and first[1].node != own.node:
+        same_launcher = first[1].launcher == own.launcher
+        if same_launcher and first[1].node != own.node and not own.has_boot:
             raise _contradiction(
                 f"rank {first[0]} and rank {rank} are both on host {own.name!r}, and on the nodes "
                 f"{first[1].node} and {own.node} of {own.launcher}"
@@ -136,6 +140,20 @@ def _contradiction(what: str) -> DisagreementError:
     return DisagreementError(f"Hosts and launchers disagree about the nodes: {what}. {_REMEDY}")
 
 
-def _launchers(descriptions: Sequence[Description]) -> str:
-    names = sorted({own.launcher for own in descriptions if own.launcher})
-    return f", as {' and '.join(names)} says" if names else ""
+def _launchers(groups: Sequence[tuple[int, ...]], descriptions: Sequence[Description]) -> str:
+    names = " and ".join(sorted({own.launcher for own in descriptions if own.launcher}))
+    if not names:
+        return ""
+    counted = {(own.launcher, own.node) for own in descriptions if own.node is not None}
+    if len(counted) > len(groups):
+        return f" (not by {names}, which counts {len(counted)} nodes)"
+    return f", as {names} says" if _all_agree(groups, descriptions) else f" (not by {names})"
+
+
+def _all_agree(groups: Sequence[tuple[int, ...]], descriptions: Sequence[Description]) -> bool:
+    """Return whether no host has more ranks than its launcher has told one of them."""
+    return all(
+        len(ranks) <= (descriptions[rank].local_world_size or len(ranks))
+        for ranks in groups
+        for rank in ranks
+    )

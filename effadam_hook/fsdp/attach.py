@@ -69,7 +69,8 @@ def attach_sharded(
     _warn_of_unmanaged(model, others)
     _agree(state, named, others, groups)
     for index, each in enumerate(groups):
-        each.set_hook(ShardHook(state.engine, index, each))
+        hook = ShardHook(state.engine, index, each)
+        each.set_hook(hook, hook.drop_kept)
     return state
 
 

@@ -1,20 +1,22 @@
 """The backward passes of a model that FSDP2 shards, dense or compressed as a whole.
 
-FSDP reads the reduced tensor as soon as its hook has returned. On the CPU the hook therefore returns
-when the exchange has ended; on CUDA it returns at once, and the stream in which FSDP runs it waits for
-the exchange. There is no last bucket: a backward ends with the callbacks of autograd::
+On CUDA the hook returns at once, and the stream in which FSDP runs it waits for the exchange. On the
+CPU, FSDP makes gradients that are views of the reduced tensor, and the hook returns at once as well:
+groups travel one behind the other while the backward continues, and the backward waits at its end. If
+FSDP reads the tensor after the hook, to add it to earlier gradients or to cast it, the hook waits.
+There is no last bucket: a backward ends with the callbacks of autograd::
 
     hook, first group   [1] decide: dense or compressed; connect, if not done
-    hook, each group    [2] exchange or average, [3] wait
-    end of backward     [4] count the step
+    hook, each group    [2] exchange or average, [3] wait if the result is read at once
+    end of backward     [4] wait for the other groups, [5] count the step
 
-An error leaves the hook, and ``backward()`` raises it.
+``backward()`` raises an error of the hook or of the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -49,6 +51,8 @@ class ShardEngine(Engine):
         self.position: dict[str, list[int]] = {}
         self._backward = _NONE
         self._last: Future[Tensor] | None = None
+        # Exchanges of this backward that nobody has waited for, and what follows each of them.
+        self._pending: list[tuple[Future[Tensor], Callable[[], None]]] = []
 
     def agree(self, device: torch.device) -> None:
         """Compare options, versions, model and position in the shard mesh with the other replicas.
@@ -65,13 +69,24 @@ class ShardEngine(Engine):
         """Return the switches that must be equal on all ranks."""
         return {"enabled": self.enabled, "auto": self.auto_compress is not None}
 
-    def reduce(self, index: int, flat: Tensor, owners: Sequence[Tensor]) -> None:
+    def reduce(
+        self,
+        index: int,
+        flat: Tensor,
+        owners: Sequence[Tensor],
+        then: Callable[[], None],
+        *,
+        defers: bool,
+    ) -> None:
         """Replace the gradients of a parameter group by those of all replicas.
 
         Args:
             index: Index of the group in the model.
             flat: ``[numel]``, the gradients of this rank's shards, overwritten with the result.
             owners: The shards.
+            then: Called after the exchange.
+            defers: Whether nothing reads the result before the end of the backward, which waits for
+                the exchange then.
 
         Raises:
             EffAdamError: If the exchange has stopped, the replicas disagree, or an error occurs here.
@@ -84,10 +99,13 @@ class ShardEngine(Engine):
             # An identity rather than a flag: an error elsewhere may have ended the last backward.
             backward = torch._C._current_graph_task_id()
             if backward != self._backward:
+                self._wait()
                 self._begin(flat.device, owners)  # [1]
                 if not at_end_of_backward(self._end_step):
                     raise EffAdamError("FSDP has called the hook outside of a backward pass.")
                 self._backward = backward
+            if not defers:
+                self._wait()  # FSDP adds to gradients that may be in flight
             connection.phase = "preparing the bucket"
             if self._compressing:  # [2]
                 check_weights = self.check_replicas
@@ -95,20 +113,40 @@ class ShardEngine(Engine):
             else:
                 future = session.average(index, flat, owners)
             self._last = future
-            connection.watchdog.join()  # [3] where Ctrl-C is received; on NCCL nothing is in flight
-            future.wait()
+            self._pending.append((future, then))
+            if not defers:
+                self._wait()  # [3]
         except BaseException as error:
-            self._backward, self._last = _NONE, None
-            failure = connection.stop(f"bucket {index}", error)
-            if not isinstance(error, Exception):
-                raise
-            raise failure from failure.__cause__
+            self._fail(f"bucket {index}", error)
+
+    def _wait(self) -> None:
+        """Wait for all exchanges in flight, where Ctrl-C is received; on NCCL none is."""
+        if not self._pending:
+            return
+        self.session.connection.watchdog.join()
+        for future, then in self._pending:
+            future.wait()
+            then()
+        self._pending.clear()
+
+    def _fail(self, where: str, error: BaseException) -> NoReturn:
+        """Stop the exchange, and raise its error."""
+        self._backward, self._last = _NONE, None
+        self._pending.clear()
+        failure = self.session.connection.stop(where, error)
+        if not isinstance(error, Exception):
+            raise error
+        raise failure from failure.__cause__
 
     def _end_step(self) -> None:
-        """Count the step, after FSDP has written the gradients."""
+        """Wait for the exchange and count the step, after FSDP has made the gradients."""
         if self._last is None:
             return  # an error has ended the backward
-        self.clock.stop_after(self._last)  # [4]
+        self.clock.stop_after(self._last)
+        try:
+            self._wait()  # [4]
+        except BaseException as error:
+            self._fail("the end of backward", error)
         self._backward, self._last = _NONE, None
-        self.session.counters.steps += 1
+        self.session.counters.steps += 1  # [5]
         self.session.mode.end_backward()

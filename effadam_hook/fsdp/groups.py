@@ -158,7 +158,8 @@ class ShardGroup:
     @property
     def sums(self) -> bool:
         """Return whether ``set_gradient_divide_factor`` has replaced the division by the ranks."""
-        return self._group.gradient_divide_factor is not None
+        # torch 2.7 has set_reduce_scatter_divide_factor instead, and averages over the replicas.
+        return getattr(self._group, "gradient_divide_factor", None) is not None
 
     def check_free(self) -> None:
         """Check that the group has no hook.
@@ -174,12 +175,43 @@ class ShardGroup:
                 "only one. Attach before any other, and once."
             )
 
-    def set_hook(self, hook: Callable[[Tensor], None]) -> None:
+    def makes_views_of(self, reduced: Tensor, shards: list[Shard]) -> bool:
+        """Return whether FSDP makes gradients of a reduced tensor without reading its values.
+
+        It does on the CPU, unless it casts or divides the tensor after the hook, adds it to earlier
+        gradients, or calls the user's hooks with a gradient.
+
+        Args:
+            reduced: ``[padded numel]``.
+            shards: The shards of the tensor.
+        """
+        divides = reduced.dtype not in (torch.float32, torch.bfloat16) or self.sums
+        divides |= getattr(self._group, "force_sum_reduction_for_comms", False)  # not in torch 2.7
+        if reduced.device.type != "cpu" or divides:
+            return False
+        return all(
+            shard.parameter.dtype == reduced.dtype
+            and shard.parameter.grad is None
+            and not shard.parameter._post_accumulate_grad_hooks
+            for shard in shards
+        )
+
+    def set_hook(self, hook: Callable[[Tensor], None], drop_kept: Callable[[], None]) -> None:
         """Register a hook for the reduced tensor.
 
         Args:
             hook: Called with ``[padded numel]``, in the stream of the all-reduce, under ``no_grad``.
+            drop_kept: Called by ``reset_iter_state()``, in which FSDP drops the gradients of earlier
+                micro-batches.
         """
+        reset = getattr(self._group, "_reset_iter_state", None)  # torch 2.13
+        if reset is not None:
+
+            def reset_all() -> None:
+                reset()
+                drop_kept()
+
+            self._group._reset_iter_state = reset_all
         if self._is_only_group:
             self._module.set_all_reduce_hook(hook)
         else:  # set_all_reduce_hook refuses modules with several groups
@@ -215,6 +247,7 @@ def find_groups(model: nn.Module) -> list[ShardGroup]:
 
     Raises:
         ValueError: If FSDP averages over replicas itself, or a module is on the meta device.
+        EffAdamError: If torch is older than 2.7.
     """
     found: list[ShardGroup] = []
     seen: set[int] = set()
@@ -227,6 +260,11 @@ def find_groups(model: nn.Module) -> list[ShardGroup]:
             if id(group) in seen:  # fully_shard([a, b]) makes one group of two modules
                 continue
             seen.add(id(group))
+            if not hasattr(group, "_all_reduce_hook"):
+                raise EffAdamError(
+                    f"torch {torch.__version__} has no all-reduce hook for models that went through "
+                    "fully_shard. Must be torch 2.7 or later."
+                )
             _check_mesh(name, group.mesh_info)
             for param in group.fsdp_params:
                 if param.sharded_param.is_meta:
@@ -250,7 +288,8 @@ def _check_mesh(name: str, mesh_info: Any) -> None:
         )
     raise ValueError(
         f"Invalid model: {where} is sharded over a mesh of two dimensions (HSDP), where FSDP averages "
-        "densely over the replicas before the hook. Must have one dimension: "
+        "densely over the replicas before the hook; replicate() of torch 2.9 makes such a mesh. Must "
+        "have one dimension: "
         'fully_shard(module, mesh=mesh["shard"]), and attach(model, '
         'process_group=mesh.get_group("replicate"), ...).'
     )

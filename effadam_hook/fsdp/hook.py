@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -51,17 +53,16 @@ class ShardHook:
         own = [shard for shard in shards if shard.numel]
         if own:
             self._exchange(reduced, shards, own)
-        if self._group.sums:
-            # The factor divides the sum over all ranks, as in FSDP's own all-reduce.
-            reduced.mul_(self._engine.session.group.size())
         if reduced.is_cuda:
             # FSDP may free the tensor while this stream has yet to read it.
             reduced.record_stream(torch.cuda.current_stream(reduced.device))
 
     def _exchange(self, reduced: Tensor, shards: list[Shard], own: list[Shard]) -> None:
         owners = [shard.owner for shard in own]
+        defers = self._group.makes_views_of(reduced, shards)
         if all(shard.numel == shard.padded_numel for shard in shards):
-            self._engine.reduce(self._index, reduced, owners)
+            then = partial(self._scale, reduced)
+            self._engine.reduce(self._index, reduced, owners, then, defers=defers)
             return
         padded = torch.split(reduced, [shard.padded_numel for shard in shards])
         parts = [
@@ -72,8 +73,21 @@ class ShardHook:
             self._packed = reduced.new_empty(numel)
         packed = torch.split(self._packed, [shard.numel for shard in own])
         torch._foreach_copy_(packed, parts)
-        self._engine.reduce(self._index, self._packed, owners)
-        torch._foreach_copy_(parts, packed)
+
+        def unpack() -> None:
+            torch._foreach_copy_(parts, packed)
+            self._scale(reduced)
+
+        self._engine.reduce(self._index, self._packed, owners, unpack, defers=defers)
+
+    def _scale(self, reduced: Tensor) -> None:
+        """Apply ``set_gradient_divide_factor``, which divides the sum over all ranks."""
+        if self._group.sums:
+            reduced.mul_(self._engine.session.group.size())
+
+    def drop_kept(self) -> None:
+        """Drop the sum of earlier micro-batches, as FSDP drops its own in ``reset_iter_state()``."""
+        self._has_kept = False
 
     def _keep(self, reduced: Tensor) -> None:
         """Add the tensor to those of earlier micro-batches, and leave zeros for FSDP to accumulate."""

@@ -107,6 +107,11 @@ class Compute:
     backward_s: float = 0.0
     rest_s: float = 0.0
 
+    @property
+    def total_s(self) -> float:
+        """Return the duration of the step."""
+        return self.forward_s + self.backward_s + self.rest_s
+
 
 @dataclass(frozen=True)
 class Cluster:

@@ -76,7 +76,7 @@ def measure_compute(
         shared = [part for rank in probe.share(parts) for part in rank]
         windows.append(Compute(*(statistics.fmean(part) for part in zip(*shared, strict=True))))
     # The median, not the minimum: ranks that finish early leave their cores to the others.
-    windows.sort(key=lambda one: one.forward_s + one.backward_s + one.rest_s)
+    windows.sort(key=lambda one: one.total_s)
     return windows[len(windows) // 2]
 
 

@@ -226,7 +226,13 @@ def start(
         trainer.callbacks.append(curve)
         trainer.fit(model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
         runs.append(curve.run)
-    if cli.trainer.is_global_zero:
+    if not all(run.points for run in runs):
+        if cli.trainer.is_global_zero:
+            print(
+                f"The run ended before its first validation, after {cli.trainer.global_step} steps: "
+                "there is no table. Lower --trainer.val_check_interval, or raise --trainer.max_steps."
+            )
+    elif cli.trainer.is_global_zero:
         print(f"\n{report.table(runs, cli.datamodule.task)}")
         if cli.config.plot:
             report.plot(Path(cli.config.plot), runs, cli.datamodule.task)

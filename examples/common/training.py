@@ -213,7 +213,9 @@ class Training:
         rng = np.random.default_rng([self.options.seed, step, self.worker.rank])
         inputs, targets = self.task.sample(rng, self.options.batch_size)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * lr_factor(step, self.options)
+            group["lr"] = self.options.lr * lr_factor(
+                step, self.options.steps, self.options.lr_warmup
+            )
         logits = self.ddp_model(inputs.to(self.worker.device))
         loss = cross_entropy(logits, targets.to(self.worker.device))
         self.optimizer.zero_grad()
@@ -299,11 +301,11 @@ def build_optimizer(
     )
 
 
-def lr_factor(step: int, options: Options) -> float:
-    """Compute the factor of linear warm-up, then of a half cosine to 0 at `options.steps`."""
-    if step < options.lr_warmup:
-        return (step + 1) / options.lr_warmup
-    progress = (step - options.lr_warmup) / max(1, options.steps - options.lr_warmup)
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Compute the factor of a linear warm-up, then of half a cosine to 0 at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -63,6 +63,7 @@ static void pack_codes(const Quantizer *quantizer, uint8_t *restrict code, int64
             memcpy(out + row * P, spare + row * width, (size_t)P);
 }
 
+#if !FUSED
 /* The inverse; `code` has room for whole columns and a strip. */
 static void unpack_codes(const Quantizer *quantizer, const uint8_t *in, int64_t numel,
                          uint8_t *restrict code) {
@@ -145,6 +146,7 @@ static void unpack_codes(const Quantizer *quantizer, const uint8_t *in, int64_t 
         }
     }
 }
+#endif
 
 #undef COLUMNS
 

@@ -12,6 +12,9 @@ enum { MAX_BLOCK = 4096, LANES = 16, TABLE_CODES = 16, TABLE_THRESHOLDS = 8 };
 /* Codes of a block in whole columns and a strip, and how many workers are averaged at once. */
 enum { CODE_ROOM = MAX_BLOCK + 64, FUSED_WORKERS = 4 };
 
+/* Before a short loop whose bound is a constant where it is compiled. */
+#define UNROLL _Pragma("GCC unroll 8")
+
 /* How elements are stored. */
 enum { STORE_F32, STORE_F64, STORE_F16, STORE_BF16 };
 
@@ -68,6 +71,9 @@ typedef struct {
 
 /* Runs the blocks [first, last) of a job, counted over all its pieces. */
 typedef void (*Engine)(const Job *job, int64_t first, int64_t last);
+
+/* The engine for float64, the same in every variant. */
+void effadam_run_double(const Job *job, int64_t first, int64_t last);
 
 typedef struct {
     const char *name;

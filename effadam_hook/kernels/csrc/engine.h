@@ -185,7 +185,7 @@ static inline REAL FN(sum_of)(const VECTOR *parts) {
     return FN(sum_of_lanes)(lanes);
 }
 
-#define FOR_PARTS _Pragma("GCC unroll 8") for (int part = 0; part < PARTS; part++)
+#define FOR_PARTS UNROLL for (int part = 0; part < PARTS; part++)
 
 /* The sum of `rows` rows of LANES elements. */
 static REAL FN(lane_sum)(const REAL *value, int64_t rows) {
@@ -240,7 +240,7 @@ FN(count_codes)(const Quantizer *quantizer, int thresholds, const REAL *restrict
             INTEGERS beyond = index > negative;
             index = (beyond & negative) | (~beyond & index);
         }
-        _Pragma("GCC unroll 8") for (int t = 0; t < thresholds; t++)
+        UNROLL for (int t = 0; t < thresholds; t++)
             index -= ratio > (REAL)quantizer->thresholds[t];
         INTEGERS below = y < 0;
         INTEGERS code = (below & (negative - index)) | (~below & (positive + index));
@@ -556,7 +556,7 @@ FN(add_raw)(const REAL_ANY *const *in, int count, int exact, int onto, REAL work
                 __builtin_prefetch((const void *)((uintptr_t)(in[w] + i) + READ_AHEAD));
         for (int64_t i = first; i < last; i++) {
             REAL sum = onto ? mean[i] : 0;
-            for (int w = 0; w < count; w++) sum += exact ? in[w][i] * share : in[w][i] / workers;
+            UNROLL for (int w = 0; w < count; w++) sum += exact ? in[w][i] * share : in[w][i] / workers;
             mean[i] = sum;
         }
     }

@@ -1,5 +1,5 @@
 /* Instantiates the engines of one variant. The variant has chosen its instruction set, has defined
- * VARIANT and FUSED, and provides expand_codes (and the fused steps). */
+ * VARIANT, FUSED and HAS_DOUBLE, and provides expand_codes (and the fused steps). */
 
 enum { GROUP_NUMEL = 2048, GROUP_BLOCKS = 16, READ_AHEAD = 2048 };
 
@@ -9,7 +9,8 @@ static const int64_t bytes_of_store[] = {4, 8, 2, 2};
 #define REAL_IS_DOUBLE 0
 #include "engine.h"
 
-/* Few models have float64 parameters: half the code is worth more there than the last percent. */
+/* Few models have float64 parameters: one engine, small, serves them on every processor. */
+#if HAS_DOUBLE
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC optimize("Os")
@@ -21,4 +22,7 @@ static const int64_t bytes_of_store[] = {4, 8, 2, 2};
 #pragma GCC pop_options
 #endif
 
-const Variant VARIANT = {VARIANT_NAME, run_float, run_double};
+void effadam_run_double(const Job *job, int64_t first, int64_t last) { run_double(job, first, last); }
+#endif
+
+const Variant VARIANT = {VARIANT_NAME, run_float, effadam_run_double};

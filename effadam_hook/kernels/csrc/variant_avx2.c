@@ -17,6 +17,7 @@
 #define VARIANT effadam_avx2
 #define VARIANT_NAME "avx2"
 #define FUSED 0
+#define HAS_DOUBLE 0
 #define VECTOR_BYTES 32
 #define STRIP 32
 

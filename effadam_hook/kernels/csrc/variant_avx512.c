@@ -22,6 +22,7 @@
 #define VARIANT effadam_avx512
 #define VARIANT_NAME "avx512"
 #define FUSED 1
+#define HAS_DOUBLE 0
 #define VECTOR_BYTES 64
 #define STRIP 32
 
@@ -87,9 +88,9 @@ sum_planes(int planes, int rows, int senders, int whole, Target target, const Se
     for (int64_t column = (P - 1) / 16 * 16; column >= 0; column -= 16) {
         __mmask16 live = whole ? 0xFFFF : live_of(P - column);
         __m512i word[FUSED_WORKERS];
-        for (int w = 0; w < senders; w++) {
+        UNROLL for (int w = 0; w < senders; w++) {
             word[w] = _mm512_setzero_si512();
-            for (int row = 0; row < rows; row++) {
+            UNROLL for (int row = 0; row < rows; row++) {
                 const uint8_t *from = sent[w].codes + row * P + column;
                 __m128i bytes = whole ? _mm_loadu_si128((const __m128i *)from)
                                       : _mm_maskz_loadu_epi8(live, from);
@@ -99,7 +100,7 @@ sum_planes(int planes, int rows, int senders, int whole, Target target, const Se
             if (planes == 5) word[w] = _mm512_mullo_epi16(word[w], _mm512_set1_epi32(270));
         }
         __m512i pair[FUSED_WORKERS];
-        for (int step = 0; step < planes; step++) {
+        UNROLL for (int step = 0; step < planes; step++) {
             int64_t i = (planes == 5 ? 4 - step : step) * P + column;
             __mmask16 kept = 0xFFFF;
             if (!whole && target != TO_SCRATCH)
@@ -107,7 +108,7 @@ sum_planes(int planes, int rows, int senders, int whole, Target target, const Se
             __m512 sum = target != ONTO_SCRATCH ? _mm512_setzero_ps()
                          : whole                ? _mm512_loadu_ps(out + i)
                                                 : _mm512_maskz_loadu_ps(kept, out + i);
-            for (int w = 0; w < senders; w++) {
+            UNROLL for (int w = 0; w < senders; w++) {
                 __m512i code = word[w];
                 if (planes == 5 && step % 2 == 0) {
                     /* See unpack_codes: the fraction's product with 9 carries two digits out. */
@@ -131,11 +132,20 @@ sum_planes(int planes, int rows, int senders, int whole, Target target, const Se
     }
 }
 
+/* The same for blocks of 8 planes that are not whole columns of 16, such as the last one of a piece: rare,
+ * so this is small, with one sender at a time and one loop for all widths of codes. */
+static __attribute__((noinline, cold)) void
+sum_partial_planes(int rows, int senders, Target target, const Sent *sent, int64_t P, int64_t numel,
+                   float *out) {
+    for (int w = 0; w < senders; w++)
+        sum_planes(8, rows, 1, 0, w ? ONTO_SCRATCH : target, sent + w, P, numel, out);
+}
+
 /* The sum of 16 elements, of senders whose codes are whole bytes. Where a product with a level is exact,
  * adding it in one step rounds as adding it in two does. */
 static inline __attribute__((always_inline)) __m512
 sum_levels(int senders, int exact, Target target, const Sent *sent, const __m512i *levels, __m512 sum) {
-    for (int w = 0; w < senders; w++) {
+    UNROLL for (int w = 0; w < senders; w++) {
         __m512 level = _mm512_cvtepi32_ps(levels[w]);
         if (target == TO_CALLER)
             sum = _mm512_mul_ps(sent[w].scale, level);
@@ -154,12 +164,12 @@ sum_bytes(int senders, int exact, Target target, const Sent *sent, int zero, int
     int8_t bytes[FUSED_WORKERS][64];
     int64_t i = 0;
     for (; i + 64 <= numel; i += 64) {
-        for (int w = 0; w < senders; w++) {
+        UNROLL for (int w = 0; w < senders; w++) {
             __m512i codes = _mm512_loadu_si512(sent[w].codes + i);
             _mm512_storeu_si512(bytes[w], _mm512_sub_epi8(codes, _mm512_set1_epi8((char)zero)));
         }
-        for (int part = 0; part < 64; part += 16) {
-            for (int w = 0; w < senders; w++)
+        UNROLL for (int part = 0; part < 64; part += 16) {
+            UNROLL for (int w = 0; w < senders; w++)
                 levels[w] = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(bytes[w] + part)));
             __m512 sum = target == ONTO_SCRATCH ? _mm512_loadu_ps(out + i + part) : _mm512_setzero_ps();
             _mm512_storeu_ps(out + i + part, sum_levels(senders, exact, target, sent, levels, sum));
@@ -167,7 +177,7 @@ sum_bytes(int senders, int exact, Target target, const Sent *sent, int zero, int
     }
     for (; i < numel; i += 16) {
         __mmask16 live = live_of(numel - i);
-        for (int w = 0; w < senders; w++) {
+        UNROLL for (int w = 0; w < senders; w++) {
             __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(live, sent[w].codes + i));
             levels[w] = _mm512_sub_epi32(codes, _mm512_set1_epi32(zero));
         }
@@ -188,7 +198,7 @@ static inline __attribute__((always_inline)) void
 sum_sent(int senders, Target target, const Quantizer *quantizer, const uint8_t *const *codes,
          const float *scale, int64_t numel, float *out) {
     Sent sent[FUSED_WORKERS];
-    for (int w = 0; w < senders; w++) sent[w] = sent_by(quantizer, codes[w], scale[w]);
+    UNROLL for (int w = 0; w < senders; w++) sent[w] = sent_by(quantizer, codes[w], scale[w]);
     /* A sum begins at +0, which matters where the first term is -0. */
     if (target == TO_SCRATCH) {
         sent[0].table = _mm512_add_ps(_mm512_setzero_ps(), sent[0].table);
@@ -196,22 +206,24 @@ sum_sent(int senders, Target target, const Quantizer *quantizer, const uint8_t *
     }
     int64_t P = columns_of(quantizer, numel);
     int whole = P % 16 == 0 && P * quantizer->planes == numel;
-    switch (quantizer->planes * 16 + quantizer->plane_bytes + 8 * whole) {
-#define CASE(planes, rows)                                                 \
-    case planes * 16 + rows:                                               \
-        sum_planes(planes, rows, senders, 0, target, sent, P, numel, out); \
-        break;                                                             \
-    case planes * 16 + rows + 8:                                           \
-        sum_planes(planes, rows, senders, 1, target, sent, P, numel, out); \
+    switch (quantizer->planes * 16 + quantizer->plane_bytes) {
+#define CASE(rows)                                                           \
+    case 8 * 16 + rows:                                                      \
+        if (whole)                                                           \
+            sum_planes(8, rows, senders, 1, target, sent, P, numel, out);    \
+        else                                                                 \
+            sum_partial_planes(rows, senders, target, sent, P, numel, out);  \
         break;
-        CASE(8, 1)
-        CASE(8, 2)
-        CASE(8, 3)
-        CASE(8, 4)
-        CASE(5, 1)
+        CASE(1)
+        CASE(2)
+        CASE(3)
+        CASE(4)
 #undef CASE
+    case 5 * 16 + 1: /* blocks are seldom multiples of 80 */
+        sum_planes(5, 1, senders, 0, target, sent, P, numel, out);
+        break;
     default:
-        if (products_are_exact(senders, scale))
+        if (target != TO_CALLER && products_are_exact(senders, scale))
             sum_bytes(senders, 1, target, sent, quantizer->magnitudes - 1, numel, out);
         else
             sum_bytes(senders, 0, target, sent, quantizer->magnitudes - 1, numel, out);
@@ -383,7 +395,7 @@ quantize_by(CellKind kind, int absmax, const Quantizer *quantizer, const Cells *
     int64_t i = 0;
     for (; i + 64 <= numel; i += 64) {
         __m512i chosen[4];
-        for (int row = 0; row < 4; row++) {
+        UNROLL for (int row = 0; row < 4; row++) {
             int64_t at = i + 16 * row;
             prefetch(ahead, 4 * at);
             chosen[row] = quantize_row(kind, absmax, &state, value + at, 0xFFFF, level + at);

@@ -14,6 +14,7 @@
 #define VARIANT effadam_plain
 #define VARIANT_NAME "plain"
 #define FUSED 0
+#define HAS_DOUBLE 1
 #define VECTOR_BYTES 16
 #define STRIP 16
 
