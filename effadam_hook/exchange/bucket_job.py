@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from effadam_hook.exchange.node_bound import NodeBound
 from effadam_hook.exchange.streams import Event
 
 __all__ = ["BucketJob", "NodeTransfer"]
@@ -43,6 +44,8 @@ class BucketJob(Protocol):
     """``[numel]``: DDP's buffer."""
     ready: Event | None
     """Point of the device at which :attr:`bucket` is filled; None where the host fills it."""
+    bound: NodeBound | None
+    """Bound on the norm of the node's mean gradient in this step; None without one."""
     uplink: Tensor
     """``[servers of this rank's share, stride_bytes]`` uint8: the payload that this rank sends."""
     received: Tensor

@@ -8,7 +8,6 @@ nobody else: it ends when the exchange lets go of it.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +27,6 @@ __all__ = ["GlooGroup", "make_gloo_groups", "make_stage_groups"]
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 _SLICE_S = 0.25
 _LONGEST_SLEEP_S = 0.05
-_IN_FLIGHT = 8
-"""Collectives of a group that may be in flight: the parts of one of DDP's buckets. Gloo's default is 2,
-and a rank that is ahead would then wait for the others' data before it sends more of its own."""
 
 
 class _Rendezvous(Store):
@@ -126,7 +122,7 @@ def make_gloo_groups(
                 key = name if subset is None else f"{name}/{ranks[0]}"
                 store = _Rendezvous(f"effadam/{run_id}/{key}", lambda: not gave_up.is_set())
                 rank, size = ranks.index(group.rank()), len(ranks)
-                bare: Any = dist.ProcessGroupGloo(store, rank, size, _gloo_options(timeout))
+                bare: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
                 made.append(GlooGroup(bare, store))
         except BaseException as error:
             errors.append(error)
@@ -143,20 +139,6 @@ def make_gloo_groups(
     if errors:
         raise errors[0]
     return made
-
-
-def _gloo_options(timeout: timedelta) -> Any:
-    """Return the options that Gloo would choose itself, with more threads."""
-    gloo: Any = dist.ProcessGroupGloo
-    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-    options = gloo._Options()
-    options._timeout = timeout
-    options._threads = _IN_FLIGHT
-    if names:
-        options._devices = [gloo.create_device(interface=name) for name in names]
-    else:
-        options._devices = [gloo.create_default_device()]
-    return options
 
 
 def make_stage_groups(

@@ -18,7 +18,7 @@ from torch import Tensor
 from effadam_hook.errors import EffAdamError
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.kernels.arguments import compute_dtype
-from effadam_hook.optim.moment_parts import place, widen
+from effadam_hook.optim.moment_parts import place, warn_of_share, widen
 from effadam_hook.optim.pending import MomentStep, PendingStep
 from effadam_hook.optim.second_moment import SecondMomentRule
 from effadam_hook.wire.node_shares import NodeShare
@@ -45,6 +45,7 @@ class AdamRecursion:
         pending: Results of the exchange for the next step.
         generation: Number of times that a loaded state has replaced the moments.
         share: This rank's share of the parameters, whose moments it advances; None for all of them.
+        is_saved_by_hook: Whether a plugin saves the state of the hook in every checkpoint.
     """
 
     def __init__(self, optimizer: EfficientAdam) -> None:
@@ -55,6 +56,8 @@ class AdamRecursion:
         self.pending = PendingStep()
         self.generation = 0
         self.share: NodeShare | None = None
+        self.is_saved_by_hook = False
+        self._saved_at: tuple[int, int] | None = None
 
     @property
     def _optimizer(self) -> EfficientAdam:
@@ -150,7 +153,17 @@ class AdamRecursion:
                 state = self._optimizer.state[parameter]
                 moments = {key: state[key].detach().flatten().clone() for key in MOMENTS}
                 saved[name] = {**state, **moments}
+        self._saved_at = self._stage()
         return saved
+
+    def warn_of_share(self) -> None:
+        """Warn if moments of a share are saved without the state of the hook; see the optimizer."""
+        if not self.is_saved_by_hook and self._saved_at != self._stage():
+            warn_of_share(self._optimizer.state.values(), self.share)
+
+    def _stage(self) -> tuple[int, int]:
+        """Return numbers that change with every step and every loaded state."""
+        return self.generation, sum(s.get("step", 0) for s in self._optimizer.state.values())
 
     def load_moments(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace all moments and step counts by what :meth:`save_moments` returned.

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effadam_hook.exchange.node_bound import NodeBound
 from effadam_hook.exchange.replica_check import ReplicaCheck
 from effadam_hook.exchange.staging import Staging
 from effadam_hook.exchange.streams import Event
@@ -83,6 +84,7 @@ class BucketBuffers:
         self._parameters = list(parameters)
         self.bucket = torch.empty(0, dtype=dtype, device=device)
         self.ready: Event | None = None
+        self.bound: NodeBound | None = None
         precise = compute_dtype(dtype)
 
         def payload(rows: int, stride_bytes: int) -> Tensor:
@@ -161,7 +163,7 @@ class BucketBuffers:
             is_joining: Whether some ranks may make no optimizer steps, which are not compared then.
             in_backward: Whether :meth:`restore_unused` is called after the step.
         """
-        self.bucket = bucket
+        self.bucket, self.bound = bucket, None
         self._content.begin()
         progress = 0 if is_joining else self._content.progress
         for check in self._checks:

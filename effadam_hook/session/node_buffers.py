@@ -136,7 +136,7 @@ class NodeBuffers:
             bucket: ``[numel]``; it must not change before :meth:`average`.
         """
         if self._turn == _OFFER and self._memory is None and not self.refusal:
-            self._offer()
+            self._offer()  # again
         # The views keep the buffer, so that no other can come to lie at its address.
         if bucket.data_ptr() != self._address:
             self._address = bucket.data_ptr()

@@ -3,13 +3,13 @@
 A rank packs its gradients into anonymous memory of the kernel (a memfd) and sends a *ticket*; the other
 ranks of the node map the same memory. It has no name in a file system, counts against no limit of
 ``/dev/shm``, and vanishes with its last process. Where it cannot be mapped, as between containers or on
-systems other than Linux, gradients travel over Gloo.
+systems other than Linux, gradients travel over Gloo. Files are open only until all ranks have mapped
+them, so that a model may have more buckets than a process may have files.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import secrets
 import struct
@@ -46,10 +46,10 @@ class SharedMemory:
         self.seal = weakref.finalize(self, _close, file)
         length = _HEADER_BYTES + numel
         os.ftruncate(file, length)
-        mapped = mmap.mmap(file, length)
+        mapped = _map(f"/proc/self/fd/{file}", length)
         token = secrets.token_bytes(_TOKEN_BYTES)
-        mapped[:_TOKEN_BYTES] = token
-        self.bytes = torch.frombuffer(mapped, dtype=torch.uint8)[_HEADER_BYTES:]
+        mapped[:_TOKEN_BYTES] = torch.tensor(list(token), dtype=torch.uint8, device="cpu")
+        self.bytes = mapped[_HEADER_BYTES:]
         self.ticket = _TICKET.pack(os.getpid(), file, length, token)
 
 
@@ -85,16 +85,22 @@ def open_ticket(ticket: bytes) -> Tensor | None:
     try:
         if not os.readlink(path).startswith(f"/memfd:{_NAME}"):  # noqa: PTH115
             return None
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            mapped = mmap.mmap(file, length)
-        finally:
-            os.close(file)
-    except (OSError, ValueError):
+        if os.stat(path).st_size != length:  # noqa: PTH116
+            return None
+        mapped = _map(path, length)
+    except OSError:
         return None
-    if mapped[:_TOKEN_BYTES] != token:
+    if bytes(mapped[:_TOKEN_BYTES].tolist()) != token:
         return None
-    return torch.frombuffer(mapped, dtype=torch.uint8)[_HEADER_BYTES:]
+    return mapped[_HEADER_BYTES:]
+
+
+def _map(path: str, length: int) -> Tensor:
+    """Map a file, which need not remain open; ``mmap.mmap`` would keep a descriptor of it open."""
+    try:
+        return torch.from_file(path, shared=True, size=length, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, str(error)) from error
 
 
 def _close(file: int) -> None:
