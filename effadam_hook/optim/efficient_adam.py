@@ -196,8 +196,8 @@ class EfficientAdam(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank's optimizer.
 
-        Moments differ between ranks, and with topology "hierarchical" those of a share are not enough to
-        continue. The state of the hook has the moments of all ranks.
+        Moments differ between ranks, and with topology "hierarchical" those of a share are not enough
+        to continue. The state of the hook has the moments of all ranks.
 
         Warns:
             UserWarning: If the moments are those of a share, and the state of the hook has not been
