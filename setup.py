@@ -29,17 +29,26 @@ LIBRARY = "effadam_hook.kernels._cpu"
 COMPILE_FLAGS = [
     "-O2",
     "-ftree-vectorize",
-    *([] if sys.platform == "darwin" else ["-fvect-cost-model=dynamic"]),  # Clang has one model
     "-std=c11",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-wrapv",  # Python's own flags often have -fwrapv, for which no loop counter is simple
     "-fvisibility=hidden",
     "-fno-asynchronous-unwind-tables",
     "-g0",  # Python's own flags often ask for debugging information, which is most of the file
     "-pthread",
 ]
-LINK_FLAGS = ["-pthread", "-Wl,-x" if sys.platform == "darwin" else "-Wl,--strip-all"]
+LINK_FLAGS = ["-pthread", "-Wl,-x"]
+if sys.platform != "darwin":
+    # Flags of GCC. The last two make the library a sixth smaller, and no slower: no vector
+    # instructions for the remainders of vectorized loops, and no second scheduling.
+    COMPILE_FLAGS += [
+        "-fvect-cost-model=dynamic",
+        "--param=vect-epilogues-nomask=0",
+        "-fno-schedule-insns2",
+    ]
+    LINK_FLAGS = ["-pthread", "-Wl,--strip-all", "-Wl,-z,noseparate-code"]
 
 
 class BuildLibrary(build_ext):

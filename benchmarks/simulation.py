@@ -32,6 +32,7 @@ from effadam_hook.feedback.parameters import ParameterTable, shaped_view
 from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.kernels import Kernels, select
 from effadam_hook.modes import GradientMode, Mode, PreconditionedMode, UpdateMode
+from effadam_hook.session.block_size import BlockSize
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 
@@ -61,6 +62,7 @@ class _Worker:
         self.topology = FLAT_TOPOLOGIES[config.topology](rank, workers)
         self.parameters = ParameterTable()
         self.parameters.bind(named)
+        self.blocks = BlockSize(config, self.parameters)
         self.worker = Residuals()
         self.server = Residuals()
         self._tensors = [parameter for _, parameter in named]

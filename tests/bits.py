@@ -128,7 +128,11 @@ def _build(quantizer: str, topology: str, mode: str) -> tuple[Any, Any, Any]:
     if mode in ("update", "weights"):
         optimizer = EfficientAdam(model.parameters(), lr=2**-10)
         options = {"optimizer": optimizer, "quantize_weights": mode == "weights"}
-    return model, optimizer, attach(model, quantizer=quantizer, topology=topology, **options)
+    return (
+        model,
+        optimizer,
+        attach(model, quantizer=quantizer, topology=topology, block_size=256, **options),
+    )
 
 
 def _train(rank: int, quantizer: str, topology: str, mode: str, payloads: _Payloads) -> list[int]:

@@ -213,7 +213,7 @@ def disagree(rank: int, world_size: int, by_rank: list[dict[str, Any]], by_hand:
     ("odd", "shown"),
     [
         ({"quantizer": "lloyd2"}, "worker_quantizer is 'lloyd2' on rank 1 and 'lloyd4' on rank 0"),
-        ({"block_size": 128}, "block_size is 128 on rank 1 and 256 on rank 0"),
+        ({"block_size": 128}, "block_size is 128 on rank 1 and None on rank 0"),
         ({"topology": "sharded"}, "topology is 'sharded' on rank 1 and 'auto' on rank 0"),
         ({"enabled": False}, "enabled is False on rank 1 and True on rank 0"),
     ],
@@ -359,7 +359,7 @@ def test_misuse_is_told_with_the_value_and_the_rule() -> None:
     assert messages["not ddp"].startswith("TypeError: Invalid ddp_model: ChosenGradients. Must be")
     assert "quantiser" in messages["unknown option"]
     assert "Invalid quantizer: 'lloyd5'. Must be one of uniform8" in messages["quantizer"]
-    assert "Invalid block_size: 100. Must be a power of two" in messages["block_size"]
+    assert "Invalid block_size: 100. Must be a multiple of 8" in messages["block_size"]
     assert "Invalid exact: '1d'. Must be a tuple" in messages["exact"]
     assert "Invalid warmup_steps: -1. Must be 0 or more" in messages["warmup"]
     assert "'efficient_adam_hook' already" in messages["twice"]

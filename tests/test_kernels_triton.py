@@ -99,7 +99,7 @@ def test_reduces_like_the_reference(
         assert_near(second, first)
 
 
-@pytest.mark.parametrize("block_size", [16, 4096])
+@pytest.mark.parametrize("block_size", [16, 4096, 24, 72, 144, 150, 200])
 def test_every_block_size(kernels: Kernels, block_size: int) -> None:
     layout = layout_of((70, 20), "lloyd3", block_size=block_size)
     x, e = inputs(layout, torch.float32)

@@ -9,6 +9,7 @@ from typing import Any
 
 from effadam_hook.config.options import DEFAULTS, StateOptions
 from effadam_hook.exchange.topology import AUTO, TOPOLOGIES
+from effadam_hook.wire.blocks import LARGEST_BLOCK, SMALLEST_BLOCK
 from effadam_hook.wire.names import nearest_names
 from effadam_hook.wire.quantizers import SCALE_RULES, Quantizer, get_quantizer
 
@@ -17,7 +18,6 @@ __all__ = ["TOPOLOGY_NAMES", "Config"]
 TOPOLOGY_NAMES = (*TOPOLOGIES, AUTO)
 """Values of the option ``topology``."""
 
-_MIN_BLOCK, _MAX_BLOCK = 16, 4096
 _MOST_NAMES = 5
 
 
@@ -29,7 +29,8 @@ class Config:
         worker_quantizer: Name of the quantizer of the uplink.
         server_quantizer: Name of the quantizer of the downlink.
         scale_rule: Rule for the scale of a block, ``"least_squares"`` or ``"absmax"``.
-        block_size: Number of elements that share a scale, a power of two from 16 to 4096.
+        block_size: Number of elements that share a scale, a multiple of 8 from 16 to 4096; None for the
+            rule of :mod:`effadam_hook.wire.blocks`.
         topology: ``"rank0"``, ``"sharded"``, ``"hierarchical"`` or ``"auto"``.
         error_feedback: Whether the error of a quantizer is added to its next input.
         exact: Rules for parameters that are sent uncompressed. ``"1d"`` selects those with at most one
@@ -43,7 +44,7 @@ class Config:
     worker_quantizer: str = DEFAULTS["quantizer"]
     server_quantizer: str = DEFAULTS["quantizer"]
     scale_rule: str = DEFAULTS["scale_rule"]
-    block_size: int = DEFAULTS["block_size"]
+    block_size: int | None = DEFAULTS["block_size"]
     topology: str = DEFAULTS["topology"]
     error_feedback: bool = DEFAULTS["error_feedback"]
     exact: tuple[str, ...] = tuple(DEFAULTS["exact"])
@@ -78,12 +79,13 @@ class Config:
         get_quantizer(self.server_quantizer)
         _one_of("scale_rule", self.scale_rule, SCALE_RULES)
         _one_of("topology", self.topology, TOPOLOGY_NAMES)
-        _integer("block_size", self.block_size)
-        if not _MIN_BLOCK <= self.block_size <= _MAX_BLOCK or self.block_size.bit_count() != 1:
-            raise ValueError(
-                f"Invalid block_size: {self.block_size}. "
-                f"Must be a power of two from {_MIN_BLOCK} to {_MAX_BLOCK}."
-            )
+        if self.block_size is not None:
+            _integer("block_size", self.block_size)
+            if not SMALLEST_BLOCK <= self.block_size <= LARGEST_BLOCK or self.block_size % 8:
+                raise ValueError(
+                    f"Invalid block_size: {self.block_size}. Must be a multiple of 8 from "
+                    f"{SMALLEST_BLOCK} to {LARGEST_BLOCK}, or None to follow the model's rows."
+                )
         _integer("warmup_steps", self.warmup_steps)
         if self.warmup_steps < 0:
             raise ValueError(f"Invalid warmup_steps: {self.warmup_steps}. Must be 0 or more.")

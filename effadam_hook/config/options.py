@@ -61,8 +61,9 @@ class StateOptions(TypedDict, total=False):
             :data:`effadam_hook.wire.quantizers.QUANTIZERS`. Default: ``"lloyd4"``.
         worker_quantizer: Quantizer of the uplink; None for ``quantizer``. Default: ``None``.
         server_quantizer: Quantizer of the downlink; None for ``quantizer``. Default: ``None``.
-        block_size: Number of elements that share a scale, a power of two from 16 to 4096.
-            Default: ``256``.
+        block_size: Number of elements that share a scale, a multiple of 8 from 16 to 4096. None chooses
+            at most 256 such that few blocks span two rows of the model's matrices; a loaded state of as
+            many ranks keeps its blocks. Default: ``None``.
         topology: ``"rank0"`` (rank 0 is the server), ``"sharded"`` (every rank is the server for its
             share; the results are those of ``"rank0"``), ``"hierarchical"`` (gradients are averaged
             densely inside each node, and the means of the nodes exchanged) or ``"auto"``:
@@ -87,7 +88,7 @@ class StateOptions(TypedDict, total=False):
     quantizer: QuantizerName
     worker_quantizer: QuantizerName | None
     server_quantizer: QuantizerName | None
-    block_size: int
+    block_size: int | None
     topology: TopologyName
     error_feedback: bool
     exact: tuple[str, ...] | list[str]
@@ -124,7 +125,7 @@ DEFAULTS: HookOptions = {
     "quantizer": "lloyd4",
     "worker_quantizer": None,
     "server_quantizer": None,
-    "block_size": 256,
+    "block_size": None,
     "topology": "auto",
     "error_feedback": True,
     "exact": ("1d",),

@@ -90,7 +90,7 @@ def _options(engine: Engine) -> list[tuple[str, str]]:
         ("exchanges", session.mode.name),
         (
             "quantizers",
-            f"{_quantizers(engine)}, blocks of {config.block_size}, scale {config.scale_rule}",
+            f"{_quantizers(engine)}, {session.blocks.describe()}; scale {config.scale_rule}",
         ),
         ("feedback", "both sides" if config.error_feedback else "none"),
         ("topology", session.connection.choice.describe()),

@@ -79,18 +79,18 @@ def check_steps(
     run_id: str,
     steps: int,
     optimizer_steps: int,
-    topology: str,
+    layout: str,
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> None:
-    """Compare the steps and topologies of all ranks; a collective operation.
+    """Compare steps, topologies and blocks of all ranks; a collective operation.
 
     Args:
         run_id: Run id of the model; ranks that open two models in different orders over one group
             meet here.
         steps: Number of steps of the exchange.
         optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on them.
-        topology: Name of the topology, which a loaded state may have decided.
+        layout: Topology and block size, which a loaded state may have decided.
         group: The process group.
         device: A device whose tensors the group's backend can send.
 
@@ -99,7 +99,7 @@ def check_steps(
     """
     if group.size() == 1:
         return
-    own = json.dumps([steps, optimizer_steps, run_id, topology]).encode()
+    own = json.dumps([steps, optimizer_steps, run_id, layout]).encode()
     rows = [json.loads(text) for text in gather_bytes(own, group, device, everywhere=True)]
     others = [str(rank) for rank, row in enumerate(rows) if row[2] != run_id]
     if others:
@@ -114,8 +114,8 @@ def check_steps(
     other = next((rank for rank, row in enumerate(rows) if row[3] != rows[0][3]), 0)
     if other:
         raise DisagreementError(
-            f"The ranks have loaded states of different topologies: rank {other} has "
-            f"{rows[other][3]!r}, and rank 0 {rows[0][3]!r}. All ranks must load the state of the same "
+            f"The ranks have loaded states of different topologies or blocks: rank {other} "
+            f"has {rows[other][3]}, and rank 0 {rows[0][3]}. All ranks must load the state of the same "
             "run, or none of them."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -216,6 +217,24 @@ class ParameterTable:
             and not config.is_exact(parameter.aliases, tensor.ndim, tensor.numel())
         ]
 
+    def rows(self, config: Config) -> list[tuple[int, int]]:
+        """Return the length of a row, and the number of elements, of the quantized matrices.
+
+        Args:
+            config: The options.
+
+        Returns:
+            One pair for each exchanged parameter of two or more dimensions that no rule of ``exact``
+            selects. A row consists of the elements with one index of the first dimension; of the
+            slowest one in memory, which is the order of a bucket.
+        """
+        return [
+            (_row_numel(tensor), whole_numel(tensor))
+            for tensor, parameter in self._exchanged()
+            if tensor.ndim > 1
+            and not config.is_exact(parameter.aliases, tensor.ndim, whole_numel(tensor))
+        ]
+
     def describe(self) -> dict[str, list[object]]:
         """Return position, shape and dtype by name, as plain values, for comparison between ranks.
 
@@ -242,6 +261,14 @@ class ParameterTable:
 def is_exchanged(parameter: Tensor) -> bool:
     """Return whether a parameter is trainable and not marked as one that DDP ignores."""
     return parameter.requires_grad and not getattr(parameter, "_ddp_ignored", False)
+
+
+def _row_numel(tensor: Tensor) -> int:
+    shape = tensor.shape
+    slowest = 0
+    if _is_dense(tensor):
+        slowest = max(range(len(shape)), key=lambda dim: (shape[dim] > 1, tensor.stride(dim)))
+    return max(1, math.prod(size for dim, size in enumerate(shape) if dim != slowest))
 
 
 def whole_numel(tensor: Tensor) -> int:

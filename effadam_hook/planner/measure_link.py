@@ -11,6 +11,7 @@ from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import Cluster, Link
 from effadam_hook.planner.traffic import (
     ParameterSize,
+    block_size_of,
     legs_of,
     make_buckets,
     parts_of,
@@ -199,7 +200,11 @@ def _measure_leg(
         for part in parts_of(method, bucket, n, cluster.in_order)
     ]
     largest = max(parts, key=lambda part: sum(p.numel for p in part))
-    leg = next(leg for leg in legs_of(method, largest, *shape) if leg.name == name)
+    leg = next(
+        leg
+        for leg in legs_of(method, largest, *shape, block_size_of(parameters))
+        if leg.name == name
+    )
     unit = unit_leg(name, cluster.nodes, cluster.ranks_per_node, cluster.tree)
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
     empties = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS, _DEPTH)

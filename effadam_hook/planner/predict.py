@@ -25,6 +25,7 @@ from effadam_hook.planner.method import Method
 from effadam_hook.planner.timeline import Transit, Work, run_timeline
 from effadam_hook.planner.traffic import (
     ParameterSize,
+    block_size_of,
     legs_of,
     make_buckets,
     parts_of,
@@ -92,6 +93,7 @@ def predict(
     cap = math.inf if method.kind == "powersgd" else method.bucket_mb
     buckets = make_buckets(parameters, cap)
     total = sum(parameter.numel for parameter in parameters)
+    block_size = block_size_of(parameters)
     transits: list[Transit] = []
     ready = 0
     sent = received = inside = 0.0
@@ -99,7 +101,8 @@ def predict(
     for bucket in buckets:
         ready += sum(parameter.numel for parameter in bucket)
         for part in parts_of(method, bucket, cluster.world_size, nccl=cluster.in_order):
-            legs = legs_of(method, part, cluster.nodes, cluster.tree, cluster.ranks_per_node)
+            shape = cluster.nodes, cluster.tree, cluster.ranks_per_node
+            legs = legs_of(method, part, *shape, block_size)
             sent += sum(leg.out_bytes for leg in legs)
             received += sum(leg.in_bytes for leg in legs)
             inside += sum(leg.inside_bytes for leg in legs)

@@ -24,12 +24,13 @@ This module contains integers and floats only, no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from effadam_hook.exchange.topology import HIERARCHICAL, TOPOLOGIES, Leg, Load
 from effadam_hook.planner.method import Method
+from effadam_hook.wire.blocks import USUAL_BLOCK, block_size_for
 from effadam_hook.wire.layout import REPLICA_CHECK_BYTES, aligned
 from effadam_hook.wire.node_shares import position_of
 from effadam_hook.wire.parts import cut, part_numel
@@ -40,6 +41,7 @@ __all__ = [
     "ALL_REDUCE",
     "ParameterSize",
     "all_reduce",
+    "block_size_of",
     "legs_of",
     "make_buckets",
     "parts_of",
@@ -69,6 +71,15 @@ class ParameterSize:
 
     numel: int
     rows: int = 0
+
+
+def block_size_of(parameters: Iterable[ParameterSize]) -> int:
+    """Return the block size that the exchange of a model chooses.
+
+    Args:
+        parameters: Sizes of all trained parameters of the model.
+    """
+    return block_size_for([(p.numel // p.rows, p.numel) for p in parameters if p.rows and p.numel])
 
 
 def square_model(numel: int, width: int = 1024) -> list[ParameterSize]:
@@ -144,7 +155,7 @@ def payload_bytes(
     bucket: Sequence[ParameterSize],
     quantizer: str,
     servers: int,
-    block_size: int = 256,
+    block_size: int = USUAL_BLOCK,
     shares: int = 1,
 ) -> int:
     """Compute the size of a bucket's payload, the chunks of all servers together.
@@ -197,6 +208,7 @@ def legs_of(
     nodes: int,
     tree: bool = False,
     ranks_per_node: int = 1,
+    block_size: int = USUAL_BLOCK,
 ) -> list[Leg]:
     """List the collectives of one bucket.
 
@@ -208,6 +220,7 @@ def legs_of(
             ``2 (N-1)``, and whether the root of a broadcast sends its bytes once; see
             :class:`~effadam_hook.exchange.topology.Load`.
         ranks_per_node: Number of ranks of a node, which share its card.
+        block_size: Number of elements that share a scale, of :func:`block_size_of`.
 
     Returns:
         The legs, in their order; an empty list for one rank or for ``none``.
@@ -228,7 +241,7 @@ def legs_of(
     topology = TOPOLOGIES[method.topology]
     servers = topology.servers_among(load.world_size)
     shares = shares_of(method, ranks_per_node)
-    size = payload_bytes(bucket, method.quantizer, servers, shares=shares)
+    size = payload_bytes(bucket, method.quantizer, servers, block_size, shares)
     return topology.legs(replace(load, payload_bytes=size))
 
 

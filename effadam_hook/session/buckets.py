@@ -17,6 +17,7 @@ from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.kernels import Kernels
 from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Mode
+from effadam_hook.session.block_size import BlockSize
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.node_buffers import NodeBuffers
 from effadam_hook.wire.layout import Slot, lay_out_bucket
@@ -34,6 +35,7 @@ class Model(Protocol):
     parameters: ParameterTable
     worker: Residuals
     server: Residuals
+    blocks: BlockSize
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -133,7 +135,7 @@ def _make(
         uplink=config.uplink,
         downlink=config.downlink,
         scale_rule=config.scale_rule,
-        block_size=config.block_size,
+        block_size=model.blocks.value,
         servers=topology.servers,
         itemsize=dtype.itemsize,
         shares=topology.shares,

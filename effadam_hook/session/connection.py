@@ -46,7 +46,6 @@ class Connection:
         self.choice = TopologyChoice(config.topology)
         self.run_id = ""
         self.phase = ""
-        self._config = config
         self._group = group
         self._watchdog: Watchdog | None = None
         self._wait_timeout_s: float | None = None
@@ -73,13 +72,16 @@ class Connection:
         """This rank's view of the servers."""
         return self.choice.view(self.group)
 
-    @property
-    def share(self) -> NodeShare | None:
-        """This rank's share of its node's bucket; None where every rank encodes whole buckets."""
+    def share_of(self, block_size: int) -> NodeShare | None:
+        """Return this rank's share of its node's bucket; None where every rank encodes whole buckets.
+
+        Args:
+            block_size: Number of elements that share a scale.
+        """
         topology = self.topology
         if topology.shares == 1:
             return None
-        return NodeShare(topology.share, topology.shares, topology.servers, self._config.block_size)
+        return NodeShare(topology.share, topology.shares, topology.servers, block_size)
 
     @property
     def given_group(self) -> dist.ProcessGroup | None:
@@ -131,7 +133,14 @@ class Connection:
         if table is not None and 1 < len(table.nodes) < self.group.size():
             self._watchdog.name_nodes(table)
 
-    def open(self, device: torch.device, steps: int, progress: Any, compressing: bool) -> None:
+    def open(
+        self,
+        device: torch.device,
+        steps: int,
+        progress: Any,
+        block_size: int,
+        compressing: bool,
+    ) -> None:
         """Connect the ranks and choose kernels; a collective operation.
 
         It runs before the first bucket, even if that is dense: a rank that opened its groups later
@@ -141,6 +150,7 @@ class Connection:
             device: The device of the buckets.
             steps: Steps made so far.
             progress: Further counts that must be equal on all ranks.
+            block_size: Number of elements that share a scale.
             compressing: Whether the next bucket is compressed.
 
         Raises:
@@ -157,9 +167,9 @@ class Connection:
             return  # dense steps need no exchange
         with self.watchdog.hold("opening the exchange", "comparing steps") as held:
             # Over DDP's own connections, which break at once when a rank has died.
-            topology = self.topology.name
+            layout = f"{self.topology.name} with blocks of {block_size}"
             wire = wire_device(self.group, device)
-            check_steps(self.run_id, steps, progress, topology, self.group, wire)
+            check_steps(self.run_id, steps, progress, layout, self.group, wire)
             held.phase = CONNECTING
             self.exchange = make_exchange(self.topology, self.group, device, self.watchdog, held)
         if self.group.rank() == 0 and self.group.size() > 1:

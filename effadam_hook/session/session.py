@@ -33,6 +33,7 @@ from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
 from effadam_hook.feedback.residuals import Residuals
 from effadam_hook.modes import GradientMode, Mode
+from effadam_hook.session.block_size import BlockSize
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.connection import Connection
@@ -57,6 +58,7 @@ class ExchangeSession:
         loss_scale: The factor by which residuals are multiplied, as the loss is.
         counters: Bytes exchanged so far.
         bypassed: Parameters that cannot be compressed, with the reason.
+        blocks: The block size.
         connection: The connection to the other ranks: group, topology, kernels, watchdog.
     """
 
@@ -71,6 +73,7 @@ class ExchangeSession:
         self.loss_scale = 1.0
         self.counters = Counters()
         self.bypassed: dict[str, str] = {}
+        self.blocks = BlockSize(config, self.parameters)
         self.connection = Connection(config, group)
         self._dense: DenseExchange | None = None
         self._buckets = Buckets()
@@ -144,9 +147,10 @@ class ExchangeSession:
             EffAdamError: If the ranks are at different steps, or one is gone.
         """
         if self.connection.exchange is None:
-            self.mode.divide(self.connection.share)
+            size = self.blocks.value
+            self.mode.divide(self.connection.share_of(size))
             steps, progress = self.counters.steps, self.mode.progress()
-            self.connection.open(device, steps, progress, compressing)
+            self.connection.open(device, steps, progress, size, compressing)
 
     @property
     def buckets(self) -> list[BucketBuffers]:

@@ -65,6 +65,7 @@ def restore(session: ExchangeSession, saved: Any) -> None:
     name = _topology_after(session, states[0])
     state = _state_of_this_rank(session, saved, states, name)
     session.connection.choice.follow(name)
+    session.blocks.follow(state.block_size)
     session.mode.load(state.moments)
     session.loss_scale = 1.0
     session.counters = replace(state.counters)
@@ -81,12 +82,13 @@ def restore(session: ExchangeSession, saved: Any) -> None:
         )
 
 
-def role_of(session: ExchangeSession, topology: Topology) -> Role:
+def role_of(session: ExchangeSession, topology: Topology, block_size: int | None = None) -> Role:
     """Return the role of this rank in a topology.
 
     Args:
         session: The session.
         topology: Its topology, or the one that a saved state decides for.
+        block_size: Block size that a saved state decides for; None for that of the session.
     """
     table = session.connection.choice.table
     return Role(
@@ -94,7 +96,7 @@ def role_of(session: ExchangeSession, topology: Topology) -> Role:
         world_size=session.group.size(),
         serves=topology.serves,
         servers=topology.servers,
-        block_size=session.config.block_size,
+        block_size=block_size or session.blocks.value,
         nodes=table.nodes if table is not None and topology.shares > 1 else None,
         shares=topology.shares,
         local_rank=topology.share,
@@ -109,6 +111,13 @@ def _topology_after(session: ExchangeSession, state: RankState) -> str:
     return connection.choice.name_after(state.topology, state.world_size, session.group)
 
 
+def _block_size_after(session: ExchangeSession, state: RankState) -> int:
+    """Return the block size with which a saved state continues."""
+    if session.connection.exchange is not None:
+        return session.blocks.value
+    return session.blocks.value_after(state.block_size, state.world_size == session.group.size())
+
+
 def _state_of_this_rank(
     session: ExchangeSession, saved: Any, states: list[RankState], name: str
 ) -> RankState:
@@ -116,7 +125,7 @@ def _state_of_this_rank(
     parameters, mode = session.parameters, session.mode
     states = [state.renamed(parameters.resolve) for state in states]
     topology = make_topology(name, session.group) if name else session.topology
-    role = role_of(session, topology)
+    role = role_of(session, topology, _block_size_after(session, states[0]))
     own = _dealt(states, role) if holds_all_ranks(saved) else _own(states[0], role)
     _check_parameters(session, own)
     if own.units and own.units != mode.units:

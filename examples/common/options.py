@@ -65,7 +65,7 @@ class Options:
     server_quantizer: str | None
     topology: str
     nodes: int
-    block_size: int
+    block_size: int | None
     warmup_steps: int
     exchange: str
     second_moment: str
@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
         help="treat the workers as M nodes of consecutive ranks (default: nodes are the hosts)",
     )
     exchange.add_argument(
-        "--block-size", type=int, default=256, help="elements per scale (default %(default)s)"
+        "--block-size", type=int, help="elements per scale (default: by the rows of the model)"
     )
     exchange.add_argument(
         "--warmup-steps",
