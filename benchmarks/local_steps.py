@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from quality_runs import RESULTS, Record, Schedule, markdown, read, train, write
@@ -115,7 +116,8 @@ def _gradient(quantizer: str) -> Rival:
 def _update(quantizer: str, beta1: float) -> Rival:
     def build(model: nn.Module, lr: float) -> Simulation:
         def optimizers(parameters: list[nn.Parameter]) -> list[Optimizer]:
-            return [EfficientAdam(parameters, lr, (beta1, 0.999), weight_decay=_DECAY)]
+            settings: dict[str, Any] = {"weight_decay": _DECAY, "second_moment": "local"}
+            return [EfficientAdam(parameters, lr, (beta1, 0.999), **settings)]
 
         return Simulation(model, optimizers, WORKERS, quantizer=quantizer)
 

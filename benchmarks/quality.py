@@ -115,6 +115,7 @@ def tuned_modes() -> list[str]:
         *(
             f"{exchange} {quantizer}=--exchange {exchange} --quantizer {quantizer} --lr {lr}"
             f" --betas {beta} .999"
+            f"{' --second-moment local' if exchange == 'update' else ''}"
             for exchange, quantizer, lr, beta in TUNED
         ),
     ]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from common.training import cross_entropy, lr_factor
 from train_text import GPT, Text, TextOptions
 
-__all__ = ["Code", "CodeLoRA", "Digits", "Prose", "Task", "lr_factor"]
+__all__ = ["Code", "CodeLoRA", "Digits", "Prose", "Recurrent", "Task", "lr_factor"]
 
 _TEXT_BYTES = 4_000_000
 _LORA_RANK = 8
@@ -67,6 +67,38 @@ class Prose:
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Return mean loss, in nats, and accuracy on the held-out samples."""
         return _evaluate(model, *self._held_out)
+
+
+class Recurrent(Prose):
+    """The same bytes, with a recurrent model.
+
+    Args:
+        width: Width of the recurrent layer; that of the embedding is half of it.
+        batch: Sequences of 64 bytes per worker and step.
+    """
+
+    def __init__(self, width: int, batch: int) -> None:
+        super().__init__(1, width, batch)
+        self._width = width
+
+    def build_model(self) -> nn.Module:
+        """Make the model; the caller has set the seed."""
+        return _GRU(self._width)
+
+
+class _GRU(nn.Module):
+    """One recurrent layer over bytes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(256, width // 2)
+        self.recurrent = nn.GRU(width // 2, width, batch_first=True)
+        self.head = nn.Linear(width, 256, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute logits [batch, context, 256] of the next byte at every position."""
+        logits: Tensor = self.head(self.recurrent(self.bytes(tokens))[0])
+        return logits
 
 
 class Code(Prose):

@@ -64,7 +64,7 @@ def train(rank: int, treatment: str, quantizer: str, factor: float) -> list[tupl
         optimizer = torch.optim.AdamW(wrapped.parameters(), lr=RATE, weight_decay=0.0)
     else:
         optimizer = efficient_adam = EfficientAdam(
-            wrapped.parameters(), lr=RATE, betas=(0.6, 0.999)
+            wrapped.parameters(), lr=RATE, betas=(0.6, 0.999), second_moment="local"
         )
         state = attach(wrapped, optimizer=efficient_adam, quantizer=quantizer, topology="sharded")
     data = torch.Generator().manual_seed(100 + rank)

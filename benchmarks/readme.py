@@ -1,9 +1,10 @@
-"""Figure and table of README.md: step times by link, measured and predicted.
+"""Figure, table and status line of README.md: step times by link, and what has run on GPUs.
 
-    python benchmarks/readme.py          # rewrites docs/images/step_time.svg and the table in README.md
+    python benchmarks/readme.py    # rewrites docs/images/step_time.svg, and README.md between markers
 
 The figure shows the tables of docs/benchmarks.md, which were measured. The table is a prediction of the
-cost model, with what benchmarks/extrapolate.py assumes of a GPU: no GPU was measured.
+cost model, with what benchmarks/extrapolate.py assumes of a GPU: no GPU was measured. The status line
+is that of the newest report of ``make gpu-check`` in docs/gpu, or says that there is none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from html import escape
 from pathlib import Path
 
 from extrapolate import INSIDE, LATENCY_S, MESSAGE_S, SETTINGS
+from gpu_check.report import status_line
 
 from effadam_hook.planner.cluster import Cluster, Link
 from effadam_hook.planner.method import Method
@@ -26,6 +28,8 @@ MEASURED = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
 FIGURE = ROOT / "docs" / "images" / "step_time.svg"
 BEGIN, END = "<!-- steps:begin -->", "<!-- steps:end -->"
+GPU_REPORTS = ROOT / "docs" / "gpu"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 LINKS = ("200 Mbit/s", "1 Gbit/s", "2.5 Gbit/s", "10 Gbit/s")
 BARS = (
     ("fp32", "dense", "#8a94a6"),
@@ -151,17 +155,27 @@ def table() -> str:
 
 def with_table(text: str) -> str:
     """Return the text of README.md with the table between its markers renewed."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md lacks {BEGIN} or {END}, between which the table belongs.")
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    return between(text, BEGIN, f"\n\n{table()}\n\n", END)
+
+
+def with_status(text: str) -> str:
+    """Return the text of README.md with what has run on GPUs between its markers."""
+    return between(text, GPU_BEGIN, status_line(GPU_REPORTS), GPU_END)
+
+
+def between(text: str, begin: str, new: str, end: str) -> str:
+    """Replace what stands between two markers."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"README.md lacks {begin} or {end}, between which generated text belongs.")
+    return f"{before}{begin}{new}{end}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
-    README.write_text(with_table(README.read_text("utf-8")), "utf-8")
+    README.write_text(with_status(with_table(README.read_text("utf-8"))), "utf-8")
     print(table())
     FIGURE.write_text(draw(MEASURED.read_text("utf-8")), "utf-8")
     print(f"wrote {FIGURE.relative_to(ROOT)}")

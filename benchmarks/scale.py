@@ -46,6 +46,7 @@ class Method:
         optimizer: "adamw", "sgd" or "muon"; update mode has its own.
         rate: Factor of the task's learning rate.
         beta1: First beta of Adam.
+        second_moment: That of update mode.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Method:
     optimizer: str = "adamw"
     rate: float = 1.0
     beta1: float = 0.9
+    second_moment: str = "local"
 
     def simulate(self, model: nn.Module, lr: float) -> Simulation:
         """Make the simulation of a model."""
@@ -72,7 +74,8 @@ class Method:
     ) -> list[Optimizer]:
         betas, decay = (self.beta1, 0.999), 0.01
         if self.kind == "update":
-            return [EfficientAdam(parameters, lr, betas, weight_decay=decay)]
+            rule = self.second_moment
+            return [EfficientAdam(parameters, lr, betas, weight_decay=decay, second_moment=rule)]
         if self.optimizer == "sgd":
             return [SGD(parameters, lr, momentum=0.9, weight_decay=5e-4)]
         if self.optimizer == "adamw":
@@ -92,7 +95,11 @@ _ADAM = (
     Method("update lloyd2", "update", "lloyd2"),
     Method("update sign", "update", "sign"),
 )
-# Update mode makes smaller steps, and few bits need less momentum: docs/algorithm.md.
+_MATCHED = (
+    Method("update lloyd2, matched", "update", "lloyd2", second_moment="matched"),
+    Method("update sign, matched", "update", "sign", second_moment="matched"),
+)
+# Local second moments make smaller steps, and few bits need less momentum: docs/algorithm.md.
 _OWN = (
     Method("update lloyd2, 2× rate", "update", "lloyd2", rate=2),
     Method("update sign, 2× rate, β₁ .2", "update", "sign", rate=2, beta1=0.2),
@@ -101,6 +108,7 @@ _TEXT = (
     *_ADAM[:3],
     Method("dense, 2× rate", "dense", rate=2),
     Method("lloyd4, 2× rate", "gradient", "lloyd4", rate=2),
+    *_MATCHED,
     *_OWN,
 )
 _START = "dense, 2× rate"
@@ -152,7 +160,9 @@ def _digits() -> Digits:
 
 GROUPS = (
     Group("text", "text, 4.1 M", _prose, Schedule(2000, 100, 125), 1.5e-3, _TEXT),
-    Group("vision", "digits, AdamW", _digits, Schedule(800, 50, 50), 3e-3, (*_ADAM, *_OWN)),
+    Group(
+        "vision", "digits, AdamW", _digits, Schedule(800, 50, 50), 3e-3, (*_ADAM, *_MATCHED, *_OWN)
+    ),
     Group(
         "vision sgd",
         "digits, SGD",
@@ -175,7 +185,7 @@ GROUPS = (
         cache(lambda: Code(_CHECKPOINT, _LAYERS, _WIDTH, batch=3)),
         Schedule(200, 20, 20),
         1e-3,
-        (*_ADAM[:4], _OWN[0]),
+        (*_ADAM[:4], *_MATCHED, _OWN[0]),
     ),
     Group(
         "lora",
@@ -183,7 +193,7 @@ GROUPS = (
         cache(lambda: CodeLoRA(_CHECKPOINT, _LAYERS, _WIDTH, batch=3)),
         Schedule(200, 20, 20),
         3e-3,
-        (*_ADAM[:4], _OWN[0]),
+        (*_ADAM[:4], *_MATCHED, _OWN[0]),
     ),
 )
 

@@ -103,6 +103,8 @@ class SimulatedExchange:
             _Worker(rank, len(named), own, mode, config)
             for rank, (own, mode) in enumerate(zip(named, modes, strict=True))
         ]
+        for mode in modes:
+            mode.connect(len(named), config.uplink.energy * config.downlink.energy)
         self._kernels = select(torch.device("cpu"))
 
     def run(self, flats: Sequence[Tensor]) -> None:
@@ -114,7 +116,9 @@ class SimulatedExchange:
         for job, flat in zip(jobs, flats, strict=True):
             job.load(flat, check_weights=False)
             if job.averages_first:
-                raise ValueError('Invalid second_moment. Must be "local" in a simulation.')
+                raise ValueError(
+                    'Invalid second_moment. Must be "matched" or "local" in a simulation.'
+                )
             job.encode()
         for chunk, rank in enumerate(self._workers[0].topology.server_ranks):
             server = jobs[rank]

@@ -41,14 +41,15 @@ from train_text import Text, build_parser, read_text_options
 _ONE_BUCKET_MB = 1 << 16
 _DENSE = "--no-effadam --betas .8 .999"
 _EFFADAM = "--topology sharded --exchange"
+_UPDATE = f"{_EFFADAM} update --second-moment local"
 METHODS = {
     "fp32": (9e-3, _DENSE, ""),
     "fp16": (9e-3, _DENSE, "fp16"),
     "powersgd4": (9e-3, _DENSE, "powersgd4"),
     "lloyd4": (9e-3, f"{_EFFADAM} gradient --quantizer lloyd4 --betas .8 .999", ""),
-    "update lloyd3": (9e-3, f"{_EFFADAM} update --quantizer lloyd3 --betas .6 .999", ""),
-    "update lloyd2": (9e-3, f"{_EFFADAM} update --quantizer lloyd2 --betas .6 .999", ""),
-    "update sign": (9e-3, f"{_EFFADAM} update --quantizer sign --betas .2 .999", ""),
+    "update lloyd3": (9e-3, f"{_UPDATE} --quantizer lloyd3 --betas .6 .999", ""),
+    "update lloyd2": (9e-3, f"{_UPDATE} --quantizer lloyd2 --betas .6 .999", ""),
+    "update sign": (9e-3, f"{_UPDATE} --quantizer sign --betas .2 .999", ""),
 }
 """Learning rate, options of `examples/train_text.py`, and the hook of another library, if any."""
 

@@ -253,4 +253,9 @@ def _choose_mode(
             'Invalid warmup_steps: 0 with second_moment="frozen". Must be 1 or more: the second '
             "moment is estimated during the dense steps, and is zero without them."
         )
+    if optimizer.second_moment == "matched" and quantize_weights:
+        raise ValueError(
+            'Invalid second_moment: "matched" with quantize_weights=True. Must be "local", "shared" or '
+            '"frozen": servers apply the updates before any rank could correct them.'
+        )
     return WeightMode(optimizer) if quantize_weights else UpdateMode(optimizer)

@@ -126,7 +126,7 @@ def _build(quantizer: str, topology: str, mode: str) -> tuple[Any, Any, Any]:
         optimizer = torch.optim.Adam(model.parameters(), lr=2**-10, foreach=False)
         options = {"optimizer": optimizer, "precondition": True}
     if mode in ("update", "weights"):
-        optimizer = EfficientAdam(model.parameters(), lr=2**-10)
+        optimizer = EfficientAdam(model.parameters(), lr=2**-10, second_moment="local")
         options = {"optimizer": optimizer, "quantize_weights": mode == "weights"}
     return (
         model,

@@ -72,13 +72,18 @@ class _Stream:
     def wait_event(self, event: _Event) -> None:
         self.device.join(self, event.clock)
 
+    def record_event(self) -> _Event:
+        event = _Event(self.device)
+        event.record(self)
+        return event
+
 
 class _Event:
     def __init__(self, device: Device) -> None:
         self.device, self.clock = device, Clock()
 
-    def record(self, stream: _Stream) -> None:
-        self.clock = dict(self.device.clock_of(stream))
+    def record(self, stream: _Stream | None = None) -> None:
+        self.clock = dict(self.device.clock_of(stream or self.device.current_stream()))
 
     def synchronize(self) -> None:
         self.device.join(threading.get_ident(), self.clock)
@@ -114,6 +119,8 @@ class LateWork:
         writes: Its targets.
         communicator: The stream on which collectives of one group run in order.
         what: Its name.
+        keeps: Whether the process group keeps tensors from being freed before the collective ends, as
+            that for Gloo does; that for NCCL only holds them until it is waited for.
     """
 
     def __init__(
@@ -124,6 +131,7 @@ class LateWork:
         writes: Sequence[Tensor],
         communicator: _Stream,
         what: str,
+        keeps: bool,
     ) -> None:
         self.what = what
         self._device, self._run = device, run
@@ -131,17 +139,24 @@ class LateWork:
         for tensors, is_write in ((reads, False), (writes, True)):
             for tensor in tensors:
                 device.access(communicator, tensor, is_write, what)
-                device.keep(tensor, communicator)  # as process groups for NCCL do
+                if keeps:
+                    device.keep(tensor, communicator)
         self._clock = dict(device.clock_of(communicator))
         sources = {tensor.data_ptr() for tensor in reads}
         for tensor in writes:
             if tensor.data_ptr() not in sources:
                 spoil(tensor)
 
-    def wait(self) -> None:
+    def is_completed(self) -> bool:
+        """Return whether the host need not wait."""
+        return True
+
+    def wait(self, *_: object) -> bool:
         """Run the collective, and order the current stream after it."""
         self._device.join(self._device.current_stream(), self._clock)
-        self._run()
+        with _disable_current_modes():
+            self._run()
+        return True
 
 
 def spoil(tensor: Tensor) -> None:
@@ -160,6 +175,7 @@ class Device:
         races: The accesses that nothing orders.
         copies: Number of copies so far.
         fails_at: Number of the copy that fails, and with it all waits that follow; 0 for none.
+        refuses: Whether copies to the device fail at once.
     """
 
     def __init__(self, watches: bool = True) -> None:
@@ -167,6 +183,7 @@ class Device:
         self.races: list[str] = []
         self.copies = 0
         self.fails_at = 0
+        self.refuses = False
         self._lock = threading.RLock()
         self._clocks: dict[object, Clock] = {}
         self._regions: list[_Region] = []
@@ -206,6 +223,8 @@ class Device:
                 region.kept.add(stream)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
+        if self.refuses and self.holds(target):
+            raise DeviceError("CUDA error: an illegal memory access was encountered")
         stream = self.current_stream()
         self.access(stream, source, False, "a copy")
         tick = self.access(stream, target, True, "a copy")
@@ -239,16 +258,19 @@ class Device:
         for region in self._regions:
             region.kept.clear()
 
-    def free(self, tensor: Tensor) -> None:
-        """Free a tensor on the stream of backward, as the caching allocator would."""
+    def free(self, tensor: Tensor, stream: _Stream | None = None) -> None:
+        """Free a tensor on a stream, by default that of backward, as the caching allocator would.
+
+        The memory is used again after the work of that stream and of the streams that keep it.
+        """
         with self._lock:
-            clock = self.clock_of(self._default)
             for region in self._regions_of(tensor):
+                clocks = [
+                    self.clock_of(stream) for stream in (stream or self._default, *region.kept)
+                ]
                 for access in region.accesses:
-                    known = access.tick <= clock.get(access.actor, 0)
-                    if not known and access.actor not in region.kept:
+                    if all(access.tick > clock.get(access.actor, 0) for clock in clocks):
                         self.races.append(f"{region.name} is freed before {access.what}")
-                self._regions.remove(region)
 
     def clock_of(self, actor: object) -> Clock:
         with self._lock:
@@ -306,6 +328,10 @@ class Device:
             if region.on_device and what == "aten::_local_scalar_dense":
                 self.races.append(f"the host waits for {region.name}")
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is in the memory of the device, rather than of the host."""
+        return any(region.on_device for region in self._regions_of(tensor))
+
     def _regions_of(self, tensor: Tensor) -> list[_Region]:
         if tensor.numel() == 0:
             return []
@@ -321,6 +347,8 @@ class _Watch(TorchDispatchMode):
         self._device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):  # DTensors
+            return func(*args, **(kwargs or {}))
         schema, kwargs = func._schema, kwargs or {}
         is_view = any(
             r.alias_info is not None and not r.alias_info.is_write for r in schema.returns

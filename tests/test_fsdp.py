@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional
 
 from effadam_hook import DisagreementError, EffAdamError, EfficientAdam, StateMismatchError, attach
+from effadam_hook.fsdp.groups import Shard, find_groups
 from effadam_hook.wire.quantizers import QUANTIZERS
 from harness import run_ranks
 
@@ -331,6 +332,21 @@ def _late_replica(rank: int, _: int) -> int:
 
 def test_the_backward_continues_while_groups_travel() -> None:
     assert run_ranks(_late_replica, 2, timeout=40) == [2, 2]
+
+
+def _owners(rank: int, _: int) -> list[Any]:
+    """Let this process have another device, on which gradients are reduced."""
+    mesh = mesh_of(2, 2)
+    root, *_ = find_groups(sharded(mesh["shard"], blocks=1))
+    record = root.shards[0]._param
+    here, elsewhere = Shard(record, torch.device("cpu")), Shard(record, torch.device("meta"))
+    shares = here.owner.data_ptr() == record.sharded_param.to_local().data_ptr()
+    moved = elsewhere.follow()
+    return [shares, moved, elsewhere.owner.device.type, elsewhere.owner.untyped_storage().nbytes()]
+
+
+def test_the_owner_of_a_shard_has_its_weights_unless_they_are_offloaded() -> None:
+    assert run_ranks(_owners, 4, timeout=40) == [[True, False, "meta", 4]] * 4
 
 
 def _two_groups(rank: int, _: int) -> list[float]:

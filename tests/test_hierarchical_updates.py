@@ -52,7 +52,7 @@ def build(
     chosen = ChosenGradients() if module is None else module
     model = ddp(chosen, find_unused_parameters=module is not None)
     own = list(model.parameters())
-    settings = options.pop("settings", {})
+    settings = options.pop("settings", {"second_moment": "local"})
     optimizer = EfficientAdam(
         [{"params": own[::2], "weight_decay": 0.1}, {"params": own[1::2], "lr": 2e-3}],
         lr=1e-2,
@@ -120,7 +120,7 @@ def eventful(
     return history
 
 
-@pytest.mark.parametrize("second_moment", ["local", "shared", "frozen"])
+@pytest.mark.parametrize("second_moment", ["local", "matched", "shared", "frozen"])
 def test_dense_steps_and_unused_parameters_are_those_of_sharded(second_moment: str) -> None:
     expected = run_ranks(eventful, 2, True, second_moment)[0]
     for history in run_ranks(eventful, 4, False, second_moment):

@@ -81,7 +81,7 @@ def local_updates(world_size: int) -> list[Tensor]:
 
 def keep_books(rank: int, world_size: int, topology: str) -> tuple[list[Tensor], dict[str, Any]]:
     model = ddp(ChosenGradients(dtype=F64))
-    optimizer = EfficientAdam(model.parameters(), lr=0.01)
+    optimizer = EfficientAdam(model.parameters(), lr=0.01, second_moment="local")
     state = attach(model, optimizer=optimizer, quantizer="lloyd2", topology=topology)
     with model.join():
         for step in range(BATCHES[rank]):

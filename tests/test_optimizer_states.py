@@ -71,7 +71,10 @@ def take_over(
     return over, apart(inner, mine)
 
 
-@pytest.mark.parametrize("settings", [{}, {"second_moment": "shared", "refresh_every": 20}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"second_moment": "local"}, {"second_moment": "shared", "refresh_every": 20}],
+)
 @pytest.mark.parametrize("attaches_first", [False, True])
 @pytest.mark.parametrize("kind", ["AdamW", "Adam"])
 def test_moments_of_torch_s_adam_are_taken_over_and_given_back(

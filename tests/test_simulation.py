@@ -30,6 +30,7 @@ _CASES: dict[str, dict[str, Any]] = {
         "server_quantizer": "lloyd4",
         "topology": "sharded",
     },
+    "update lloyd2, local": {"quantizer": "lloyd2", "topology": "sharded"},
 }
 
 
@@ -43,7 +44,8 @@ def _model() -> nn.Module:
 
 def _optimizer(case: str, parameters: Any) -> torch.optim.Optimizer:
     if case.startswith("update"):
-        return EfficientAdam(parameters, lr=3e-3, weight_decay=0.01)
+        second_moment = "local" if case.endswith("local") else "matched"
+        return EfficientAdam(parameters, 3e-3, weight_decay=0.01, second_moment=second_moment)
     return torch.optim.AdamW(parameters, lr=3e-3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from effadam_hook.exchange import dense
 from effadam_hook.exchange import gloo as gloo_module
 from effadam_hook.exchange import nccl as nccl_module
 from effadam_hook.exchange.collectives import wire_device
+from effadam_hook.exchange.dense import DenseExchange
 from effadam_hook.exchange.exchange import check_backend
 from effadam_hook.exchange.gloo import GlooExchange
 from effadam_hook.exchange.nccl import NcclExchange
@@ -80,6 +82,11 @@ def stand_in_for(device: Device, path: str) -> None:
         return exchange
 
     connection.make_exchange = make  # type: ignore[assignment]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("effadam_hook") and hasattr(module, "streams_of"):
+            module.streams_of = lambda _: device  # type: ignore[attr-defined]
+    if path == "nccl":
+        dense.backend_of = lambda *_: "nccl"
     if not device.watches:
         return
     communicators: dict[Any, _Stream] = {}
@@ -87,7 +94,7 @@ def stand_in_for(device: Device, path: str) -> None:
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def collective(*args: Any) -> Any:
             reads, writes = ACCESSES[name](*args)
-            if path == "staged":
+            if path == "staged" and not device.holds(args[0]):
                 for tensors, is_write in ((reads, False), (writes, True)):
                     for tensor in tensors:
                         device.access(threading.get_ident(), tensor, is_write, name)
@@ -97,7 +104,8 @@ def stand_in_for(device: Device, path: str) -> None:
             if group not in communicators:
                 communicators[group] = device.new_stream("communicator")
             run = partial(finish, call, args)
-            return LateWork(device, run, reads, writes, communicators[group], what)
+            keeps = path == "staged"
+            return LateWork(device, run, reads, writes, communicators[group], what, keeps)
 
         return collective
 
@@ -107,7 +115,7 @@ def stand_in_for(device: Device, path: str) -> None:
                 setattr(module, name, watched(name, getattr(module, name)))
 
     # What one thread has done before it appends a bucket, it has done before the next thread's work.
-    put, run = WorkerThread.put, GlooExchange._run
+    put, run, end = WorkerThread.put, GlooExchange._run, DenseExchange._finish
 
     def put_with_clock(thread: Any, inflight: Any, job: Any) -> None:
         inflight.clock = dict(device.clock_of(threading.get_ident()))
@@ -117,7 +125,12 @@ def stand_in_for(device: Device, path: str) -> None:
         device.join(threading.get_ident(), inflight.clock)
         run(exchange, number, inflight, job)
 
+    def end_with_clock(exchange: Any, inflight: Any, works: Any) -> None:
+        device.join(threading.get_ident(), inflight.clock)
+        end(exchange, inflight, works)
+
     WorkerThread.put = put_with_clock  # type: ignore[method-assign]
+    DenseExchange._finish = end_with_clock  # type: ignore[method-assign]
     GlooExchange._run = run_with_clock  # type: ignore[method-assign]
 
 
@@ -140,6 +153,8 @@ class Model:
 
     def __init__(self, device: Device, rank: int, world_size: int, topology: str) -> None:
         self.device, self.rank = device, rank
+        self.is_dense = topology == "dense"
+        topology = "sharded" if self.is_dense else topology
         config = Config("lloyd3", "lloyd2", block_size=16, topology=topology, exact=("<60",))
         self.session = ExchangeSession(config)
         if topology == "hierarchical":
@@ -164,7 +179,10 @@ class Model:
                 flat.copy_(draws.roll(self.rank) * 2**-index)
                 if step % 2:
                     flat[: bucket[0].numel()] = 0
-                futures.append(self.session.exchange(index, flat, bucket, check_weights=True))
+                if self.is_dense:
+                    futures.append(self.session.average(index, flat, bucket))
+                else:
+                    futures.append(self.session.exchange(index, flat, bucket, check_weights=True))
         self.session.release()
         self.session.counters.steps += 1
         return futures
@@ -181,6 +199,20 @@ class Model:
                     start += tensor.numel()
         return [tensor.clone() for bucket in self.buckets for tensor in bucket]
 
+    def watch_residuals(self) -> None:
+        """Watch the residuals, which the first step has made."""
+        for side in (self.session.worker, self.session.server):
+            for _, residual in side:
+                self.device.register("residual", residual)
+
+    def save(self) -> None:
+        """Read residuals, as a state that is saved after an interrupted backward."""
+        self.session.settle()
+        with _Watch(self.device):
+            for side in (self.session.worker, self.session.server):
+                for _, residual in side:
+                    residual.clone()
+
 
 def mesh() -> DeviceMesh:
     return DeviceMesh("cpu", torch.tensor(NODES))
@@ -196,7 +228,7 @@ def settle(futures: Sequence[Future[Tensor]]) -> None:
 @contextlib.contextmanager
 def without(device: Device, name: str) -> Iterator[None]:
     """Remove one wait, or what else the order needs."""
-    order, keep = nccl_module._order, device.keep
+    wait = LateWork.wait
     device.kept_since_now()
     removed: dict[str, list[tuple[Any, str, Any]]] = {
         "": [],
@@ -204,11 +236,10 @@ def without(device: Device, name: str) -> Iterator[None]:
         "bucket": [(_Stream, "wait_event", lambda *_: None)],
         "copy": [(_Event, "synchronize", lambda _: None)],
         "future": [(device, "new_future", Future)],
-        "memory": [
-            (device, "keep", lambda t, s: None if "communicator" not in s.name else keep(t, s))
-        ],
+        "memory": [(device, "keep", lambda *_: None)],
+        "settling": [(kind, "settle", lambda _: None) for kind in (NcclExchange, PinnedStaging)],
     }
-    skip = (nccl_module, "_order", lambda work: None if work.what == name else order(work))
+    skip = (LateWork, "wait", lambda work, *_: work.what == name or wait(work))
     with contextlib.ExitStack() as stack:
         for patched in removed.get(name, [skip]):
             stack.enter_context(mock.patch.object(*patched))
@@ -229,12 +260,14 @@ def races_without(
         models.append(model := Model(device, rank, world_size, topology))
         model.step(0)
         assert device.races == []
+        model.watch_residuals()
         with without(device, "" if name == "dense" else name):
             with contextlib.suppress(EffAdamError, RuntimeError):
                 model.step(1)
                 settle(model.begin(2))
             for flat in model.flats:
                 device.free(flat)
+            model.save()
         model.session.connection.close()
         found[name] = device.races
     return found
@@ -253,6 +286,7 @@ NEEDED = {
         "all_reduce, all": "reads bucket (534,) while all_reduce, all writes it",
         "future": "reads bucket (534,) while aten::copy_ writes it",
         "memory": "bucket (534,) is freed before",
+        "settling": "aten::clone reads residual",
     },
     ("nccl", "hierarchical"): {
         "all_to_all_flat, node": "reads payload",
@@ -260,12 +294,23 @@ NEEDED = {
         "all_gather_flat, peers": "reads payload",
         "all_gather_flat, node": "reads payload",
     },
+    ("nccl", "dense"): {
+        "backward": "div_ writes bucket (534,) while aten::copy_ writes it",
+        "all_reduce, all": "reads bucket (534,) while all_reduce, all writes it",
+        "future": "reads bucket (534,) while all_reduce, all writes it",
+        "memory": "bucket (534,) is freed before",
+    },
+    ("staged", "dense"): {
+        "all_reduce, all": "reads bucket (534,) while all_reduce, all writes it",
+        "future": "reads bucket (534,) while all_reduce, all writes it",
+    },
     ("staged", "rank0"): {"copy": "gather_to_first reads pinned"},
     ("staged", "sharded"): {
         "bucket": "reads bucket (534,) while aten::copy_ writes it",
         "copy": "all_to_all_flat reads pinned",
         "future": "writes pinned (2, ",
         "memory": "bucket (534,) is freed before",
+        "settling": "aten::clone reads residual",
     },
     ("staged", "hierarchical"): {"copy": "all_to_all_flat reads pinned"},
 }
@@ -346,6 +391,47 @@ def test_staging_has_the_bits_of_the_host(topology: str, mode: str) -> None:
         assert copies >= 300
 
 
+class Placed:
+    """Kernels that record payloads outside the memory of the device, which a GPU could not reach."""
+
+    name = "placed"
+
+    def __init__(self, kernels: Any, device: Device, outside: list[str]) -> None:
+        for name, payloads in (("encode_", [3]), ("reduce_encode_", [3, 6]), ("decode", [1])):
+            setattr(self, name, partial(self._run, name, payloads, kernels, device, outside))
+
+    def _run(
+        self,
+        name: str,
+        payloads: Any,
+        kernels: Any,
+        device: Any,
+        outside: Any,
+        *args: Any,
+        **k: Any,
+    ) -> None:
+        outside += [name for at in payloads if args[at].numel() and not device.holds(args[at])]
+        getattr(kernels, name)(*args, **k)
+
+
+def payloads_outside(rank: int, world_size: int, topology: str) -> tuple[list[str], float]:
+    device, outside = Device(watches=False), list[str]()
+    stand_in_for(device, "staged")
+    select = connection.select
+    connection.select = lambda _: Placed(select(_), device, outside)  # type: ignore[assignment]
+    model = ddp(ChosenGradients())
+    options: dict[str, Any] = {"device_mesh": mesh()} if topology == "hierarchical" else {}
+    state = attach(model, topology=topology, **options)
+    model(drawn_gradients(rank, 0)).backward()
+    return outside, state.stats()["quantization_error"]
+
+
+@pytest.mark.parametrize("topology", ["rank0", "hierarchical"])
+def test_kernels_use_the_memory_of_the_device_for_statistics_too(topology: str) -> None:
+    for outside, error in run_ranks(payloads_outside, 4, topology):
+        assert outside == [] and error > 0
+
+
 def unused_on_the_device(
     rank: int, world_size: int, topology: str, quantizer: str, path: str
 ) -> tuple[list[Tensor], list[str]]:
@@ -417,6 +503,8 @@ def fail(rank: int, world_size: int, topology: str, how: str) -> str:
     model(drawn_gradients(rank, 0)).backward()
     if rank == 1 and how == "error":
         device.fails_at = device.copies + 5
+    if rank == 1 and how == "receive":
+        device.refuses = True
     if rank == 1 and how == "death":
         _Event.synchronize = lambda _: os._exit(3)  # type: ignore[assignment,method-assign]
     try:
@@ -427,9 +515,11 @@ def fail(rank: int, world_size: int, topology: str, how: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("topology", ["rank0", "sharded"])
-def test_an_error_in_a_copy_is_named_on_every_rank(topology: str) -> None:
-    for said in run_ranks(fail, 3, topology, "error"):
+@pytest.mark.parametrize(
+    ("topology", "how"), [("rank0", "error"), ("rank0", "receive"), ("sharded", "error")]
+)
+def test_an_error_in_a_copy_is_named_on_every_rank(topology: str, how: str) -> None:
+    for said in run_ranks(fail, 3, topology, how):
         assert "Rank 1" in said and "an illegal memory access" in said
 
 

@@ -107,9 +107,9 @@ def apart_from_adamw(
 
 PATTERNS = ("layer drop", "alternating heads", "experts", "late", "retired", "frozen in mid-run")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "local": {},
-    "warm-up": {"options": {"warmup_steps": 11}},
-    "toggled": {"toggles": True},
+    "local": {"settings": {"second_moment": "local"}},
+    "warm-up": {"settings": {"second_moment": "local"}, "options": {"warmup_steps": 11}},
+    "toggled": {"settings": {"second_moment": "local"}, "toggles": True},
     "shared": {"settings": {"second_moment": "shared", "refresh_every": 1}},
     "shared, first steps": {
         "settings": {"second_moment": "shared", "refresh_every": STEPS},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -39,10 +40,20 @@ class Context:
     Attributes:
         device: ``cuda``, or ``cpu`` to try the sections themselves.
         seconds: Time that the section has.
+        part: Number of this process among those that share the section.
+        parts: Number of the processes.
     """
 
     device: str
     seconds: float
+    part: int = 0
+    parts: int = 1
+    begin_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_s(self) -> float:
+        """Return the time that the section still has."""
+        return self.begin_s + self.seconds - time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,8 @@ class Outcome:
     Attributes:
         name: Description of what was checked.
         status: ``passed``, ``failed`` or ``skipped``.
-        detail: Figures of a passed check, the difference of a failed one, the reason of a skipped one.
+        detail: Figures of a passed check, the error of a failed one, the reason of a skipped one. Its
+            first line is a summary.
     """
 
     name: str
@@ -62,33 +74,52 @@ class Outcome:
 
 @dataclass
 class Checks:
-    """Outcomes of a section.
+    """Outcomes of a section, which are written after each check and survive the section.
 
     Attributes:
         outcomes: In the order of the checks.
         tables: Lines of Markdown tables for the report.
+        running: Name of the check that has begun and not ended.
+        facts: Plain values by name, of the section "machine".
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
+    running: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, name: str, check: Callable[[], Any]) -> None:
-        """Run a check, which raises an exception if it fails and returns figures or None."""
+    def run(self, name: str, check: Callable[[], Any]) -> bool:
+        """Run a check, which raises an exception if it fails and returns figures or None.
+
+        Returns:
+            Whether it has not failed.
+        """
+        self.running = name
+        self.write()
         try:
             detail = check()
         except SkipError as reason:
-            self.outcomes.append(Outcome(name, SKIPPED, str(reason)))
-        except Exception:
-            self.outcomes.append(Outcome(name, FAILED, traceback.format_exc(limit=-6).strip()))
+            self.add(name, SKIPPED, str(reason))
+        except Exception as error:
+            summary = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.add(name, FAILED, f"{summary}\n{traceback.format_exc(limit=-6).strip()}")
         else:
-            self.outcomes.append(Outcome(name, PASSED, "" if detail is None else str(detail)))
+            self.add(name, PASSED, "" if detail is None else str(detail))
+        return self.outcomes[-1].status != FAILED
+
+    def add(self, name: str, status: str, detail: str) -> None:
+        """Add the outcome of a check."""
+        self.outcomes.append(Outcome(name, status, detail))
+        self.running = ""
         self.write()
 
     def write(self) -> None:
-        """Write all outcomes to the section's file, which survives the section."""
+        """Write all outcomes to the section's file; readers find the old file or the new one."""
         path = os.environ.get(OUTCOMES_VARIABLE)
         if path:
-            Path(path).write_text(json.dumps(asdict(self)))
+            new = Path(path).with_suffix(".new")
+            new.write_text(json.dumps(asdict(self)))
+            new.replace(path)
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Properties of a training step: allocations, waits of the host, CUDA graphs, ``torch.compile``."""
+"""Properties of a training step: allocations, waits of the host, precision, ``torch.compile``, time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,188 +16,235 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effadam_hook import attach
-from effadam_hook.kernels import choose
-from gpu_check.kernels import layout_of, values
+from gpu_check.device import Device, device_of, require_triton
 from gpu_check.outcome import Checks, Context, SkipError, require
-from gpu_check.ranks import small_model
 
-__all__ = ["run"]
+__all__ = ["Step", "group_of_one", "run"]
 
-WARM_UP, STEPS = 8, 10
+# DDP waits for its own events in the first ten forwards, to log its times.
+WARM_UP, STEPS = 12, 10
+BUSY_S = 0.3
+TURNS = 30
 
 
 def run(context: Context) -> Checks:
-    """Check a group of one rank, over NCCL on a GPU and over Gloo otherwise."""
+    """Check a group of one rank, over NCCL where torch has it and over Gloo otherwise."""
     checks = Checks()
-    device = torch.device(context.device)
-    with _group(device):
-        checks.run("no step allocates memory of the device", lambda: allocations(device))
-        checks.run("no step waits for the device", lambda: synchronization(device))
-        checks.run("encode and decode in a CUDA graph", lambda: kernels_in_a_graph(device))
-        checks.run("forward and backward in a CUDA graph", lambda: step_in_a_graph(device))
+    device = device_of(context.device)
+    with group_of_one(device):
+        checks.run("no step takes memory from the device", lambda: allocations(device))
+        checks.run("no step waits for the device", lambda: waits(device))
+        checks.run("residuals of unused parameters keep", lambda: unused(device))
+        for dtype in (torch.bfloat16, torch.float16):
+            name = str(dtype).removeprefix("torch.")
+            checks.run(f"autocast to {name}", lambda dtype=dtype: autocast(device, dtype))
+        checks.run("time of a step with the kernels and without", lambda: step_times(device))
         checks.run("torch.compile of the model", lambda: compiled(device))
-        checks.run("time of a step with kernels and without", lambda: step_times(device))
     return checks
 
 
 @contextmanager
-def _group(device: torch.device) -> Iterator[None]:
-    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+def group_of_one(device: Device) -> Iterator[None]:
+    """Make a default process group of one rank."""
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(str(Path(folder) / "store"), 1)
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
         try:
             yield
         finally:
             dist.destroy_process_group()
 
 
-class Step:
-    """A model with and without the hook, and a step of its training."""
+def perceptron(width: int = 256) -> nn.Module:
+    """Return a small model, the same at each call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 8))
 
-    def __init__(self, device: torch.device, enabled: bool, model: nn.Module | None = None) -> None:
-        module = (model or small_model()).to(device)
-        self.model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+class Step:
+    """A model with and without the hook, and the step of its training."""
+
+    def __init__(self, device: Device, enabled: bool, module: nn.Module, **options: Any) -> None:
+        self.model = DistributedDataParallel(
+            module.to(device.device), gradient_as_bucket_view=True, **options
+        )
         self.state = attach(self.model, quantizer="lloyd4") if enabled else None
         width = next(module.parameters()).shape[1]
-        self.x = torch.randn(32, width, device=device)
+        drawn = torch.Generator().manual_seed(1)
+        self.x = torch.randn(32, width, generator=drawn).to(device.device)
 
     def __call__(self) -> None:
-        self.model(self.x).square().mean().backward()
+        """Run a step."""
+        self.model.zero_grad(set_to_none=True)
+        self.forward_and_backward()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return the loss of a model, DDP or not."""
+        loss: Tensor = model(self.x).square().mean()
+        return loss
+
+    def forward_and_backward(self) -> None:
+        """Run what a CUDA graph can contain."""
+        self.loss(self.model).backward()
 
 
-def _needs_gpu(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise SkipError("needs a GPU")
-
-
-def allocations(device: torch.device) -> str:
-    """Count the allocations of warm steps, which take nothing from the device."""
-    _needs_gpu(device)
-    counts = {}
-    for enabled in (False, True):
-        step = Step(device, enabled)
-        for _ in range(WARM_UP):
-            step()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        segments = torch.cuda.memory_stats()["segment.all.allocated"]
-        peak = torch.cuda.memory_allocated()
-        for _ in range(STEPS):
-            step()
-        torch.cuda.synchronize()
-        counts[enabled] = (torch.cuda.memory_stats()["allocation.all.allocated"] - before) / STEPS
-        grown = torch.cuda.memory_allocated() - peak
-        require(grown == 0, f"memory grows by {grown} bytes in {STEPS} steps")
-        taken = torch.cuda.memory_stats()["segment.all.allocated"] - segments
-        require(taken == 0, f"{taken} allocations from the device in {STEPS} steps")
-    # The search for unused parameters takes its temporaries from the allocator's cache.
-    return f"{counts[True]:.1f} allocations a step, dense {counts[False]:.1f}"
-
-
-def synchronization(device: torch.device) -> None:
-    """Run steps with an error for each wait of the host for the device."""
-    _needs_gpu(device)
-    step = Step(device, enabled=True)
+def warm(device: Device, enabled: bool) -> Step:
+    """Return a step that has run often enough."""
+    step = Step(device, enabled, perceptron())
     for _ in range(WARM_UP):
         step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    device.synchronize()
+    return step
+
+
+def allocations(device: Device) -> str:
+    """Count the allocations of warm steps, which take nothing from the device."""
+    requests = {}
+    for enabled in (False, True):
+        step = warm(device, enabled)
+        before = device.memory()
         for _ in range(STEPS):
             step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        after = device.memory()
+        requests[enabled] = (after.requests - before.requests) / STEPS
+        grown = after.bytes_in_use - before.bytes_in_use
+        require(grown == 0, f"memory grows by {grown} bytes in {STEPS} steps. Must not grow.")
+        taken = after.segments - before.segments
+        require(taken == 0, f"{taken} allocations from the device in {STEPS} steps. Must be 0.")
+    # The search for unused parameters takes its temporaries from the allocator's cache.
+    return f"{requests[True]:.1f} requests to torch's cache a step, dense {requests[False]:.1f}"
 
 
-def kernels_in_a_graph(device: torch.device) -> None:
-    """Capture an encoding and a decoding; their sum must be the input."""
-    _needs_gpu(device)
-    kernels = choose(device).kernels
-    layout = layout_of((50_000, 300), "lloyd4", "least_squares", 256, 4)
-    x = values(layout.numel, torch.float32).to(device)
-    e, out = torch.zeros_like(x), torch.empty_like(x)
-    payload = torch.zeros((1, layout.uplink.stride_bytes), dtype=torch.uint8, device=device)
+def waits(device: Device) -> str:
+    """Run steps behind a kernel that spins: the host must be back before it ends.
 
-    def step() -> None:
-        kernels.encode_(layout.uplink, x, e, payload, torch.float32)
-        kernels.decode(layout.uplink, payload, out, torch.float32)
-
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    e.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    torch.testing.assert_close(out + e, x)
-
-
-def step_in_a_graph(device: torch.device) -> None:
-    """Capture a whole step; skipped where DDP itself cannot be captured here."""
-    _needs_gpu(device)
-    try:
-        _captured(Step(device, enabled=False))
-    except RuntimeError as error:
-        raise SkipError(f"DDP's own all-reduce cannot be captured here: {error}") from error
-    _captured(Step(device, enabled=True))
-
-
-def _captured(step: Step) -> None:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(11):  # DDP asks for 11 steps before a capture
+    ``torch.cuda.set_sync_debug_mode`` names the operation that waits, but knows no waits for events,
+    streams and collectives; the spinning kernel finds all of them.
+    """
+    require_triton(device)
+    if device.is_gpu and device.backend != "nccl":
+        raise SkipError("over Gloo the host waits for payloads; torch has no NCCL")
+    slowest = {}
+    for enabled in (False, True):
+        step = warm(device, enabled)
+        with device.without_waits():
+            for _ in range(STEPS):
+                step()
+        device.synchronize()
+        slowest[enabled] = 0.0
+        for _ in range(STEPS // 2):
+            is_busy = device.occupy(BUSY_S)
+            start_s = time.perf_counter()
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+            taken_s = time.perf_counter() - start_s
+            slowest[enabled] = max(slowest[enabled], taken_s)
+            was_busy = is_busy()
+            device.synchronize()
+            late = f"returns after {taken_s:.2f} s, when the {BUSY_S:g} s of a kernel are over"
+            if not was_busy and not enabled:
+                raise SkipError(f"a step of DDP without the hook {late}")
+            require(was_busy, f"a step {late}. Must return before.")
+    return (
+        f"the host is back after {1e3 * slowest[True]:.1f} ms, dense {1e3 * slowest[False]:.1f} ms, "
+        f"on a device that is busy for {1e3 * BUSY_S:.0f} ms"
+    )
+
+
+class Branches(nn.Module):
+    """Two layers, of which the caller chooses whether the second is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 301), nn.Linear(64, 301)
+        self.uses_second = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.first(x)
+        return out + self.second(x) if self.uses_second else out
+
+
+def unused(device: Device) -> str:
+    """Leave a layer out of a step; its residual must not change, that of the other one must."""
+    step = Step(device, True, Branches(), find_unused_parameters=True)
+    assert step.state is not None
+    for _ in range(2):
         step()
-    graph.replay()
-    torch.cuda.synchronize()
-    gradients = [p.grad for p in step.model.parameters() if p.grad is not None]
-    require(all(bool(g.isfinite().all()) for g in gradients), "gradients are not finite")
+    before = step.state.state_dict()["worker"]
+    step.model.module.uses_second = False
+    step()
+    after = step.state.state_dict()["worker"]
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    require(
+        changed == ["first.weight"],
+        f"the residuals of {changed} have changed. Must be those of ['first.weight'].",
+    )
+    return "the layer without gradients keeps its residual to the bit"
 
 
-def compiled(device: torch.device) -> str:
+def autocast(device: Device, dtype: torch.dtype) -> str:
+    """Train in mixed precision, with a scaler for float16; the loss must fall."""
+    step = Step(device, True, perceptron())
+    assert step.state is not None
+    scaler = torch.amp.GradScaler(device.name, enabled=dtype == torch.float16)
+    step.state.grad_scaler = scaler
+    optimizer = torch.optim.Adam(step.model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast(device.name, dtype):
+            loss = step.loss(step.model)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    require(losses[-1] < losses[0] / 2, f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
+    steps = int(step.state.stats()["steps"])
+    require(steps == len(losses), f"the hook has run in {steps} of {len(losses)} steps")
+    return f"loss {losses[0]:.4f} to {losses[-1]:.4f}"
+
+
+def compiled(device: Device) -> str:
     """Compile a DDP model with the hook, and compare its gradients with those of the eager one."""
-    grads: list[Tensor] = []
+    gradients: list[Tensor] = []
     for compile_it in (False, True):
-        torch.manual_seed(1)
-        step = Step(device, enabled=True)
-        model = torch.compile(step.model) if compile_it else step.model
+        step = Step(device, True, perceptron())
+        model: nn.Module = step.model
+        if compile_it:  # the compiler for the CPU takes minutes on some machines
+            model = torch.compile(model, backend="inductor" if device.is_gpu else "eager")
         for _ in range(3):
             step.model.zero_grad()
-            model(step.x).square().mean().backward()
-        grads.append(
-            torch.cat([p.grad.flatten() for p in step.model.parameters() if p.grad is not None])
-        )
-    share = float((grads[0] - grads[1]).norm() / grads[0].norm())
-    require(share < 0.1, f"gradients differ by {share:.1%}")
+            step.loss(model).backward()
+        assert step.state is not None
+        steps = int(step.state.stats()["steps"])
+        require(steps == 3, f"the hook has run in {steps} of 3 steps")
+        found = [p.grad.flatten() for p in step.model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found))
+    share = float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
+    require(share < 0.02, f"gradients differ by {share:.1%}. Must be below 2%.")
     return f"gradients differ by {share:.2%}"
 
 
-def step_times(device: torch.device) -> str:
+def step_times(device: Device) -> str:
     """Time steps of a model of matrices with the hook and without, alternately."""
-    width = 2048 if device.type == "cuda" else 64
+    width = 2048 if device.is_gpu else 64
     torch.manual_seed(0)
     steps = {
         enabled: Step(device, enabled, nn.Sequential(*(nn.Linear(width, width) for _ in range(8))))
         for enabled in (False, True)
     }
     times: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(30):
+    for turn in range(WARM_UP + TURNS):
         for enabled, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            device.synchronize()
             start_s = time.perf_counter()
             step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            device.synchronize()
             if turn >= WARM_UP:
                 times[enabled].append(time.perf_counter() - start_s)
     dense, ours = (1e3 * statistics.median(times[enabled]) for enabled in (False, True))
+    megabytes = 4 * 8 * (width * width + width) / 1e6
     return (
-        f"{ours:.2f} ms with kernels, {dense:.2f} ms without ({ours / dense:.2f} times), one rank"
+        f"{ours:.2f} ms with, {dense:.2f} ms without ({ours / dense:.2f} times); one rank with "
+        f"{megabytes:.0f} MB of gradients, which sends nothing"
     )

@@ -28,6 +28,7 @@ from effadam_hook.ddp.auto_compress import AutoCompress
 from effadam_hook.ddp.backward import at_end_of_backward
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.collectives import wire_device
+from effadam_hook.exchange.streams import new_future
 from effadam_hook.exchange.timing import slowest
 from effadam_hook.session.card import CardAdvice
 from effadam_hook.session.clock import Clock
@@ -261,6 +262,6 @@ class Engine:
 
 
 def _completed(buffer: Tensor) -> Future[Tensor]:
-    future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+    future = new_future(buffer.device)
     future.set_result(buffer)
     return future

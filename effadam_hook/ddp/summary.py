@@ -26,6 +26,7 @@ def stats_of(engine: Engine) -> dict[str, float]:
         The values of :meth:`effadam_hook.state.EfficientAdamState.stats`.
     """
     session = engine.session
+    session.settle()
     worker, server = session.worker.norm(), session.server.norm()
     result = _result_norm(engine)
     if result and session.topology.shares > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook.exchange.collectives import Group, abandon, all_reduce, backend_of
-from effadam_hook.exchange.streams import CudaStreams, Stream, Streams
+from effadam_hook.exchange.streams import Stream, Streams, new_future, streams_of
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
 from effadam_hook.exchange.worker_thread import WorkerThread
@@ -23,8 +23,9 @@ class DenseExchange:
     """Dense averages of buckets over DDP's own process group.
 
     The hook itself starts the collectives, in the order in which DDP calls it. On Gloo a worker
-    thread waits for them, so that the exchange can stop; on other backends their futures do. Gloo
-    itself stages buckets on a GPU: a wait orders the stream of the waiting thread after the result.
+    thread waits for them, so that the exchange can stop. Gloo itself stages buckets on a GPU: a wait
+    orders the stream of the waiting thread after the result. On NCCL the hook waits at once, which
+    orders a side stream, and on other backends the collectives' own futures do.
 
     Args:
         group: DDP's process group.
@@ -35,8 +36,7 @@ class DenseExchange:
         self._group = group
         self._watchdog = watchdog
         self._worker_thread: WorkerThread[list[dist.Work]] | None = None
-        self._streams: Streams | None = None
-        self._stream: Stream | None = None
+        self._beside: dict[torch.device, tuple[Streams, Stream]] = {}
 
     def submit(self, label: str, buffer: Tensor, also: Sequence[Tensor] = ()) -> Future[Tensor]:
         """Average a bucket densely over the ranks, in place.
@@ -50,10 +50,10 @@ class DenseExchange:
             A future of the same tensor.
         """
         if backend_of(self._group, buffer.device) != "gloo":
-            return _when_all_are_done(buffer, self._start(buffer, also))
-        if buffer.device.type != "cpu" and self._streams is None:
-            self._streams = CudaStreams(buffer.device)
-            self._stream = self._streams.new_stream()
+            beside = self._stream_beside(buffer.device)
+            if beside is None:
+                return _when_all_are_done(buffer, self._start(buffer, also))
+            return self._issue(buffer, also, *beside)
         layout = "sparse" if buffer.is_sparse else f"{buffer.numel()} elements"
         inflight = self._watchdog.enter(
             label,
@@ -61,7 +61,7 @@ class DenseExchange:
             layout,
             "dense all-reduce",
             buffer,
-            None if self._streams is None else self._streams.new_future(),
+            new_future(buffer.device),
         )
         if inflight.is_over:
             return inflight.future
@@ -81,9 +81,34 @@ class DenseExchange:
     def _start(self, buffer: Tensor, also: Sequence[Tensor]) -> list[dist.Work]:
         return [start_average(tensor, self._group) for tensor in (buffer, *also)]
 
+    def _stream_beside(self, device: torch.device) -> tuple[Streams, Stream] | None:
+        """Return the streams of a device, and one beside that of backward; None for the CPU."""
+        if device not in self._beside:
+            streams = streams_of(device)
+            if streams is None:
+                return None
+            self._beside[device] = streams, streams.new_stream()
+        return self._beside[device]
+
+    def _issue(
+        self, buffer: Tensor, also: Sequence[Tensor], streams: Streams, stream: Stream
+    ) -> Future[Tensor]:
+        """Issue the collectives beside backward; their waits order streams, not the host."""
+        future = streams.new_future()
+        stream.wait_stream(streams.current_stream())
+        with streams.on(stream):
+            # The allocator must not hand the tensors out again while this stream divides them.
+            for tensor in (buffer, *also):
+                if not tensor.is_sparse:  # which NCCL refuses
+                    streams.keep(tensor, stream)
+            for work in self._start(buffer, also):
+                work.wait()
+            future.set_result(buffer)
+        return future
+
     def _finish(self, inflight: InflightBucket, works: list[dist.Work]) -> None:
-        streams, stream = self._streams, self._stream
-        with contextlib.nullcontext() if streams is None or stream is None else streams.on(stream):
+        beside = self._stream_beside(inflight.bucket.device)
+        with contextlib.nullcontext() if beside is None else beside[0].on(beside[1]):
             for work in works:
                 inflight.work = work
                 inflight.wait()

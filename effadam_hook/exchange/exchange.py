@@ -6,8 +6,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.futures import Future
 
 from effadam_hook.errors import UnsupportedBackendError
 from effadam_hook.exchange.bucket_job import BucketJob
@@ -15,7 +13,7 @@ from effadam_hook.exchange.collectives import backend_of, wire_device
 from effadam_hook.exchange.gloo import GlooExchange
 from effadam_hook.exchange.nccl import NcclExchange
 from effadam_hook.exchange.staging import PinnedStaging, Staging
-from effadam_hook.exchange.streams import CudaStreams
+from effadam_hook.exchange.streams import streams_of
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import Hold, InflightBucket
 from effadam_hook.exchange.watchdog.watchdog import Watchdog
@@ -35,12 +33,15 @@ class Exchange(Protocol):
     part_numel: int | None
     staging: Staging
 
-    def new_future(self) -> Future[Tensor]:
-        """Make a future for a job, before or after its submission."""
-        ...
-
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
         """Start a job; the bucket in flight completes after decoding, or with an error."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for the arithmetic in progress, so that this thread may read and write residuals.
+
+        No bucket is in flight any more. On a GPU the wait orders this thread's stream.
+        """
         ...
 
 
@@ -67,12 +68,13 @@ def make_exchange(
     Raises:
         UnsupportedBackendError: If the backend for that device is neither.
     """
-    if check_backend(group, device) == "gloo":
-        staging = Staging()
-        if device.type != "cpu":
-            staging = PinnedStaging(CudaStreams(device), len(topology.stages))
+    backend, streams = check_backend(group, device), streams_of(device)
+    if streams is None:
+        return GlooExchange(topology, group, Staging(), watchdog, held)
+    if backend == "gloo":
+        staging = PinnedStaging(streams, len(topology.stages))
         return GlooExchange(topology, group, staging, watchdog, held)
-    return NcclExchange(topology, group, CudaStreams(device))
+    return NcclExchange(topology, group, streams)
 
 
 def check_backend(group: dist.ProcessGroup, device: torch.device) -> str:

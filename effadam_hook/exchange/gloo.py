@@ -22,12 +22,12 @@ Gloo sends from host memory. The buffers of buckets on a GPU are staged, see ``s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor
-from torch.futures import Future
 
+from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import abandon, all_reduce
 from effadam_hook.exchange.dense import start_average
@@ -83,10 +83,6 @@ class GlooExchange:
             watchdog.on_close(thread.close)
         watchdog.on_close(groups.clear)  # those that may never end have been abandoned before
 
-    def new_future(self) -> Future[Tensor]:
-        """Make a future for a job, to be handed to DDP."""
-        return self.staging.new_future()
-
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
         """Start a job.
 
@@ -97,6 +93,12 @@ class GlooExchange:
         job.ready = self.staging.mark()
         self._threads[0].put(inflight, job)
 
+    def settle(self) -> None:
+        """Wait for the arithmetic in progress, see :class:`effadam_hook.exchange.exchange.Exchange`."""
+        for thread in self._threads:
+            thread.settle()
+        self.staging.settle()
+
     def _run(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
         """Run one stage of a bucket, in the thread of that stage."""
         stage = self._stages[number]
@@ -104,7 +106,7 @@ class GlooExchange:
         with self.staging.stage(number, job):
             if stage.prepare is not None:
                 inflight.phase = stage.phase
-                stage.prepare(job)
+                _run_arithmetic(stage.prepare, job)
             if stage.averages_first and job.bound is not None:
                 if job.bound.hold(job.values, partial(self._finish, number, inflight, job)):
                     self._bound(number, inflight, job.bound)
@@ -144,6 +146,16 @@ class GlooExchange:
                 inflight.wait()
         if stage.compute is not None:
             inflight.phase = stage.phase
-            stage.compute(job)  # [1] [4] [7]
+            _run_arithmetic(stage.compute, job)  # [1] [4] [7]
         if stage.start is None:
             inflight.succeed()  # [8]
+
+
+def _run_arithmetic(action: Callable[[BucketJob], None], job: BucketJob) -> None:
+    """Run arithmetic, whose errors are the cause on all ranks; those of a collective may follow one."""
+    try:
+        action(job)
+    except EffAdamError:
+        raise
+    except RuntimeError as error:  # of the device, or out of its memory
+        raise EffAdamError(f"{type(error).__name__}: {error}") from error

@@ -12,8 +12,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch.distributed as dist
-from torch import Tensor
-from torch.futures import Future
 
 from effadam_hook.exchange.bucket_job import BucketJob
 from effadam_hook.exchange.collectives import all_reduce
@@ -44,10 +42,6 @@ class NcclExchange:
         self._streams = streams
         self._stream = streams.new_stream()
 
-    def new_future(self) -> Future[Tensor]:
-        """Make a future for a job, to be handed to DDP; it orders the streams of whoever waits."""
-        return self._streams.new_future()
-
     def submit(self, job: BucketJob, inflight: InflightBucket) -> None:
         """Issue a job.
 
@@ -57,6 +51,8 @@ class NcclExchange:
         """
         self._stream.wait_stream(self._streams.current_stream())
         with self._streams.on(self._stream):
+            # The allocator must not hand the bucket out again while this stream reads it.
+            self._streams.keep(job.bucket, self._stream)
             self._run(0, job, inflight)
 
     def _run(self, first: int, job: BucketJob, inflight: InflightBucket) -> None:
@@ -73,7 +69,7 @@ class NcclExchange:
                     job.bound.proceed()
                 return
             self._issue(number, job)
-        self._end(job, inflight)
+        inflight.succeed()
 
     def _finish(self, number: int, job: BucketJob, inflight: InflightBucket) -> None:
         """Issue the rest of a held bucket."""
@@ -90,10 +86,9 @@ class NcclExchange:
         if stage.start is not None:
             _order(stage.start(job, group))
 
-    def _end(self, job: BucketJob, inflight: InflightBucket) -> None:
-        # The allocator must not hand the bucket out again while this stream reads it.
-        self._streams.keep(job.bucket, self._stream)
-        inflight.succeed()
+    def settle(self) -> None:
+        """Order this thread's stream, see :class:`effadam_hook.exchange.exchange.Exchange`."""
+        self._streams.current_stream().wait_stream(self._stream)
 
 
 def _order(work: dist.Work | None) -> None:

@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.futures import Future
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.bucket_job import BucketJob
@@ -44,10 +43,6 @@ class Staging:
     def __init__(self, sends_from_host: bool = True, computes_on_host: bool = True) -> None:
         self.sends_from_host = sends_from_host
         self.computes_on_host = computes_on_host
-
-    def new_future(self) -> Future[Tensor]:
-        """Make a future for a bucket."""
-        return Future()
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate a buffer of the collectives.
@@ -108,6 +103,9 @@ class Staging:
         """
         target.copy_(source)
 
+    def settle(self) -> None:
+        """Order this thread's stream after the work of all stages."""
+
     @contextlib.contextmanager
     def on_host(self, bucket: Tensor) -> Iterator[Tensor]:
         """Hand out a bucket for a dense collective within a context.
@@ -130,10 +128,6 @@ class PinnedStaging(Staging):
         super().__init__(sends_from_host=True, computes_on_host=False)
         self._streams = streams
         self._of_stages = [streams.new_stream() for _ in range(stages)]
-
-    def new_future(self) -> Future[Tensor]:
-        """Make a future that orders the stream of whoever waits."""
-        return self._streams.new_future()
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate pinned memory, see :class:`Staging`."""
@@ -179,6 +173,11 @@ class PinnedStaging(Staging):
     def read(self, source: Tensor, target: Tensor) -> None:
         """Copy in the order of this thread's stream, see :class:`Staging`."""
         self._streams.copy(source, target)
+
+    def settle(self) -> None:
+        """Order this thread's stream, see :class:`Staging`."""
+        for stream in self._of_stages:
+            self._streams.current_stream().wait_stream(stream)
 
     @contextlib.contextmanager
     def on_host(self, bucket: Tensor) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-__all__ = ["CudaStreams", "Event", "Stream", "Streams"]
+__all__ = ["CudaStreams", "Event", "Stream", "Streams", "new_future", "streams_of"]
 
 
 class Event(Protocol):
@@ -126,3 +126,24 @@ class CudaStreams:
     def zeros_like(self, tensor: Tensor) -> Tensor:
         """See :class:`Streams`."""
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self._device)
+
+
+def streams_of(device: torch.device) -> Streams | None:
+    """Return the streams of a device; None for the CPU, which works when it is called.
+
+    Args:
+        device: The device, with its index.
+    """
+    return CudaStreams(device) if device.type == "cuda" else None
+
+
+def new_future(device: torch.device) -> Future[Tensor]:
+    """Make a future of a tensor on a device.
+
+    A future that is made without its device refuses tensors on a GPU, and orders no stream.
+
+    Args:
+        device: The device, with its index.
+    """
+    streams = streams_of(device)
+    return Future() if streams is None else streams.new_future()

@@ -29,15 +29,21 @@ class WorkerThread(Generic[T]):
         self, name: str, step: Callable[[InflightBucket, T], None], watchdog: Watchdog
     ) -> None:
         self._queue: SimpleQueue[tuple[InflightBucket, T] | None] = SimpleQueue()
+        self._working = threading.Lock()
         # A daemon, so that a rank whose peer is gone can still end.
         self._thread = threading.Thread(
-            target=_run, args=(self._queue, step, watchdog), name=name, daemon=True
+            target=_run, args=(self._queue, self._working, step, watchdog), name=name, daemon=True
         )
         self._thread.start()
 
     def put(self, inflight: InflightBucket, job: T) -> None:
         """Append a bucket."""
         self._queue.put((inflight, job))
+
+    def settle(self) -> None:
+        """Wait for the end of a step that has outlived its bucket, which an error has completed."""
+        if self._working.acquire(timeout=END_S):
+            self._working.release()
 
     def close(self) -> None:
         """End the thread; a collective in progress is left to the time-out of its group."""
@@ -48,6 +54,7 @@ class WorkerThread(Generic[T]):
 
 def _run(
     queue: SimpleQueue[tuple[InflightBucket, T] | None],
+    working: threading.Lock,
     step: Callable[[InflightBucket, T], None],
     watchdog: Watchdog,
 ) -> None:
@@ -56,7 +63,8 @@ def _run(
         try:
             if not watchdog.is_going_on():
                 raise watchdog.failure or RuntimeError("the exchange was closed.")
-            step(inflight, job)
+            with working:
+                step(inflight, job)
         except BaseException as error:
             watchdog.broke(inflight, error)
         del item, inflight, job

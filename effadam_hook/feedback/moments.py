@@ -9,6 +9,10 @@ the two moments of Adam and these plain values:
 - ``refreshed``: last step that changed the second moment;
 - ``start``: first element of the moments in the parameter, where they are a part of it, as in the
   hierarchical topology. They are then one-dimensional, with the elements in the order of DDP's bucket;
+- ``signal``, ``signal_weight``: running means of w - κ/N and 1 - κ/N, whose ratio is ρ; see
+  :mod:`effadam_hook.optim.matching`. Present with matched second moments only, as the following two;
+- ``dense_mass``: weight of the dense steps in the second moment, at most 1 - ``decay``;
+- ``first_decay``: product of all β1 used so far;
 - ``estimate_until``, ``unused``: see :class:`~effadam_hook.optim.efficient_adam.EfficientAdam`; usually
   absent.
 
@@ -38,7 +42,8 @@ ADAM_ONLY_OPTIONS = frozenset(
 """Options of a parameter group of ``torch.optim.Adam`` that EfficientAdam does not have."""
 
 _COUNTS = ("step", "refreshed", "unused", "estimate_until", "start")
-_KNOWN = frozenset((*MOMENTS, *_COUNTS, "decay"))
+_SHARES = ("signal_weight", "dense_mass", "first_decay")
+_KNOWN = frozenset((*MOMENTS, *_COUNTS, *_SHARES, "decay", "signal"))
 _LARGEST_COUNT = 1 << 53  # up to here a float represents every integer
 
 
@@ -70,9 +75,15 @@ def check_moments(name: str, entry: Mapping[str, Any]) -> None:
             raise _invalid(key, name, value, "an integer of 0 or more")
     if entry.get("refreshed", 0) > entry["step"]:
         raise _invalid("refreshed", name, entry["refreshed"], f"at most step = {entry['step']}")
-    decay = entry["decay"]
-    if type(decay) not in (int, float) or not 0 <= decay <= 1:  # NaN included
-        raise _invalid("decay", name, decay, "a number from 0 to 1")
+    for key in ("decay", *_SHARES):
+        value = entry.get(key, 0)
+        if type(value) not in (int, float) or not 0 <= value <= 1:  # NaN included
+            raise _invalid(key, name, value, "a number from 0 to 1")
+    signal = entry.get("signal", 0.0)
+    if isinstance(signal, Tensor) and signal.numel() == 1:
+        signal = signal.item()
+    if type(signal) not in (int, float) or not math.isfinite(signal):
+        raise _invalid("signal", name, signal, "a finite number")
     for key in MOMENTS:
         value = entry[key]
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -185,9 +196,13 @@ def adopt_state(
     adopted["step"] = step = _count(name, entry["step"])
     if "decay" not in adopted:
         adopted["decay"] = float(group["betas"][1]) ** step
+        adopted["dense_mass"] = 1 - adopted["decay"]  # the second moment of DDP
     if "refreshed" not in adopted and adopted["decay"] != 1:
         adopted["refreshed"] = step
     check_moments(name, adopted)
+    if "signal" in adopted:
+        signal = torch.as_tensor(adopted["signal"])
+        adopted["signal"] = signal.to(parameter.device, torch.float64, copy=True)
     precise = compute_dtype(parameter.dtype)
     for key in MOMENTS:
         value = adopted[key]

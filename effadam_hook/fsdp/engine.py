@@ -1,7 +1,7 @@
 """The backward passes of a model that FSDP2 shards, dense or compressed as a whole.
 
-On CUDA the hook returns at once, and the stream in which FSDP runs it waits for the exchange. On the
-CPU, FSDP makes gradients that are views of the reduced tensor, and the hook returns at once as well:
+On NCCL the hook returns at once, and the stream in which FSDP runs it waits for the exchange. On Gloo,
+FSDP makes gradients that are views of the reduced tensor, and the hook returns at once as well:
 groups travel one behind the other while the backward continues, and the backward waits at its end. If
 FSDP reads the tensor after the hook, to add it to earlier gradients or to cast it, the hook waits.
 There is no last bucket: a backward ends with the callbacks of autograd::
@@ -51,8 +51,8 @@ class ShardEngine(Engine):
         self.position: dict[str, list[int]] = {}
         self._backward = _NONE
         self._last: Future[Tensor] | None = None
-        # Exchanges of this backward that nobody has waited for, and what follows each of them.
-        self._pending: list[tuple[Future[Tensor], Callable[[], None]]] = []
+        # Exchanges of groups that nobody has waited for, and what follows each of them.
+        self._pending: dict[int, tuple[Future[Tensor], Callable[[], None]]] = {}
 
     def agree(self, device: torch.device) -> None:
         """Compare options, versions, model and position in the shard mesh with the other replicas.
@@ -72,8 +72,9 @@ class ShardEngine(Engine):
     def reduce(
         self,
         index: int,
-        flat: Tensor,
+        device: torch.device,
         owners: Sequence[Tensor],
+        pack: Callable[[], Tensor],
         then: Callable[[], None],
         *,
         defers: bool,
@@ -82,8 +83,11 @@ class ShardEngine(Engine):
 
         Args:
             index: Index of the group in the model.
-            flat: ``[numel]``, the gradients of this rank's shards, overwritten with the result.
+            device: The device of the gradients.
             owners: The shards.
+            pack: Returns ``[numel]``, the gradients of this rank's shards, which are overwritten with
+                the result; called after earlier exchanges of the group, so that a buffer can be used
+                again.
             then: Called after the exchange.
             defers: Whether nothing reads the result before the end of the backward, which waits for
                 the exchange then.
@@ -100,20 +104,24 @@ class ShardEngine(Engine):
             backward = torch._C._current_graph_task_id()
             if backward != self._backward:
                 self._wait()
-                self._begin(flat.device, owners)  # [1]
+                self._begin(device, owners)  # [1]
                 if not at_end_of_backward(self._end_step):
                     raise EffAdamError("FSDP has called the hook outside of a backward pass.")
                 self._backward = backward
-            if not defers:
+            exchange = connection.exchange
+            # On NCCL a wait only orders FSDP's stream.
+            defers = defers and (exchange is None or exchange.staging.sends_from_host)
+            if not defers or index in self._pending:
                 self._wait()  # FSDP adds to gradients that may be in flight
             connection.phase = "preparing the bucket"
+            flat = pack()
             if self._compressing:  # [2]
                 check_weights = self.check_replicas
                 future = session.exchange(index, flat, owners, check_weights=check_weights)
             else:
                 future = session.average(index, flat, owners)
             self._last = future
-            self._pending.append((future, then))
+            self._pending[index] = future, then
             if not defers:
                 self._wait()  # [3]
         except BaseException as error:
@@ -124,7 +132,7 @@ class ShardEngine(Engine):
         if not self._pending:
             return
         self.session.connection.watchdog.join()
-        for future, then in self._pending:
+        for future, then in self._pending.values():
             future.wait()
             then()
         self._pending.clear()

@@ -51,8 +51,8 @@ class Shard:
         device: The device on which gradients are reduced.
 
     Attributes:
-        owner: ``[shard shape]``, stands for the shard in buckets, by identity. On the CPU it shares
-            the memory of the weights, elsewhere it has none.
+        owner: ``[shard shape]``, stands for the shard in buckets, by identity. It shares the memory of
+            the weights, and has none where they are offloaded.
         numel: Number of elements, 0 on a rank without a part of the parameter.
         padded_numel: Number of elements with the padding.
     """
@@ -67,9 +67,9 @@ class Shard:
 
     def _weights(self) -> Tensor:
         local: Tensor = self.parameter.to_local().detach()
-        if self._device.type == "cpu":
+        if local.device == self._device:
             return local
-        return torch.empty((), dtype=local.dtype, device=self._device).expand(local.shape)
+        return torch.zeros((), dtype=local.dtype, device=self._device).expand(local.shape)
 
     @property
     def parameter(self) -> Any:
@@ -109,10 +109,8 @@ class Shard:
         Returns:
             Whether the weights have moved.
         """
-        if self._device.type != "cpu":
-            return False
         weights = self.parameter.to_local()
-        if weights.data_ptr() == self.owner.data_ptr():
+        if weights.device != self._device or weights.data_ptr() == self.owner.data_ptr():
             return False
         self.owner.data = weights.detach()
         return True
@@ -178,8 +176,8 @@ class ShardGroup:
     def makes_views_of(self, reduced: Tensor, shards: list[Shard]) -> bool:
         """Return whether FSDP makes gradients of a reduced tensor without reading its values.
 
-        It does on the CPU, unless it casts or divides the tensor after the hook, adds it to earlier
-        gradients, or calls the user's hooks with a gradient.
+        It does unless it casts or divides the tensor after the hook, adds it to earlier gradients,
+        copies them to the CPU, or calls the user's hooks with a gradient.
 
         Args:
             reduced: ``[padded numel]``.
@@ -187,7 +185,7 @@ class ShardGroup:
         """
         divides = reduced.dtype not in (torch.float32, torch.bfloat16) or self.sums
         divides |= getattr(self._group, "force_sum_reduction_for_comms", False)  # not in torch 2.7
-        if reduced.device.type != "cpu" or divides:
+        if divides or (self.offloads and reduced.device.type != "cpu"):
             return False
         return all(
             shard.parameter.dtype == reduced.dtype

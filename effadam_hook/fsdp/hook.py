@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from effadam_hook.exchange.streams import streams_of
 from effadam_hook.fsdp.engine import ShardEngine
 from effadam_hook.fsdp.groups import Shard, ShardGroup
 
@@ -42,6 +43,10 @@ class ShardHook:
         Raises:
             EffAdamError: If the exchange has failed, or the tensor does not fit the group.
         """
+        streams = streams_of(reduced.device)
+        if streams is not None:
+            # FSDP may free the tensor while this stream has yet to read it.
+            streams.keep(reduced, streams.current_stream())
         if not self._group.is_last_microbatch:
             self._keep(reduced)
             return
@@ -53,32 +58,35 @@ class ShardHook:
         own = [shard for shard in shards if shard.numel]
         if own:
             self._exchange(reduced, shards, own)
-        if reduced.is_cuda:
-            # FSDP may free the tensor while this stream has yet to read it.
-            reduced.record_stream(torch.cuda.current_stream(reduced.device))
 
     def _exchange(self, reduced: Tensor, shards: list[Shard], own: list[Shard]) -> None:
         owners = [shard.owner for shard in own]
         defers = self._group.makes_views_of(reduced, shards)
         if all(shard.numel == shard.padded_numel for shard in shards):
             then = partial(self._scale, reduced)
-            self._engine.reduce(self._index, reduced, owners, then, defers=defers)
+            self._engine.reduce(
+                self._index, reduced.device, owners, lambda: reduced, then, defers=defers
+            )
             return
         padded = torch.split(reduced, [shard.padded_numel for shard in shards])
         parts = [
             part[: shard.numel] for part, shard in zip(padded, shards, strict=True) if shard.numel
         ]
-        numel = sum(shard.numel for shard in own)
-        if self._packed.numel() != numel or self._packed.dtype != reduced.dtype:
-            self._packed = reduced.new_empty(numel)
-        packed = torch.split(self._packed, [shard.numel for shard in own])
-        torch._foreach_copy_(packed, parts)
+        numels = [shard.numel for shard in own]
+        if self._packed.numel() != sum(numels) or self._packed.dtype != reduced.dtype:
+            self._packed = reduced.new_empty(sum(numels))
+        flat = self._packed
+        packed = torch.split(flat, numels)
+
+        def pack() -> Tensor:
+            torch._foreach_copy_(packed, parts)
+            return flat
 
         def unpack() -> None:
             torch._foreach_copy_(parts, packed)
             self._scale(reduced)
 
-        self._engine.reduce(self._index, self._packed, owners, unpack, defers=defers)
+        self._engine.reduce(self._index, reduced.device, owners, pack, unpack, defers=defers)
 
     def _scale(self, reduced: Tensor) -> None:
         """Apply ``set_gradient_divide_factor``, which divides the sum over all ranks."""

@@ -137,6 +137,14 @@ class Mode:
             share: This rank's share of the parameters; None for all of them.
         """
 
+    def connect(self, workers: int, energy: float) -> None:
+        """Follow the exchange; called before any content.
+
+        Args:
+            workers: Number of workers: of nodes, in the hierarchical topology.
+            energy: The part of the energy of a normal distribution that both quantizers transmit.
+        """
+
     def begin_backward(self, joins: bool) -> None:
         """Prepare the buckets of a backward; called before the first of them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from effadam_hook.kernels.fusions import ADAM_TERMS, AdamSource
 from effadam_hook.modes.mode import Content, Mode
 from effadam_hook.optim.efficient_adam import EfficientAdam
 from effadam_hook.optim.groups import group_settings
+from effadam_hook.optim.matching import Matching
+from effadam_hook.optim.moment_states import is_local
 from effadam_hook.wire.layout import Slot
 from effadam_hook.wire.node_layout import Run
 from effadam_hook.wire.node_shares import NodeShare
@@ -49,6 +52,14 @@ class UpdateMode(Mode):
         self._joins = False
 
     @property
+    def matches(self) -> bool:
+        """Return whether steps are matched to those of DDP with AdamW."""
+        optimizer = self.optimizer
+        if optimizer.second_moment is None:
+            return optimizer.bias_correction
+        return optimizer.second_moment == "matched"
+
+    @property
     def generation(self) -> int:  # type: ignore[override]
         """Return a number that changes when a loaded state has replaced the moments."""
         return self._recursion.generation
@@ -70,6 +81,11 @@ class UpdateMode(Mode):
     def divide(self, share: NodeShare | None) -> None:
         """Advance the moments of this rank's share only."""
         self._recursion.share = share
+
+    def connect(self, workers: int, energy: float) -> None:
+        """Match the steps to those of DDP, if the optimizer requires it."""
+        if self.matches:
+            self._recursion.matching = Matching(workers, energy)
 
     def begin_backward(self, joins: bool) -> None:
         """Drop the results that no step has applied."""
@@ -113,7 +129,7 @@ class UpdateMode(Mode):
         """Return the settings and the step counts of the optimizer."""
         optimizer = self.optimizer
         return {
-            "second_moment": optimizer.second_moment,
+            "second_moment": "matched" if self.matches else optimizer.second_moment or "local",
             "refresh_every": optimizer.refresh_every,
             "max_grad_norm": optimizer.max_grad_norm,
             "bias_correction": optimizer.bias_correction,
@@ -141,6 +157,13 @@ class UpdateMode(Mode):
 
     def load(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace moments and step counts, and have the buckets use them."""
+        if self.matches and any(map(is_local, saved.values())):
+            warnings.warn(
+                'The saved moments are those of second_moment="local". From now on steps are matched '
+                "to those of DDP with AdamW, and up to √N longer with N workers. Use the learning rate "
+                'of DDP with AdamW, or second_moment="local" to continue as before.',
+                stacklevel=4,
+            )
         self._recursion.load_moments(saved)
         self.differing.update(self.optimizer.state)
 

@@ -28,6 +28,7 @@ class WeightMode(UpdateMode):
     undivided = "quantize_weights=True"
     units = "updates and weights"
     server_sign = -1  # updates are subtracted from weights
+    matches = False  # servers apply the updates before any rank could correct them
 
     def content(
         self,

@@ -13,6 +13,9 @@ Each v_i contains the noise of one worker's gradient, while DDP with Adam has th
 Steps are therefore up to √N smaller; without noise they are equal. ``second_moment`` selects a remedy:
 
 - ``"local"``: none, as published. Multiply the learning rate by up to √N.
+- ``"matched"``: steps are multiplied by a factor from 1 to √N for each parameter, and β1 by one for
+  the quantizers, so that the learning rate and β1 of DDP with AdamW are suitable. Requires no
+  communication; see :mod:`effadam_hook.optim.matching`.
 - ``"shared"``: v is common to all workers. It follows the squared *mean* gradient, which is averaged
   uncompressed in the first ``refresh_every`` steps and in every ``refresh_every``-th step after them;
   in between, v is constant. All parameters of a bucket are refreshed together, as soon as one is due.
@@ -54,7 +57,8 @@ class EfficientAdam(Optimizer):
         eps: ε, added to √v with bias correction, and the initial value of v without.
         weight_decay: λ, decoupled as in AdamW.
         bias_correction: Whether to divide by ``1 - β1^t`` and ``1 - β2^t``.
-        second_moment: ``"local"``, ``"shared"`` or ``"frozen"``, see the module.
+        second_moment: ``"local"``, ``"matched"``, ``"shared"`` or ``"frozen"``, see the module. None is
+            ``"matched"``, and ``"local"`` without bias correction or with quantized weights.
         refresh_every: With ``"shared"``: number of steps from one uncompressed average of the gradient
             to the next. With ``"frozen"``: number of steps in which a parameter that the warm-up did
             not use estimates its second moment.
@@ -90,7 +94,7 @@ class EfficientAdam(Optimizer):
         weight_decay: float = 0.0,
         *,
         bias_correction: bool = True,
-        second_moment: str = "local",
+        second_moment: str | None = None,
         refresh_every: int = 64,
         max_grad_norm: float | None = None,
         schedule: Schedule | None = None,
@@ -103,10 +107,15 @@ class EfficientAdam(Optimizer):
         _check_range("refresh_every", refresh_every, refresh_every >= 1, "1 or more")
         if max_grad_norm is not None:
             _check_range("max_grad_norm", max_grad_norm, max_grad_norm > 0, "above 0, or None")
-        if second_moment not in SECOND_MOMENTS:
+        if second_moment not in (None, *SECOND_MOMENTS):
             raise ValueError(
                 f"Invalid second_moment: {second_moment!r}. "
-                f"Must be one of {', '.join(SECOND_MOMENTS)}."
+                f"Must be one of {', '.join(SECOND_MOMENTS)}, or None."
+            )
+        if second_moment == "matched" and not bias_correction:
+            raise ValueError(
+                'Invalid bias_correction: False with second_moment="matched". Must be True: steps are '
+                "matched to those of AdamW, which corrects the bias."
             )
         self.bias_correction = bias_correction
         self.second_moment = second_moment

@@ -13,13 +13,15 @@ __all__ = ["MomentStep", "PendingStep"]
 
 
 class MomentStep(NamedTuple):
-    """The treatment of a parameter's second moment in one step.
+    """The treatment of a parameter's moments in one step.
 
     Attributes:
+        beta1: The weight of the first moment.
         beta2: The weight of the second moment; 1 where it is constant.
         follows: Whether the second moment follows the gradient.
     """
 
+    beta1: float
     beta2: float
     follows: bool
 
@@ -35,7 +37,7 @@ class PendingStep:
             weights.
         replaces: Whether ``updates`` are new weights.
         means: By parameter that was averaged densely, the mean gradient; None if ``.grad`` contains it.
-        moments: By parameter, the treatment of the second moment by the hook.
+        moments: By parameter, the treatment of the moments by the hook.
         steps_all: Whether all parameters are stepped, also those whose ``.grad`` is None.
     """
 

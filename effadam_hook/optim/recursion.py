@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from effadam_hook.errors import EffAdamError
-from effadam_hook.feedback.moments import MOMENTS
-from effadam_hook.kernels.arguments import compute_dtype
+from effadam_hook.optim import moment_states
+from effadam_hook.optim.matching import MatchedStep, Matching
 from effadam_hook.optim.moment_parts import place, warn_of_share, widen
 from effadam_hook.optim.pending import MomentStep, PendingStep
 from effadam_hook.optim.second_moment import SecondMomentRule
@@ -46,6 +46,7 @@ class AdamRecursion:
         generation: Number of times that a loaded state has replaced the moments.
         share: This rank's share of the parameters, whose moments it advances; None for all of them.
         is_saved_by_hook: Whether a plugin saves the state of the hook in every checkpoint.
+        matching: The correction of the steps; None without.
     """
 
     def __init__(self, optimizer: EfficientAdam) -> None:
@@ -58,6 +59,7 @@ class AdamRecursion:
         self.share: NodeShare | None = None
         self.is_saved_by_hook = False
         self._saved_at: tuple[int, int] | None = None
+        self.matching: Matching | None = None
 
     @property
     def _optimizer(self) -> EfficientAdam:
@@ -67,7 +69,9 @@ class AdamRecursion:
 
     @property
     def _second_moment(self) -> SecondMomentRule:
-        return SecondMomentRule(self._optimizer.second_moment, self._optimizer.refresh_every)
+        return SecondMomentRule(
+            self._optimizer.second_moment or "local", self._optimizer.refresh_every
+        )
 
     def attach_to(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Store the parameters that the hook exchanges; called by :func:`effadam_hook.attach`.
@@ -128,17 +132,8 @@ class AdamRecursion:
         optimizer = self._optimizer
         state: dict[str, Any] = optimizer.state[parameter]
         if "step" not in state:
-            first = torch.zeros_like(
-                parameter,
-                dtype=compute_dtype(parameter.dtype),
-                memory_format=torch.contiguous_format,
-            )
-            start = 0.0 if optimizer.bias_correction else float(self.group_of(parameter)["eps"])
-            state["exp_avg"] = first
-            state["exp_avg_sq"] = torch.full_like(first, start)
-            state["step"] = 0
-            # The product of all β2 so far. The bias correction of v divides by 1 minus this.
-            state["decay"] = 1.0
+            second = 0.0 if optimizer.bias_correction else float(self.group_of(parameter)["eps"])
+            moment_states.start(state, parameter, second)
         return state
 
     def save_moments(self) -> dict[str, dict[str, Any]]:
@@ -147,14 +142,10 @@ class AdamRecursion:
         Returns:
             By parameter name: copies of the moments ``[numel]``, and plain numbers.
         """
-        saved = {}
-        for parameter, name in (self.names or {}).items():
-            if parameter in self._optimizer.state:
-                state = self._optimizer.state[parameter]
-                moments = {key: state[key].detach().flatten().clone() for key in MOMENTS}
-                saved[name] = {**state, **moments}
         self._saved_at = self._stage()
-        return saved
+        states = self._optimizer.state
+        named = (self.names or {}).items()
+        return {name: moment_states.save(states[p]) for p, name in named if p in states}
 
     def warn_of_share(self) -> None:
         """Warn if moments of a share are saved without the state of the hook; see the optimizer."""
@@ -174,17 +165,7 @@ class AdamRecursion:
         for parameter, name in (self.names or {}).items():
             self._optimizer.state.pop(parameter, None)
             if name in saved:
-                state = self.init_state(parameter)
-                moments = {key: state[key] for key in MOMENTS}
-                state.update(saved[name])
-                if state["decay"] != 1:
-                    state.setdefault("refreshed", state["step"])
-                for key, own in moments.items():
-                    value = saved[name][key]
-                    if "start" in saved[name]:
-                        state[key] = value.to(own.device, own.dtype, copy=True)
-                    else:
-                        state[key] = own.copy_(value.view_as(own))
+                moment_states.load(self.init_state(parameter), parameter, saved[name])
         self.generation += 1
 
     def place_moments(self, parameter: Tensor, flats: Mapping[str, Tensor]) -> None:
@@ -233,29 +214,36 @@ class AdamRecursion:
         """
         follows = self._second_moment.follows(self._optimizer.state[parameter], averaged)
         beta2 = self._beta2(parameter) if follows else 1.0
-        self.pending.moments[parameter] = MomentStep(beta2, follows)
-        return self.terms(parameter, beta2)
+        beta1 = self._beta1(parameter)
+        if self.matching is not None:
+            beta1 = self.matching.beta1(beta1)
+        self.pending.moments[parameter] = moment = MomentStep(beta1, beta2, follows)
+        return self.terms(parameter, moment)
 
-    def terms(self, parameter: Tensor, beta2: float) -> tuple[float, ...]:
+    def terms(self, parameter: Tensor, moment: MomentStep) -> tuple[float, ...]:
         """Return the numbers of the next step, in the order of :data:`kernels.fusions.ADAM_TERMS`.
 
         Args:
             parameter: The parameter.
-            beta2: β2 of this step; 1 keeps v constant.
+            moment: β1 and β2 of this step; β2 = 1 keeps v constant.
 
         Returns:
             β1, 1-β1, β2, 1-β2, α / (1-β1^t), 1 / √(1-Πβ2), ε.
         """
         group, state = self.group_of(parameter), self._optimizer.state[parameter]
-        beta1 = group["betas"][0]
+        beta1, beta2 = moment.beta1, moment.beta2
         alpha, step = self._alpha(parameter), state["step"] + 1
         if not self._optimizer.bias_correction:
             return (beta1, 1 - beta1, beta2, 1 - beta2, alpha, 1.0, 0.0)
+        if self.matching is None:
+            first_decay = beta1**step
+        else:  # β1 of dense steps is another one
+            first_decay = self.matching.first_decay(state, self._beta1(parameter)) * beta1
         seen = 1 - state["decay"] * beta2
         correction = 1 / math.sqrt(seen) if seen > 0 else 1.0
         return (
             *(beta1, 1 - beta1, beta2, 1 - beta2),
-            *(alpha / (1 - beta1**step), correction, group["eps"]),
+            *(alpha / (1 - first_decay), correction, group["eps"]),
         )
 
     def remaining_weight(self, parameter: Tensor) -> float:
@@ -271,6 +259,9 @@ class AdamRecursion:
         if schedule is not None:
             return schedule.alpha(self._optimizer.state[parameter]["step"] + 1)
         return float(self.group_of(parameter)["lr"])
+
+    def _beta1(self, parameter: Tensor) -> float:
+        return float(self.group_of(parameter)["betas"][0])
 
     def _beta2(self, parameter: Tensor) -> float:
         """Return β2 of a step in which v follows the gradient."""
@@ -290,7 +281,7 @@ class AdamRecursion:
             parameter: The parameter.
         """
         self.pending.withdraw(parameter)
-        if self._optimizer.second_moment != "local":
+        if not self._second_moment.is_local:
             state = self._optimizer.state[parameter]
             state["unused"] = state.get("unused", 0) + 1
 
@@ -332,42 +323,63 @@ class AdamRecursion:
             _clip(list(means.values()), self._optimizer.max_grad_norm)
         for parameter, gradient in means.items():
             self._step_dense(parameter, gradient)
-        for parameter in parameters:
-            if parameter in pending.updates:
-                update, moment = pending.updates[parameter], pending.moments[parameter]
-                self._apply(parameter, update, moment, pending.replaces)
+        updated = [p for p in parameters if p in pending.updates]
+        factors = self._match(updated)
+        for parameter in updated:
+            moment, factor = pending.moments[parameter], factors.get(parameter)
+            self._apply(parameter, pending.updates[parameter], moment, factor)
         pending.clear()
+
+    def _match(self, parameters: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
+        """Return the factors of the pending updates, by parameter."""
+        if self.matching is None:
+            return {}
+        steps = []
+        for parameter in parameters:
+            state, moment = self._optimizer.state[parameter], self.pending.moments[parameter]
+            self.matching.record(state, moment, self._beta1(parameter), dense=False)
+            update, alpha = self.pending.updates[parameter], self._alpha(parameter)
+            steps.append(MatchedStep(state, update, moment, alpha))
+        return dict(zip(parameters, self.matching.factors(steps), strict=True))
 
     def _step_dense(self, parameter: Tensor, gradient: Tensor) -> None:
         """Step AdamW on the mean gradient."""
         state = self.init_state(parameter)
-        moment = MomentStep(self._beta2(parameter), follows=True)
+        moment = MomentStep(self._beta1(parameter), self._beta2(parameter), follows=True)
         first, second = state["exp_avg"], state["exp_avg_sq"]
         gradient = gradient.to(first.dtype)
-        beta1, rest1, beta2, rest2, size, correction, eps = self.terms(parameter, moment.beta2)
+        beta1, rest1, beta2, rest2, size, correction, eps = self.terms(parameter, moment)
         first.mul_(beta1).add_(gradient, alpha=rest1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=rest2)
         update = first.mul(size).div_(second.sqrt().mul_(correction).add_(eps))
         if eps == 0:
             update = update.nan_to_num_(0.0)
-        self._apply(parameter, update, moment, replaces=False)
+        if self.matching is not None:
+            self.matching.record(state, moment, self._beta1(parameter), dense=True)
+        self._apply(parameter, update, moment)
 
-    def _apply(self, parameter: Tensor, update: Tensor, moment: MomentStep, replaces: bool) -> None:
+    def _apply(
+        self, parameter: Tensor, update: Tensor, moment: MomentStep, factor: Tensor | None = None
+    ) -> None:
         """Change the weights, and record the step in the state."""
         state = self._optimizer.state[parameter]
-        if replaces:
+        compressed = parameter in self.pending.updates
+        if compressed and self.pending.replaces:
             parameter.copy_(update)
         else:
             if self.group_of(parameter)["weight_decay"] != 0:
                 parameter.mul_(self.remaining_weight(parameter))
-            parameter.sub_(update)
+            if factor is None:
+                parameter.sub_(update)
+            else:
+                parameter.addcmul_(update, factor, value=-1)
         late = self._optimizer.second_moment == "frozen" and "refreshed" not in state
         state["decay"] *= moment.beta2
         state["step"] += 1
         state.pop("unused", None)
         if moment.follows:
             state["refreshed"] = state["step"]
-        if late and parameter in self.pending.updates:
+        if late and compressed:
             state["estimate_until"] = state["step"] + self._optimizer.refresh_every - 1
 
 

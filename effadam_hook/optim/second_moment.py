@@ -1,6 +1,7 @@
 """The rule by which the second moment of a parameter follows its gradient.
 
 - ``"local"``: it follows the gradient of its own worker at every step.
+- ``"matched"``: the same, and :mod:`effadam_hook.optim.matching` corrects the steps.
 - ``"shared"``: it follows the squared mean gradient in the first ``refresh_every`` steps and in every
   ``refresh_every``-th step after them. It is constant in between.
 - ``"frozen"``: it follows the squared mean gradient during the dense warm-up steps, and is constant
@@ -19,7 +20,7 @@ from typing import Any
 
 __all__ = ["SECOND_MOMENTS", "SecondMomentRule"]
 
-SECOND_MOMENTS = ("local", "shared", "frozen")
+SECOND_MOMENTS = ("local", "matched", "shared", "frozen")
 """Names of the rules."""
 
 _MAX_UNUSED = 64
@@ -37,6 +38,11 @@ class SecondMomentRule:
 
     name: str
     refresh_every: int
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether every worker has a second moment of its own."""
+        return self.name in ("local", "matched")
 
     @property
     def always_needs_mean(self) -> bool:
@@ -70,7 +76,7 @@ class SecondMomentRule:
             state: The state of the parameter.
             averaged: Whether the gradient is the mean of all workers.
         """
-        if self.name == "local" or "refreshed" not in state:
+        if self.is_local or "refreshed" not in state:
             return True
         if self.name == "shared":
             return averaged

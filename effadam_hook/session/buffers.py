@@ -325,10 +325,10 @@ class BucketBuffers:
         """
         if self._content.sends_weights:
             return None
-        wire, device = self.layout.downlink, self.downlink.device
+        wire, device = self.layout.downlink, self._downlink.device
         mean = torch.empty(wire.numel, dtype=compute_dtype(self._dtype), device=device)
         preconditioner = self._content.preconditioner
-        self._kernels.decode(wire, self.downlink, mean, self._dtype, preconditioner=preconditioner)
+        self._kernels.decode(wire, self._downlink, mean, self._dtype, preconditioner=preconditioner)
         return mean
 
 

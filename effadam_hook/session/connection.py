@@ -35,6 +35,7 @@ class Connection:
     Attributes:
         exchange: Runs bucket jobs; None before :meth:`open`.
         kernels: The implementation of the arithmetic; None before :meth:`open`.
+        device: The device of the buckets; None before :meth:`open`.
         choice: The choice of the topology, and the nodes that it follows from.
         run_id: The same on all ranks and new in every run; empty before :meth:`agree`.
         phase: The current operation, for messages.
@@ -43,6 +44,7 @@ class Connection:
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         self.exchange: Exchange | None = None
         self.kernels: Kernels | None = None
+        self.device: torch.device | None = None
         self.choice = TopologyChoice(config.topology)
         self.run_id = ""
         self.phase = ""
@@ -165,6 +167,7 @@ class Connection:
             if compressing:
                 raise
             return  # dense steps need no exchange
+        device = torch.empty(0, device=device).device  # with its index
         with self.watchdog.hold("opening the exchange", "comparing steps") as held:
             # Over DDP's own connections, which break at once when a rank has died.
             layout = f"{self.topology.name} with blocks of {block_size}"
@@ -175,7 +178,7 @@ class Connection:
         if self.group.rank() == 0 and self.group.size() > 1:
             self.choice.log()
         self.phase = "choosing kernels"
-        self.kernels = select(device)
+        self.kernels, self.device = select(device), device
 
     @property
     def watchdog(self) -> Watchdog:

@@ -28,6 +28,7 @@ from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.dense import DenseExchange
 from effadam_hook.exchange.node_bound import NodeBound
+from effadam_hook.exchange.streams import new_future
 from effadam_hook.exchange.topology import HIERARCHICAL, Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
 from effadam_hook.feedback.parameters import ParameterTable
@@ -149,6 +150,8 @@ class ExchangeSession:
         if self.connection.exchange is None:
             size = self.blocks.value
             self.mode.divide(self.connection.share_of(size))
+            uplink, downlink = self.config.uplink, self.config.downlink
+            self.mode.connect(len(self.topology.worker_ranks), uplink.energy * downlink.energy)
             steps, progress = self.counters.steps, self.mode.progress()
             self.connection.open(device, steps, progress, size, compressing)
 
@@ -189,6 +192,12 @@ class ExchangeSession:
         exchange, kernels = connection.exchange, connection.kernels
         if exchange is None or kernels is None:
             raise EffAdamError("The session is not open: call open() on all ranks first.")
+        if flat.device != connection.device:
+            raise EffAdamError(
+                f"Bucket {index} is on {flat.device}, and the first one was on {connection.device}. "
+                "All parameters of a model must be on one device of the process: give each device a "
+                "process, or set state.enabled = False, which averages densely."
+            )
         self.connection.phase = "laying out the bucket"
         parts = self._buckets.of(
             *(index, flat, tensors, self, exchange.part_numel),
@@ -213,7 +222,7 @@ class ExchangeSession:
                 buffers.fingerprint,
                 "encode",
                 flat,
-                exchange.new_future(),
+                new_future(flat.device),
             )
             # The parts arrive in order, so that the bucket is complete when its last part is.
             future = inflight.future
@@ -254,8 +263,24 @@ class ExchangeSession:
         self._waiting.clear()
 
     def begin_step(self) -> None:
-        """Drop buckets that an interrupted step has left waiting, before the first bucket."""
+        """End a step that was interrupted, before the first bucket of the next one."""
+        for _, inflight in self._waiting:
+            inflight.succeed()  # with the bucket as it is, which nobody reads
         self._waiting.clear()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the buckets in flight, so that residuals can be read and written.
+
+        A backward that an error has ended leaves buckets in flight: they end as on the other ranks, and
+        their residuals are those after the exchange. Without such buckets there is no wait.
+        """
+        if self._waiting:  # none of this step has been submitted yet
+            return
+        if self.connection.has_agreed:
+            self.connection.watchdog.join()
+        if self.connection.exchange is not None:
+            self.connection.exchange.settle()
 
     def restore_unused(self) -> None:
         """Undo the step of the parameters that no rank used, after gradients have been written."""
@@ -295,10 +320,8 @@ class ExchangeSession:
         Returns:
             A future of ``flat``.
         """
-        exchange = self.connection.exchange
-        new_future = None if exchange is None else exchange.new_future()
         watchdog = self.connection.watchdog
-        return watchdog.enter(f"bucket {index}", "", "", "", flat, new_future).future
+        return watchdog.enter(f"bucket {index}", "", "", "", flat, new_future(flat.device)).future
 
 
 def exchange_all(

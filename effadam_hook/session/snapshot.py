@@ -26,6 +26,7 @@ def capture(session: ExchangeSession) -> RankState:
     Returns:
         The state, with copies of all tensors on the CPU. Residuals have the scale of the unscaled loss.
     """
+    session.settle()
     connection, topology, scale = session.connection, session.topology, session.loss_scale
     role = role_of(session, topology)
     worker = {name: (view / scale).cpu() for name, view in session.worker}
@@ -64,6 +65,7 @@ def restore(session: ExchangeSession, saved: Any) -> None:
     states = read_states(saved)
     name = _topology_after(session, states[0])
     state = _state_of_this_rank(session, saved, states, name)
+    session.settle()
     session.connection.choice.follow(name)
     session.blocks.follow(state.block_size)
     session.mode.load(state.moments)

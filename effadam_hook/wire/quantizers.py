@@ -86,6 +86,24 @@ class Quantizer:
         )
 
     @property
+    def energy(self) -> float:
+        """Return the part of the energy of a normal distribution that is transmitted, from 0 to 1.
+
+        It is <x, q>² / (<x, x> <q, q>), for blocks of many elements, and 1 for ``none``. Without a
+        spread, the largest magnitude of a block is taken as 2.8 standard deviations.
+        """
+        if self.is_raw:
+            return 1.0
+        spread = 2.8 / self.magnitudes[-1] if self.spread is None else self.spread
+        edges = [0.0, *(spread * threshold for threshold in self.thresholds), math.inf]
+        density = [math.exp(-edge * edge / 2) / math.sqrt(2 * math.pi) for edge in edges]
+        tail = [math.erfc(edge / math.sqrt(2)) / 2 for edge in edges]
+        cells = list(enumerate(self.magnitudes))
+        product = 2 * sum(level * (density[k] - density[k + 1]) for k, level in cells)
+        square = 2 * sum(level * level * (tail[k] - tail[k + 1]) for k, level in cells)
+        return product * product / square
+
+    @property
     def largest_scale(self) -> float:
         """Return the largest bfloat16 whose product with the top level is within bfloat16's range."""
         (bits,) = struct.unpack("<I", struct.pack("<f", _BFLOAT16_MAX / self.magnitudes[-1]))

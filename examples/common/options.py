@@ -15,7 +15,7 @@ from .launch import under_torchrun
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 EXCHANGES = ("gradient", "preconditioned", "update", "weights")
-SECOND_MOMENTS = ("local", "shared", "frozen")
+SECOND_MOMENTS = ("local", "matched", "shared", "frozen")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Options:
     block_size: int | None
     warmup_steps: int
     exchange: str
-    second_moment: str
+    second_moment: str | None
     refresh_every: int
     compare: bool
     quantizers: str | None
@@ -158,9 +158,8 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
     exchange.add_argument(
         "--second-moment",
         choices=SECOND_MOMENTS,
-        default="local",
-        help="of EfficientAdam: local to each worker, shared, or frozen after --warmup-steps"
-        " (default %(default)s)",
+        help="of EfficientAdam: local to each worker, local with steps matched to those of DDP, shared,"
+        " or frozen after --warmup-steps (default matched; local with --exchange weights)",
     )
     exchange.add_argument(
         "--refresh-every",

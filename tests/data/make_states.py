@@ -51,7 +51,7 @@ class Net(nn.Module):
 def make_optimizer(case: str, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that a case trains with."""
     if case == "update":
-        return EfficientAdam(model.parameters(), lr=1e-3)
+        return EfficientAdam(model.parameters(), lr=1e-3, second_moment="local")
     return torch.optim.SGD(model.parameters(), lr=0.05)
 
 

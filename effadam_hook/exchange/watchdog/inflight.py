@@ -54,7 +54,7 @@ class InflightBucket:
         label: See below.
         phase: See below.
         future: See below.
-        bucket: DDP's buffer, the result of the future.
+        bucket: See below.
         in_backward: Whether the training thread raises errors itself at the end of the backward.
         is_useful: Returns whether the exchange still runs, so that waiting is useful.
         on_end: Called once, with this bucket, when the future has been completed.
@@ -64,6 +64,7 @@ class InflightBucket:
         label: Name of the bucket in messages.
         phase: The current operation, for messages.
         future: Completes once, with the bucket or with an error.
+        bucket: DDP's buffer, the result of the future.
         work: The collective in progress, if any.
         since: Time of the start, by :func:`time.monotonic`.
     """
@@ -85,7 +86,7 @@ class InflightBucket:
         self.future = future
         self.work: dist.Work | None = None
         self.since = time.monotonic()
-        self._bucket = bucket
+        self.bucket = bucket
         self._in_backward = in_backward
         self._is_useful = is_useful
         self._on_end = on_end
@@ -109,7 +110,7 @@ class InflightBucket:
     def succeed(self) -> None:
         """Complete the future with the bucket, unless it is complete."""
         if self._end():
-            self.future.set_result(self._bucket)
+            self.future.set_result(self.bucket)
             self._on_end(self)
 
     def fail(self, error: EffAdamError) -> None:
@@ -125,7 +126,7 @@ class InflightBucket:
         if not self._end():
             return
         if self._in_backward:
-            self.future.set_result(self._bucket)
+            self.future.set_result(self.bucket)
         else:
             self.future.set_exception(error)  # type: ignore[arg-type]
         self._on_end(self)
