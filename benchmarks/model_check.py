@@ -7,7 +7,8 @@
 
 For every rate, in one lab: ``effadam plan``, then the exchange of all gradients without training, then
 training steps as ``end_to_end.py`` measures them. The goals are exchange times within 20 % and step
-times within 25 %.
+times within 25 %. The wire floor is the time in which the busiest link carries the bytes of a step, as
+its counters measure them; "x floor" is the measured exchange relative to it.
 
 All hosts share the machine's cores, so the compute time of a step varies on a busy machine. With
 ``--sleep-ms`` a step sleeps instead, without an optimizer, and ``effadam plan`` receives this time.
@@ -45,6 +46,13 @@ class Comparison:
     exchange_measured: float
     step_predicted: float
     step_measured: float
+    floor: float
+    """Time in which the busiest link carries the bytes of a step."""
+
+    @property
+    def over_floor(self) -> float:
+        """Return the measured exchange time relative to the wire floor."""
+        return self.exchange_measured / self.floor
 
     @property
     def exchange_error(self) -> float:
@@ -85,6 +93,7 @@ def check(args: argparse.Namespace, link: Link) -> tuple[list[Comparison], dict[
             1e3 * exchanges[one["method"]],
             1e3 * one["step_s"],
             rows[one["method"]].median_ms,
+            rows[one["method"]].floor_ms,
         )
         for one in plan["predictions"]
     ]
@@ -95,11 +104,11 @@ def show(compared: list[Comparison]) -> str:
     """Format the comparisons as a table."""
     lines = [
         f"{'link':<14}{'method':<20}{'exchange ms':>14}{'measured':>10}{'error':>8}"
-        f"{'step ms':>12}{'measured':>10}{'error':>8}"
+        f"{'floor ms':>10}{'x floor':>9}{'step ms':>12}{'measured':>10}{'error':>8}"
     ]
     lines += [
         f"{one.link:<14}{one.method:<20}{one.exchange_predicted:14.1f}{one.exchange_measured:10.1f}"
-        f"{one.exchange_error:+8.0%}{one.step_predicted:12.1f}{one.step_measured:10.1f}"
+        f"{one.exchange_error:+8.0%}{one.floor:10.1f}{one.over_floor:9.2f}{one.step_predicted:12.1f}{one.step_measured:10.1f}"
         f"{one.step_error:+8.0%}"
         for one in compared
     ]

@@ -70,13 +70,14 @@ class FabricStrategyMixin(ExchangeStrategy, Base):
 
     def _wrap(self, module: Module, optimizer: Optimizer | None) -> DistributedDataParallel:
         wrapped: DistributedDataParallel = super().setup_module(module)
-        self._states[wrapped] = attach(
+        self._states[wrapped] = state = attach(
             wrapped,
             optimizer=optimizer,
             grad_scaler=getattr(self.precision, "scaler", None),
             **self._node_options,
             **self._hook_options,
         )
+        state.session.mode.expect_saving()
         return wrapped
 
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:

@@ -112,6 +112,7 @@ class StrategyMixin(ExchangeStrategy, Base):
             **self._node_options,
             **self._hook_options,
         )
+        state.session.mode.expect_saving()
         config = state.config
         rank_zero_info(
             f"Efficient-Adam is {'on' if state.enabled else 'off'}: up {config.worker_quantizer}, "

@@ -41,6 +41,7 @@ LADDER = (
         (
             "effadam_hook.exchange.bucket_job",
             "effadam_hook.exchange.collectives",
+            "effadam_hook.exchange.node_bound",
             "effadam_hook.exchange.streams",
             "effadam_hook.exchange.timing",
             "effadam_hook.exchange.topology",

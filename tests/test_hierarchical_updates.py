@@ -6,6 +6,7 @@ rebuilt buckets.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -229,24 +230,35 @@ def test_a_value_that_is_not_finite_reaches_no_moment(dtype: torch.dtype) -> Non
 # Bounded gradients
 
 
-def bounded(rank: int, world_size: int, clips: bool) -> list[Tensor]:
-    settings = {"max_grad_norm": 1e-2} if clips else {}
-    model, optimizer, _ = build(TWO_BY_TWO, settings=settings, quantizer="none")
-    for step in range(4):
-        gradients = drawn_gradients(rank, step)
-        if not clips:
-            norm = torch.cat([g.flatten() for g in gradients]).norm()
-            gradients = [g * (1e-2 / (norm + 1e-6)) for g in gradients]
+BOUND = 1e-2
+"""Less than the norm of the first node's mean gradient in :func:`bounded`, more than the second's."""
+
+
+def bounded(rank: int, world_size: int, flat: bool, second_moment: str) -> list[Tensor]:
+    settings = {"max_grad_norm": BOUND, "second_moment": second_moment, "refresh_every": 3}
+    nodes = None if flat else MIXED
+    model, optimizer, _ = build(nodes, Parts(), settings=settings, quantizer="none")
+    ranks = MIXED[rank] if flat else (rank,)
+    for step in range(6):
+        scale = 1.0 if 0 in ranks or 2 in ranks else 2.0**-12
+        drawn = [drawn_gradients(one, step) for one in ranks]
+        means: list[Tensor | None] = [
+            scale * torch.stack(same).mean(0) for same in zip(*drawn, strict=True)
+        ]
         optimizer.zero_grad()
-        model(gradients).backward()
+        model(means).backward()
         optimizer.step()
     return weights_of(model)
 
 
-def test_the_bound_is_that_of_each_ranks_gradient() -> None:
-    for got, want in zip(run_ranks(bounded, 4, True), run_ranks(bounded, 4, False), strict=True):
-        for a, b in zip(got, want, strict=True):
-            assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+@pytest.mark.parametrize("second_moment", ["local", "shared"])
+def test_the_bound_is_that_of_each_nodes_mean_gradient(second_moment: str) -> None:
+    wanted = run_ranks(bounded, 2, True, second_moment)[0]
+    ranks = run_ranks(bounded, 4, False, second_moment)
+    for got in ranks:
+        assert equal(got, ranks[0])
+        for a, b in zip(got, wanted, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 # Saved states
@@ -371,3 +383,30 @@ def test_another_ranks_moments_are_an_error_on_all_ranks(enabled: bool) -> None:
     for said in run_ranks(continue_alone, 4, enabled):
         assert "Rank " in said and "this rank needs those of" in said
         assert "Load the state of the hook after it" in said
+
+
+def save_alone(rank: int, world_size: int, nodes: Nodes | None, saves_hook: bool) -> list[str]:
+    """Save the optimizer after compressed steps, after a dense one, and after loading."""
+    model, optimizer, state = build(nodes)
+    said = []
+    for enabled in (True, True, False):
+        state.enabled = enabled
+        optimizer.zero_grad()
+        model(drawn_gradients(rank, 0)).backward()
+        optimizer.step()
+        if saves_hook:
+            state.full_state_dict()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.state_dict()
+        said.append("".join(str(one.message) for one in caught))
+    return said
+
+
+def test_an_optimizer_saved_without_the_hook_warns_that_moments_are_missing() -> None:
+    for compressed, again, dense in run_ranks(save_alone, 4, MIXED, False):
+        assert compressed == again and dense == ""
+        assert "the moments of one rank's share, 1/2 of them" in compressed
+        assert "call full_state_dict() on all ranks" in compressed
+    assert run_ranks(save_alone, 4, MIXED, True) == [["", "", ""]] * 4
+    assert run_ranks(save_alone, 2, None, False) == [["", "", ""]] * 2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from effadam_hook.exchange.staging import Staging
 from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.session import node_buffers, node_memory
 from effadam_hook.session.node_buffers import NodeBuffers
+from effadam_hook.session.node_log import describe_exchange
 from effadam_hook.session.node_memory import TICKET_BYTES, open_ticket
 from effadam_hook.wire.layout import BucketLayout, Slot, lay_out_bucket
 from effadam_hook.wire.node_layout import NodeLayout, lay_out_node
@@ -198,9 +200,9 @@ def test_all_ranks_send_shares_if_one_of_them_cannot_map_the_others(
 
 
 def test_memory_is_mapped_by_its_ticket_and_by_no_other() -> None:
-    memory = node_memory.share(100)
-    if memory is None:
+    if not hasattr(os, "memfd_create"):
         pytest.skip("this system has no memfd")
+    memory = node_memory.share(100)
     memory.bytes[:] = 7
     mapped = open_ticket(memory.ticket)
     assert mapped is not None and mapped.tolist() == [7] * 100
@@ -214,13 +216,35 @@ def test_memory_is_mapped_by_its_ticket_and_by_no_other() -> None:
     assert mapped[1] == 7  # what is mapped remains
 
 
-def test_memory_that_nobody_maps_does_not_use_up_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_memory, "_MOST_FILES", 2)
-    kept = [node_memory.share(1) for _ in range(4)]
-    assert [one is not None for one in kept] == [True, True, False, False]
-    kept.clear()
-    gc.collect()
-    assert node_memory.share(1) is not None
+def test_more_buckets_than_files_share_memory_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(node_memory, "_MOST_FILES", 4)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    layouts = lay_out_node(layout_of((100, 7), 2, 3), 3)
+    buckets = [node_of(layouts) for _ in range(3)]  # 9 files
+    found = []
+    for _ in range(8):
+        for node in buckets:
+            gradients = list(torch.randint(-99, 99, (3, 107)).float())
+            average(gradients, node)
+            mean = sum(gradients) / 3
+            for buffers in node:
+                runs = buffers.layout.runs
+                places = torch.cat([torch.arange(r.start, r.start + r.numel) for r in runs])
+                assert torch.equal(buffers.mean, mean[places])
+        found.append(describe_exchange([one for node in buckets for one in node]))
+    assert found[0] == "" and found[-1] == "through shared memory"
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_a_system_without_such_memory_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    node = node_of(lay_out_node(layout_of((100, 7), 2, 2), 2))
+    for _ in range(3):
+        average(list(torch.ones(2, 107)), node)
+    found = describe_exchange(node)
+    assert found.startswith("by collectives: this system has no memory to share: ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

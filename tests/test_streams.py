@@ -24,6 +24,8 @@ from effadam_hook import EffAdamError, attach
 from effadam_hook.config import Config
 from effadam_hook.errors import UnsupportedBackendError
 from effadam_hook.exchange import dense
+from effadam_hook.exchange import gloo as gloo_module
+from effadam_hook.exchange import nccl as nccl_module
 from effadam_hook.exchange.collectives import wire_device
 from effadam_hook.exchange.dense import DenseExchange
 from effadam_hook.exchange.exchange import check_backend
@@ -107,7 +109,7 @@ def stand_in_for(device: Device, path: str) -> None:
 
         return collective
 
-    for module in (rank0, sharded, hierarchical, dense):
+    for module in (rank0, sharded, hierarchical, dense, gloo_module, nccl_module):
         for name in ACCESSES:
             if hasattr(module, name):
                 setattr(module, name, watched(name, getattr(module, name)))
@@ -328,6 +330,34 @@ def test_every_wait_is_needed_and_nothing_races_with_all_of_them(path: str, topo
 
 
 # Results
+
+
+def bounded(
+    rank: int, world_size: int, path: str, most: float
+) -> tuple[list[list[Tensor]], list[str]]:
+    """Train with a bound on the norm of the node's mean gradient, by a path of GPUs or on the host."""
+    os.environ["EFFADAM_KERNELS"] = "reference"
+    device = Device()
+    if path:
+        stand_in_for(device, path)
+    model = Model(device, rank, world_size, "hierarchical")
+    model.session.mode.max_grad_norm = most
+    weights = [model.step(step) for step in range(4)]
+    model.session.connection.close()
+    return weights, device.races
+
+
+def test_a_bound_on_the_nodes_mean_has_the_bits_of_the_host_and_no_races() -> None:
+    expected = run_ranks(bounded, 4, "", 1.0)
+    free = run_ranks(bounded, 4, "", 1e6)
+    assert not torch.equal(expected[0][0][-1][0], free[0][0][-1][0])
+    for path in ("nccl", "staged"):
+        for (weights, races), (wanted, _) in zip(
+            run_ranks(bounded, 4, path, 1.0), expected, strict=True
+        ):
+            assert races == []
+            for step, (got, want) in enumerate(zip(weights, wanted, strict=True)):
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), step
 
 
 def staged_as_on_the_host(

@@ -17,6 +17,7 @@ from effadam_hook import DisagreementError, EfficientAdam, EfficientAdamState, a
 from effadam_hook.config.options import DEFAULTS
 from effadam_hook.exchange.node_description import HOST_VARIABLE
 from effadam_hook.exchange.topology import NodeTable, choose_topology
+from effadam_hook.session import node_buffers
 from harness import run_ranks
 from training import ChosenGradients, ddp, gradients_of
 
@@ -149,6 +150,28 @@ def test_summary_and_log_say_the_choice_and_its_reason(
     for rank, (said, lines) in enumerate(results):
         assert summary in said
         assert [one.startswith(line) for one in lines] == [True] * (rank == 0)
+
+
+def exchange_inside(rank: int, world_size: int, can_map: bool) -> tuple[str, list[str]]:
+    pretend(rank, TWO_BY_TWO)
+    logged = Logged()
+    if not can_map and rank == 3:  # as in a container of its own
+        node_buffers.open_ticket = lambda ticket: None
+    model = ddp(ChosenGradients())
+    state = attach(model, quantizer="lloyd4")
+    for step in range(5):
+        gradients_of(model, rank, step)
+    return state.summary(), [line for line in logged.lines if "exchange gradients" in line]
+
+
+def test_summary_and_log_say_how_the_ranks_of_a_node_exchange() -> None:
+    shared = "exchange gradients through shared memory"
+    sent = "exchange gradients by collectives: a rank of the node cannot map the memory of another"
+    for can_map in (True, False):
+        for rank, (said, lines) in enumerate(run_ranks(exchange_inside, 4, can_map)):
+            found = shared if can_map or rank in TWO_BY_TWO[0] else sent
+            assert f"in a node    {found.removeprefix('exchange gradients ')}" in said
+            assert [found in line for line in lines] == [True] * (rank < 2)
 
 
 FLAT_ON_NODES = (

@@ -591,7 +591,7 @@ def test_ranks_whose_optimizers_differ_raise_everywhere(
 
 def test_the_optimizer_has_no_public_methods_for_the_hook() -> None:
     own = {name for name in vars(EfficientAdam) if not name.startswith("_")}
-    assert own == {"load_state_dict", "one_bit_adam", "paper", "step"}
+    assert own == {"load_state_dict", "one_bit_adam", "paper", "state_dict", "step"}
 
 
 def test_moments_are_freed_with_the_optimizer() -> None:

@@ -32,6 +32,7 @@ from effadam_hook.exchange.streams import new_future
 from effadam_hook.exchange.timing import slowest
 from effadam_hook.session.card import CardAdvice
 from effadam_hook.session.clock import Clock
+from effadam_hook.session.node_log import NodeLog
 from effadam_hook.session.session import ExchangeSession
 
 __all__ = ["Engine"]
@@ -70,6 +71,7 @@ class Engine:
         self._compressing = False
         self._accumulation = AccumulationCheck()
         self._card_advice = CardAdvice()
+        self._node_log = NodeLog()
 
     def agree(self, device: torch.device) -> None:
         """Compare options, versions and model with the other ranks; a collective operation.
@@ -216,6 +218,7 @@ class Engine:
             if self._compressing:
                 session.restore_unused()
                 self._card_advice.log_once(session)
+                self._node_log.log_once(session)
             session.mode.end_backward()
         except Exception as error:
             stopped = error is raised or session.connection.is_stopped

@@ -10,6 +10,7 @@ from effadam_hook._version import __version__
 from effadam_hook.ddp.engine import Engine
 from effadam_hook.kernels import describe
 from effadam_hook.session.card import describe_card
+from effadam_hook.session.node_log import describe_inside
 from effadam_hook.wire.counters import human_bytes
 
 __all__ = ["describe_briefly", "stats_of", "summarize"]
@@ -95,6 +96,8 @@ def _options(engine: Engine) -> list[tuple[str, str]]:
         ("feedback", "both sides" if config.error_feedback else "none"),
         ("topology", session.connection.choice.describe()),
     ]
+    if inside := describe_inside(session):
+        lines.append(("in a node", inside))
     if engine.auto_compress is not None:
         lines.append(("auto", engine.auto_compress.outcome))
     lines.append(("kernels", _kernels(engine)))

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from effadam_hook.exchange.node_bound import NodeBound
 from effadam_hook.exchange.streams import Event
 
 __all__ = ["BucketJob", "NodeTransfer"]
@@ -25,6 +26,8 @@ class NodeTransfer(Protocol):
     """``[ranks of the node * share bytes]`` uint8: this rank's share of every local rank's bucket."""
     received_sizes: list[int]
     """Bytes of this rank's share, once for each local rank."""
+    is_shared: bool
+    """Whether the ranks read from one another's memory, so that they only meet."""
 
 
 class BucketJob(Protocol):
@@ -41,6 +44,8 @@ class BucketJob(Protocol):
     """``[numel]``: DDP's buffer."""
     ready: Event | None
     """Point of the device at which :attr:`bucket` is filled; None where the host fills it."""
+    bound: NodeBound | None
+    """Bound on the norm of the node's mean gradient in this step; None without one."""
     uplink: Tensor
     """``[servers of this rank's share, stride_bytes]`` uint8: the payload that this rank sends."""
     received: Tensor
@@ -49,8 +54,11 @@ class BucketJob(Protocol):
     """``[copies, stride_bytes]`` uint8: the chunk that this server sends."""
     downlink: Tensor
     """``[servers, stride_bytes]`` uint8: the payload that the servers send."""
-    served: Tensor
-    """``[servers of this rank's share, stride_bytes]`` uint8: a part of :attr:`downlink`, or all."""
+
+    @property
+    def served(self) -> Tensor:
+        """Return a part of :attr:`downlink`, or all of it: the chunks of this rank's share."""
+        ...
 
     @property
     def node(self) -> NodeTransfer | None:
@@ -73,6 +81,10 @@ class BucketJob(Protocol):
 
     def average(self) -> None:
         """Average what :attr:`node` has received into :attr:`values`."""
+        ...
+
+    def collect(self) -> None:
+        """Copy the chunks of all local ranks into :attr:`downlink`, where memory is shared."""
         ...
 
     def encode(self) -> None:

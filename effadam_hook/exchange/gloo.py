@@ -29,9 +29,10 @@ import torch.distributed as dist
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.bucket_job import BucketJob
-from effadam_hook.exchange.collectives import abandon
+from effadam_hook.exchange.collectives import abandon, all_reduce
 from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.groups import make_gloo_groups
+from effadam_hook.exchange.node_bound import NodeBound
 from effadam_hook.exchange.staging import Staging
 from effadam_hook.exchange.topology import Topology
 from effadam_hook.exchange.watchdog.inflight import Hold, InflightBucket
@@ -103,6 +104,31 @@ class GlooExchange:
         stage = self._stages[number]
         inflight.wait()  # [3] [6] for the collective of the stage before
         with self.staging.stage(number, job):
+            if stage.prepare is not None:
+                inflight.phase = stage.phase
+                _run_arithmetic(stage.prepare, job)
+            if stage.averages_first and job.bound is not None:
+                if job.bound.hold(job.values, partial(self._finish, number, inflight, job)):
+                    self._bound(number, inflight, job.bound)
+                return
+        self._finish(number, inflight, job)
+
+    def _bound(self, number: int, inflight: InflightBucket, bound: NodeBound) -> None:
+        """Bound the norm of the node's mean gradient, whose last bucket has been averaged."""
+        inflight.phase = "norm of the node's gradient"
+        square = bound.square()
+        with self.staging.on_host(square) as total:
+            # The group of the stage before: its thread has started all collectives of this step, and
+            # starts those of the next one after the end of this one.
+            inflight.work = all_reduce(total, self._groups[number - 1].group)
+            inflight.wait()
+        bound.scale(square)
+        bound.proceed()
+
+    def _finish(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
+        """Run the arithmetic of a stage, and start its collective."""
+        stage = self._stages[number]
+        with self.staging.stage(number, job):
             self._compute(number, inflight, job)
         if stage.start is None:
             return
@@ -113,9 +139,6 @@ class GlooExchange:
     def _compute(self, number: int, inflight: InflightBucket, job: BucketJob) -> None:
         """Run the arithmetic of a stage, and complete the bucket after the last one."""
         stage = self._stages[number]
-        if stage.prepare is not None:
-            inflight.phase = stage.phase
-            _run_arithmetic(stage.prepare, job)
         if stage.averages_first and job.averages_first:
             inflight.phase = "dense average"
             with self.staging.on_host(job.values) as values:

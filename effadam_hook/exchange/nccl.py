@@ -9,9 +9,12 @@ collective only orders streams: the host continues at once, and the device is ne
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.distributed as dist
 
 from effadam_hook.exchange.bucket_job import BucketJob
+from effadam_hook.exchange.collectives import all_reduce
 from effadam_hook.exchange.dense import start_average
 from effadam_hook.exchange.groups import make_stage_groups
 from effadam_hook.exchange.staging import Staging
@@ -50,16 +53,38 @@ class NcclExchange:
         with self._streams.on(self._stream):
             # The allocator must not hand the bucket out again while this stream reads it.
             self._streams.keep(job.bucket, self._stream)
-            for stage, group in zip(self._stages, self._groups, strict=True):
-                if stage.prepare is not None:
-                    stage.prepare(job)
-                if stage.averages_first and job.averages_first:
-                    _order(start_average(job.values, group))
-                if stage.compute is not None:
-                    stage.compute(job)
-                if stage.start is not None:
-                    _order(stage.start(job, group))
-            inflight.succeed()
+            self._run(0, job, inflight)
+
+    def _run(self, first: int, job: BucketJob, inflight: InflightBucket) -> None:
+        """Issue the stages from one on, or up to the bound that needs the other buckets."""
+        for number in range(first, len(self._stages)):
+            stage = self._stages[number]
+            if stage.prepare is not None:
+                stage.prepare(job)
+            if stage.averages_first and job.bound is not None:
+                if job.bound.hold(job.values, partial(self._finish, number, job, inflight)):
+                    square = job.bound.square()
+                    _order(all_reduce(square, self._groups[number - 1]))
+                    job.bound.scale(square)
+                    job.bound.proceed()
+                return
+            self._issue(number, job)
+        inflight.succeed()
+
+    def _finish(self, number: int, job: BucketJob, inflight: InflightBucket) -> None:
+        """Issue the rest of a held bucket."""
+        self._issue(number, job)
+        self._run(number + 1, job, inflight)
+
+    def _issue(self, number: int, job: BucketJob) -> None:
+        """Issue the arithmetic of a stage and its collective."""
+        stage, group = self._stages[number], self._groups[number]
+        if stage.averages_first and job.averages_first:
+            _order(start_average(job.values, group))
+        if stage.compute is not None:
+            stage.compute(job)
+        if stage.start is not None:
+            _order(stage.start(job, group))
 
     def settle(self) -> None:
         """Order this thread's stream, see :class:`effadam_hook.exchange.exchange.Exchange`."""

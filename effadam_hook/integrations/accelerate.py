@@ -99,7 +99,7 @@ def attach_to_prepared(
         EffAdamError: If the model is not wrapped in DDP.
     """
     try:
-        return attach(model, optimizer=optimizer, grad_scaler=scaler, **options)
+        state = attach(model, optimizer=optimizer, grad_scaler=scaler, **options)
     except TypeError as error:
         if not str(error).startswith("Invalid ddp_model"):
             raise
@@ -107,6 +107,8 @@ def attach_to_prepared(
             f"{error} Accelerate wraps a prepared model in DDP on several processes, except with "
             "DeepSpeed, FSDP, tensor parallelism or a launcher that it does not know."
         ) from error
+    state.session.mode.expect_saving()
+    return state
 
 
 def restore_or_warn(state: EfficientAdamState | None, saved: Mapping[str, Any]) -> None:

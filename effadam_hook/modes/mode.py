@@ -178,6 +178,9 @@ class Mode:
         """Return a digest of the optimizer's steps, which must be equal on all ranks."""
         return 0
 
+    def expect_saving(self) -> None:
+        """Expect a plugin to save the state of the hook in every checkpoint, and do not warn."""
+
     def save(self) -> dict[str, dict[str, Any]]:
         """Return the state of this rank besides the residuals, for a checkpoint.
 

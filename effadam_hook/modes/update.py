@@ -147,6 +147,10 @@ class UpdateMode(Mode):
         ]
         return _digest([int(state.get("step", 0)) for state in states])
 
+    def expect_saving(self) -> None:
+        """Save the optimizer without a warning that the state of the hook is missing."""
+        self._recursion.is_saved_by_hook = True
+
     def save(self) -> dict[str, dict[str, Any]]:
         """Return this rank's moments and step counts."""
         return self._recursion.save_moments()

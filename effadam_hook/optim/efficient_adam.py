@@ -62,9 +62,10 @@ class EfficientAdam(Optimizer):
         refresh_every: With ``"shared"``: number of steps from one uncompressed average of the gradient
             to the next. With ``"frozen"``: number of steps in which a parameter that the warm-up did
             not use estimates its second moment.
-        max_grad_norm: Bound on the 2-norm of each worker's gradient over all parameters. It delays the
-            exchange until the end of backward, as no bucket can be sent before the norm is known. In
-            dense steps it bounds the mean gradient.
+        max_grad_norm: Bound on the 2-norm of each worker's gradient over all parameters; of each node's
+            mean gradient with topology "hierarchical". It delays the exchange until the end of
+            backward, as no bucket can be sent before the norm is known. In dense steps it bounds the
+            mean gradient.
         schedule: Replaces ``lr`` and β2 by step, see :mod:`effadam_hook.optim.schedules`.
 
     Attributes:
@@ -200,6 +201,19 @@ class EfficientAdam(Optimizer):
             )
         self.recursion.step()
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of this rank's optimizer.
+
+        Moments differ between ranks, and with topology "hierarchical" those of a share are not enough
+        to continue. The state of the hook has the moments of all ranks.
+
+        Warns:
+            UserWarning: If the moments are those of a share, and the state of the hook has not been
+                saved since the last step.
+        """
+        self.recursion.warn_of_share()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of an EfficientAdam, or of torch's Adam or AdamW with its moments.

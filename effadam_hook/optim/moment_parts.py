@@ -9,12 +9,14 @@ whole, and the next compressed step reduces them to the share again::
     1-D, with "start" ◄───────────── place ────────────────────  in the parameter's shape
 
 The optimizer's ``state_dict()`` is that of one rank, and has the moments of one share if it is saved
-between compressed steps. On a rank with another share it is an error to continue from it alone.
+between compressed steps: it warns unless the state of the hook, which has all of them, has been saved
+after the same step. On a rank with another share it is an error to continue from it alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.feedback.parameters import shaped_view
 from effadam_hook.wire.node_shares import NodeShare
 
-__all__ = ["place", "widen"]
+__all__ = ["place", "warn_of_share", "widen"]
 
 
 def place(
@@ -55,6 +57,24 @@ def place(
         state.pop("start", None)
     else:
         state["start"] = first
+
+
+def warn_of_share(states: Iterable[Mapping[str, Any]], share: NodeShare | None) -> None:
+    """Warn if a saved optimizer state has the moments of a share only.
+
+    Args:
+        states: The states of the parameters.
+        share: This rank's share of the parameters; None for all of them.
+    """
+    if share is not None and any("start" in state for state in states):
+        warnings.warn(
+            "The state_dict() of this EfficientAdam has the moments of one rank's share, "
+            f'1/{share.shares} of them: topology="hierarchical" divides moments among the ranks of a '
+            "node. Save the state of the hook with it: call full_state_dict() on all ranks before "
+            "state_dict() of the optimizer, as in docs/checkpoints.md. Training cannot continue "
+            "from this state alone.",
+            stacklevel=4,
+        )
 
 
 def widen(state: dict[str, Any], parameter: Tensor, name: str, share: NodeShare | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from effadam_hook.errors import EffAdamError
 from effadam_hook.optim import moment_states
 from effadam_hook.optim.matching import MatchedStep, Matching
-from effadam_hook.optim.moment_parts import place, widen
+from effadam_hook.optim.moment_parts import place, warn_of_share, widen
 from effadam_hook.optim.pending import MomentStep, PendingStep
 from effadam_hook.optim.second_moment import SecondMomentRule
 from effadam_hook.wire.node_shares import NodeShare
@@ -45,6 +45,7 @@ class AdamRecursion:
         pending: Results of the exchange for the next step.
         generation: Number of times that a loaded state has replaced the moments.
         share: This rank's share of the parameters, whose moments it advances; None for all of them.
+        is_saved_by_hook: Whether a plugin saves the state of the hook in every checkpoint.
         matching: The correction of the steps; None without.
     """
 
@@ -56,6 +57,8 @@ class AdamRecursion:
         self.pending = PendingStep()
         self.generation = 0
         self.share: NodeShare | None = None
+        self.is_saved_by_hook = False
+        self._saved_at: tuple[int, int] | None = None
         self.matching: Matching | None = None
 
     @property
@@ -139,9 +142,19 @@ class AdamRecursion:
         Returns:
             By parameter name: copies of the moments ``[numel]``, and plain numbers.
         """
+        self._saved_at = self._stage()
         states = self._optimizer.state
         named = (self.names or {}).items()
         return {name: moment_states.save(states[p]) for p, name in named if p in states}
+
+    def warn_of_share(self) -> None:
+        """Warn if moments of a share are saved without the state of the hook; see the optimizer."""
+        if not self.is_saved_by_hook and self._saved_at != self._stage():
+            warn_of_share(self._optimizer.state.values(), self.share)
+
+    def _stage(self) -> tuple[int, int]:
+        """Return numbers that change with every step and every loaded state."""
+        return self.generation, sum(s.get("step", 0) for s in self._optimizer.state.values())
 
     def load_moments(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace all moments and step counts by what :meth:`save_moments` returned.

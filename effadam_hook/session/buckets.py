@@ -144,7 +144,13 @@ def _make(
     if topology.shares > 1:
         layouts = lay_out_node(layout, topology.shares)
         node = NodeBuffers(
-            layouts, topology.share, flat.dtype, compute_dtype(flat.dtype), flat.device, staging
+            layouts,
+            topology.share,
+            flat.dtype,
+            compute_dtype(flat.dtype),
+            flat.device,
+            staging,
+            (topology.servers // topology.shares, layout.downlink.stride_bytes),
         )
         runs = node.layout.runs
     return BucketBuffers(

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effadam_hook.exchange.node_bound import NodeBound
 from effadam_hook.exchange.replica_check import ReplicaCheck
 from effadam_hook.exchange.staging import Staging
 from effadam_hook.exchange.streams import Event
@@ -82,6 +83,7 @@ class BucketBuffers:
         self._parameters = list(parameters)
         self.bucket = torch.empty(0, dtype=dtype, device=device)
         self.ready: Event | None = None
+        self.bound: NodeBound | None = None
         precise = compute_dtype(dtype)
 
         def payload(rows: int, stride_bytes: int) -> Tensor:
@@ -91,14 +93,12 @@ class BucketBuffers:
         self.node = node
         self._runs = runs
         self._sent_wire = up if node is None else node.layout.uplink
-        servers = len(self._sent_wire.chunks)
-        self.uplink = payload(servers, up.stride_bytes)
+        self.uplink = payload(len(self._sent_wire.chunks), up.stride_bytes)
         rows = len(topology.worker_ranks) if self._server is not None else 0
         self.received = payload(rows, up.stride_bytes)
         self.downlink = payload(topology.servers, down.stride_bytes)
-        self.served = self.downlink if self.node is None else payload(servers, down.stride_bytes)
         outgoing = topology.outgoing(self.served)
-        self.outgoing = outgoing if outgoing is self.served else staging.adopt(outgoing)
+        self.outgoing = outgoing if outgoing is self.downlink else staging.adopt(outgoing)
         # The kernels' side of each: the same tensors without staging.
         self._uplink, self._received = staging.twin(self.uplink), staging.twin(self.received)
         self._outgoing, self._downlink = staging.twin(self.outgoing[0]), staging.twin(self.downlink)
@@ -163,7 +163,7 @@ class BucketBuffers:
             is_joining: Whether some ranks may make no optimizer steps, which are not compared then.
             in_backward: Whether :meth:`restore_unused` is called after the step.
         """
-        self.bucket = bucket
+        self.bucket, self.bound = bucket, None
         self._content.begin()
         progress = 0 if is_joining else self._content.progress
         for check in self._checks:
@@ -234,6 +234,16 @@ class BucketBuffers:
         """Average what the ranks of this node have sent."""
         assert self.node is not None
         self.node.average()
+
+    @property
+    def served(self) -> Tensor:
+        """Return the chunks of this rank's share."""
+        return self.downlink if self.node is None else self.node.served
+
+    def collect(self) -> None:
+        """Copy the chunks of the ranks of this node into the payload."""
+        assert self.node is not None
+        self.node.collect(self.downlink)
 
     def encode(self) -> None:
         """Encode the content and the worker residual into the uplink payload."""

@@ -1,6 +1,6 @@
 """The buffers of one bucket inside a node: packed shares, the local ranks' parts, their mean.
 
-On a CPU the ranks of a node read the shares from one another's memory, see
+On a CPU the ranks of a node read shares and payload chunks from one another's memory, see
 :mod:`effadam_hook.session.node_memory`, and only meet over Gloo. They find out in the first two
 exchanges of a bucket, in which shares are sent::
 
@@ -8,12 +8,17 @@ exchanges of a bucket, in which shares are sent::
     second    shares, and whether this rank has mapped the memory of all others
     others    one byte, if all ranks have mapped all memory; else shares
 
+A rank with too many open files has no ticket. All ranks of the node then repeat the first exchange in
+the next step, when other buckets have closed theirs.
+
 A rank packs a bucket again only after the exchange, which ends after all ranks of the node have
-averaged: they contribute to its last stage.
+averaged: they contribute to its last stage. It receives a payload again only after they have packed
+once more, and thus have copied its last payload.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Sequence
 
@@ -30,6 +35,9 @@ __all__ = ["NodeBuffers"]
 _ALIGN_BYTES = 64
 _NOTE_BYTES = 64
 """Bytes after each share, for a ticket or an answer."""
+_LATER_AT = TICKET_BYTES
+"""The byte of a note that a rank sets if it has too many open files for a ticket."""
+_OFFER, _ANSWER, _OVER = range(3)
 
 
 class NodeBuffers:
@@ -42,15 +50,18 @@ class NodeBuffers:
         precise: The arithmetic's dtype.
         device: The bucket's device.
         staging: The memory of the collectives, where that is not shared.
+        served_shape: Chunks of the share in the downlink payload, and their bytes.
 
     Attributes:
         layout: This rank's share.
         mean: ``[share numel]``, the node's mean of it.
+        served: See :class:`~effadam_hook.exchange.bucket_job.BucketJob`.
         packed_bytes: See :class:`~effadam_hook.exchange.bucket_job.NodeTransfer`.
         packed_sizes: Likewise.
         received_bytes: Likewise.
         received_sizes: Likewise.
         is_shared: Whether the ranks read from one another's memory.
+        refusal: Why they do not, for messages; empty while that is open.
     """
 
     def __init__(
@@ -61,49 +72,46 @@ class NodeBuffers:
         precise: torch.dtype,
         device: torch.device,
         staging: Staging,
+        served_shape: tuple[int, int] = (0, 0),
     ) -> None:
-        self.layout, self.is_shared = layouts[own], False
+        self.layout, self.is_shared, self.refusal = layouts[own], False, ""
         self.mean = torch.zeros(self.layout.numel, dtype=precise, device=device)
         self._own, self._dtype = own, dtype
         self._ranks = range(len(layouts))
         self._others = [rank for rank in self._ranks if rank != own]
         self._share_bytes = [layout.numel * dtype.itemsize for layout in layouts]
+        self._served_shape = served_shape
         self.packed_sizes = self._sizes(own)
         room = _room(self._share_bytes[own])
         self.received_sizes = [0 if rank == own else room for rank in self._ranks]
         self._staging = staging
-        self._memory: SharedMemory | None = None
-        if staging.computes_on_host:
-            self._memory = share(sum(self.packed_sizes))
-        if self._memory is None:
-            size = (sum(self.packed_sizes),)
-            self.packed_bytes = staging.zeros(size, torch.uint8, device)
-        else:
-            self.packed_bytes = self._memory.bytes
-        size = (sum(self.received_sizes),)
-        self.received_bytes = staging.zeros(size, torch.uint8, device)
-        # The kernels' side of both: the same tensors without staging.
-        self._packed = staging.twin(self.packed_bytes)
-        self._received = staging.twin(self.received_bytes)
-        rows = torch.split(self._received, self.received_sizes)
-        self._notes = [rows[rank][-_NOTE_BYTES:] for rank in self._others]
-        parts = torch.split(self._packed, self.packed_sizes)
-        self._own_notes = [parts[rank][-_NOTE_BYTES:] for rank in self._others]
-        self._parts = [self._values(parts[rank], self._share_bytes[rank]) for rank in self._others]
-        self._sources = [self._values(rows[rank], self._share_bytes[own]) for rank in self._ranks]
-        self._mapped: list[Tensor | None] = []
-        self._exchanges = 0
-        if self._memory is not None:
-            self._note(self._memory.ticket)
         self._runs = [layouts[rank].runs for rank in self._others]
         self._address = -1
         self._views: list[tuple[Tensor, Tensor]] = []
         self._own_views: list[Tensor] = []
+        self.received_bytes = staging.zeros((sum(self.received_sizes),), torch.uint8, device)
+        # The kernels' side: the same tensor without staging.
+        self._received = staging.twin(self.received_bytes)
+        rows = torch.split(self._received, self.received_sizes)
+        self._notes = [rows[rank][-_NOTE_BYTES:] for rank in self._others]
+        self._sources = [self._values(rows[rank], self._share_bytes[own]) for rank in self._ranks]
+        self._chunks: list[tuple[int, Tensor]] = []
         # Halved beforehand, as often as needed, a sum of finite values does not overflow. Powers of two
         # are exact, so that the mean is that of a sum divided by the number of ranks.
         self._scale = 2.0 ** -math.ceil(math.log2(len(layouts)))
         # Values of fewer bits would leave their range.
         self._packed_scale = self._scale if dtype == precise else 1.0
+        self._use(
+            staging.zeros((sum(self.packed_sizes),), torch.uint8, device),
+            staging.zeros(served_shape, torch.uint8, device),
+        )
+        self._memory: SharedMemory | None = None
+        self._mapped: list[Tensor | None] = []
+        self._turn = _OFFER
+        if staging.computes_on_host:
+            self._offer()
+        else:
+            self._turn, self.refusal = _OVER, "the gradients are on a GPU"
 
     def _sizes(self, rank: int) -> list[int]:
         """Return the bytes that a local rank packs for each of the local ranks, with their notes."""
@@ -112,12 +120,23 @@ class NodeBuffers:
     def _values(self, data: Tensor, size: int) -> Tensor:
         return data[:size].view(self._dtype)
 
+    def _use(self, packed_bytes: Tensor, served: Tensor) -> None:
+        """Pack into a buffer, and receive the chunks of the share into another one."""
+        self.packed_bytes, self.served = packed_bytes, served
+        self._packed = self._staging.twin(packed_bytes)
+        parts = torch.split(self._packed, self.packed_sizes)
+        self._own_notes = [parts[rank][-_NOTE_BYTES:] for rank in self._others]
+        self._parts = [self._values(parts[rank], self._share_bytes[rank]) for rank in self._others]
+        self._address = -1
+
     def pack(self, bucket: Tensor) -> None:
         """Copy the shares of the other ranks of the node, one after the other.
 
         Args:
             bucket: ``[numel]``; it must not change before :meth:`average`.
         """
+        if self._turn == _OFFER and self._memory is None and not self.refusal:
+            self._offer()  # again
         # The views keep the buffer, so that no other can come to lie at its address.
         if bucket.data_ptr() != self._address:
             self._address = bucket.data_ptr()
@@ -151,11 +170,22 @@ class NodeBuffers:
                 self.mean.add_(self._sources[rank], alpha=scale)
         if ranks * self._scale != 1:
             self.mean.div_(ranks * self._scale)
-        self._exchanges += 1
-        if self._exchanges == 1:
+        if self._turn == _OFFER:
             self._map()
-        elif self._exchanges == 2:
+        elif self._turn == _ANSWER:
             self._settle()
+
+    def collect(self, downlink: Tensor) -> None:
+        """Copy the chunks of all local ranks from their memory into the payload, if it is shared.
+
+        Args:
+            downlink: ``[servers, stride_bytes]``, the payload.
+        """
+        if self.is_shared:
+            rows = downlink.view(len(self._ranks), -1)
+            rows[self._own] = self.served.view(-1)
+            for rank, chunks in self._chunks:
+                rows[rank] = chunks
 
     def _add_own(self, others: Tensor) -> None:
         """Write the sum of other ranks and of this rank's bucket to the mean."""
@@ -164,30 +194,54 @@ class NodeBuffers:
             torch.add(others[place], own, alpha=self._scale, out=self.mean[place])
 
     def _note(self, note: bytes) -> None:
+        padded = torch.tensor(list(note.ljust(_NOTE_BYTES, b"\0")), dtype=torch.uint8)
         for own in self._own_notes:
-            own[: len(note)] = torch.tensor(list(note), dtype=torch.uint8)
+            own.copy_(padded)
+
+    def _offer(self) -> None:
+        """Make memory, and note its ticket for the other ranks of the node."""
+        packed_numel = sum(self.packed_sizes)
+        try:
+            self._memory = share(packed_numel + math.prod(self._served_shape))
+        except OSError as error:
+            is_full = error.errno == errno.EMFILE
+            if not is_full:
+                self.refusal = f"this system has no memory to share: {error.strerror}"
+            self._note(bytes(_LATER_AT) + bytes([is_full]))
+            return
+        data = self._memory.bytes
+        self._use(data[:packed_numel], data[packed_numel:].view(self._served_shape))
+        self._note(self._memory.ticket)
 
     def _map(self) -> None:
         """Map the memory of the other ranks, and note the success for them."""
-        if not self._staging.computes_on_host:
+        if any(bool(note[_LATER_AT]) for note in (*self._notes, *self._own_notes)):
+            if self._memory is not None:  # its file may be the one that another bucket needs
+                self._memory.seal()
+                self._memory = None
             return
         self._mapped = [open_ticket(bytes(note[:TICKET_BYTES].tolist())) for note in self._notes]
         has_all = self._memory is not None and all(one is not None for one in self._mapped)
         self._note(bytes([has_all]))
+        self._turn = _ANSWER
 
     def _settle(self) -> None:
         """Read from the memory of the other ranks from now on, if all ranks can."""
-        if not self._staging.computes_on_host:
-            return
+        self._turn = _OVER
         if self._memory is not None:
             self._memory.seal()
         mapped, self._mapped = self._mapped, []
         if not all(bool(note[0]) for note in (*self._notes, *self._own_notes)):
+            self.refusal = self.refusal or (
+                "a rank of the node cannot map the memory of another one, as between containers"
+            )
             return
         for rank, memory in zip(self._others, mapped, strict=True):
             assert memory is not None
-            part = torch.split(memory, self._sizes(rank))[self._own]
-            self._sources[rank] = self._values(part, self._share_bytes[self._own])
+            sizes = self._sizes(rank)
+            part = torch.split(memory, [*sizes, math.prod(self._served_shape)])
+            self._sources[rank] = self._values(part[self._own], self._share_bytes[self._own])
+            self._chunks.append((rank, part[-1]))
         self._sources[self._own] = self.mean[:0]
         self._notes.clear()
         self.packed_sizes = self.received_sizes = [1] * len(self._ranks)

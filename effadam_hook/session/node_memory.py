@@ -3,12 +3,13 @@
 A rank packs its gradients into anonymous memory of the kernel (a memfd) and sends a *ticket*; the other
 ranks of the node map the same memory. It has no name in a file system, counts against no limit of
 ``/dev/shm``, and vanishes with its last process. Where it cannot be mapped, as between containers or on
-systems other than Linux, gradients travel over Gloo.
+systems other than Linux, gradients travel over Gloo. Files are open only until all ranks have mapped
+them, so that a model may have more buckets than a process may have files.
 """
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
 import secrets
 import struct
@@ -24,7 +25,7 @@ TICKET_BYTES = _TICKET.size
 _HEADER_BYTES, _TOKEN_BYTES = 64, 16
 _NAME = "effadam"
 _MOST_FILES = 256
-"""File descriptors that may be open at once, until the other ranks have mapped their memory."""
+"""File descriptors that may be open at once, of memory that the other ranks have not mapped yet."""
 _open_files: set[int] = set()
 
 
@@ -45,28 +46,28 @@ class SharedMemory:
         self.seal = weakref.finalize(self, _close, file)
         length = _HEADER_BYTES + numel
         os.ftruncate(file, length)
-        mapped = mmap.mmap(file, length)
+        mapped = _map(f"/proc/self/fd/{file}", length)
         token = secrets.token_bytes(_TOKEN_BYTES)
-        mapped[:_TOKEN_BYTES] = token
-        self.bytes = torch.frombuffer(mapped, dtype=torch.uint8)[_HEADER_BYTES:]
+        mapped[:_TOKEN_BYTES] = torch.tensor(list(token), dtype=torch.uint8, device="cpu")
+        self.bytes = mapped[_HEADER_BYTES:]
         self.ticket = _TICKET.pack(os.getpid(), file, length, token)
 
 
-def share(numel: int) -> SharedMemory | None:
+def share(numel: int) -> SharedMemory:
     """Make memory for the other ranks of this node.
 
     Args:
         numel: Number of bytes.
 
-    Returns:
-        The memory; None if this system has none, or too many others have not been mapped yet.
+    Raises:
+        OSError: If this system has no such memory; with the number ``EMFILE`` if too many files are
+            open, which ends when other memory has been mapped.
     """
-    if not hasattr(os, "memfd_create") or len(_open_files) >= _MOST_FILES:
-        return None
-    try:
-        return SharedMemory(numel)
-    except OSError:
-        return None
+    if not hasattr(os, "memfd_create"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if len(_open_files) >= _MOST_FILES:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return SharedMemory(numel)
 
 
 def open_ticket(ticket: bytes) -> Tensor | None:
@@ -84,16 +85,22 @@ def open_ticket(ticket: bytes) -> Tensor | None:
     try:
         if not os.readlink(path).startswith(f"/memfd:{_NAME}"):  # noqa: PTH115
             return None
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            mapped = mmap.mmap(file, length)
-        finally:
-            os.close(file)
-    except (OSError, ValueError):
+        if os.stat(path).st_size != length:  # noqa: PTH116
+            return None
+        mapped = _map(path, length)
+    except OSError:
         return None
-    if mapped[:_TOKEN_BYTES] != token:
+    if bytes(mapped[:_TOKEN_BYTES].tolist()) != token:
         return None
-    return torch.frombuffer(mapped, dtype=torch.uint8)[_HEADER_BYTES:]
+    return mapped[_HEADER_BYTES:]
+
+
+def _map(path: str, length: int) -> Tensor:
+    """Map a file, which need not remain open; ``mmap.mmap`` would keep a descriptor of it open."""
+    try:
+        return torch.from_file(path, shared=True, size=length, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, str(error)) from error
 
 
 def _close(file: int) -> None:

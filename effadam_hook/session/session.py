@@ -27,6 +27,7 @@ from effadam_hook._version import PAYLOAD_VERSION, __version__
 from effadam_hook.config import Config
 from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.dense import DenseExchange
+from effadam_hook.exchange.node_bound import NodeBound
 from effadam_hook.exchange.streams import new_future
 from effadam_hook.exchange.topology import HIERARCHICAL, Topology
 from effadam_hook.exchange.watchdog.inflight import InflightBucket
@@ -243,18 +244,25 @@ class ExchangeSession:
             self.connection.watchdog.broke(inflight, error)
 
     def release(self) -> None:
-        """Submit the buckets that wait for the norm of the whole gradient, after the last bucket."""
+        """Submit the buckets that wait for the norm of the worker's gradient, after the last bucket."""
         if not self._waiting:
             return
-        assert self.mode.max_grad_norm is not None
-        flats = [buffers.bucket for buffers, _ in self._waiting]
-        norms = [
-            torch.linalg.vector_norm(bucket, dtype=compute_dtype(bucket.dtype)) for bucket in flats
-        ]
-        norm = torch.stack([norm.float() for norm in norms]).norm()
-        factor = (self.mode.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        most = self.mode.max_grad_norm
+        assert most is not None
+        if self.topology.shares > 1:  # the worker is the node
+            bound = NodeBound(most, len(self._waiting))
+            for buffers, _ in self._waiting:
+                buffers.bound = bound
+        else:
+            flats = [buffers.bucket for buffers, _ in self._waiting]
+            norms = [
+                torch.linalg.vector_norm(flat, dtype=compute_dtype(flat.dtype)) for flat in flats
+            ]
+            norm = torch.stack([norm.float() for norm in norms]).norm()
+            factor = (most / (norm + 1e-6)).clamp(max=1.0)
+            for flat in flats:
+                flat.mul_(factor.to(flat.dtype))
         for buffers, inflight in self._waiting:
-            buffers.bucket.mul_(factor.to(buffers.bucket.dtype))
             self._submit(buffers, inflight)
         self._waiting.clear()
 
