@@ -2,7 +2,7 @@
 
 The numbers are those of "What was measured" in docs/algorithm.md: final validation loss of the text
 example, 4 workers, mean of three seeds. Gradient mode was measured with the learning rate and momentum
-of dense DDP, update mode with its own.
+of dense DDP, update mode with local second moments and its own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def describe_quality(method: Method) -> str:
         size = "about as much as another seed"
     else:
         size = "more than the seed changes: a clear loss"
-    tuned = " It needs EfficientAdam, with its own learning rate and momentum." * (
+    tuned = " It needs EfficientAdam; measured with tuned rates and momentum." * (
         method.kind == "update"
     )
     return (

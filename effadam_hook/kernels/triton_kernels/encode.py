@@ -83,7 +83,8 @@ def encode_blocks(
     """
     if residual is not None:
         term = total
-        present = live if is_used is None else live & is_used
+        # Not `live & is_used`, which the interpreter of Triton 3.9 refuses as a mask.
+        present = live if is_used is None else tl.where(is_used, live, False)
         total = saturate(term + tl.load(residual + i, mask=present, other=0.0), term, real)
     value = total
     if divisor is not None:
@@ -118,7 +119,7 @@ def encode_blocks(
         sent = limit(sent * divisor, real)
     if residual is not None:
         if is_used is not None:
-            kept = kept & is_used
+            kept = tl.where(is_used, kept, False)
         tl.store(residual + i, total - sent, mask=kept)
 
 

@@ -22,6 +22,8 @@ def _mark(flag, values, rows, stride, count, WIDTH: tl.constexpr):
         while (found == 0) & (at < count):
             i = at + tl.arange(0, WIDTH)
             value = tl.load(values + row * stride + i, mask=i < count, other=0.0)
+            if value.dtype == tl.bfloat16:  # Triton 3.9's interpreter compares bits, of -0 too
+                value = value.to(tl.float32)
             found = tl.max((value != 0).to(tl.int32), axis=0)
             if found != 0:
                 tl.store(flag, 1)
