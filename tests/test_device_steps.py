@@ -41,7 +41,7 @@ def use(shapes: tuple[tuple[int, ...], ...], topology: str, **options: Any) -> N
         return [gradient * (step % 3 > 0) for gradient in gradients(rank, step)]
 
     bits.SHAPES = shapes
-    bits.attach = lambda model, **given: attach(model, **given, **options)
+    bits.attach = lambda model, **given: attach(model, **{**given, **options})
     bits._gradients = some
 
 

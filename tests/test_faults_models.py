@@ -262,6 +262,8 @@ def refuse_altered(rank: int, world_size: int) -> tuple[int, list[str]]:
     for saved in (own, box[0]):
         for path in paths(saved):
             for value in [*alterations(look_up(saved, path)), KeyError]:
+                if value is look_up(saved, path):  # an option that is None
+                    continue
                 tried += 1
                 try:
                     state.load_state_dict(altered(saved, path, value))

@@ -332,4 +332,4 @@ def save_before_steps(rank: int, world_size: int) -> dict[str, Any]:
 def test_topologies_that_differ_between_ranks_are_an_error_on_all() -> None:
     saved = run_ranks(save_before_steps, 2)[0]
     for said in run_ranks(load_on_one_rank, 2, saved):
-        assert "different topologies: rank 1 has 'rank0', and rank 0 'sharded'" in said
+        assert "different topologies or blocks: rank 1 has rank0 with blocks" in said

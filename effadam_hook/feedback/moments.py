@@ -201,8 +201,8 @@ def adopt_state(
         adopted["refreshed"] = step
     check_moments(name, adopted)
     if "signal" in adopted:
-        signal = torch.as_tensor(adopted["signal"])
-        adopted["signal"] = signal.to(parameter.device, torch.float64, copy=True)
+        signal, device = adopted["signal"], parameter.device
+        adopted["signal"] = torch.as_tensor(signal, dtype=torch.float64, device=device).clone()
     precise = compute_dtype(parameter.dtype)
     for key in MOMENTS:
         value = adopted[key]

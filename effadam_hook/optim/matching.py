@@ -121,7 +121,9 @@ class Matching:
     def _factors(self, steps: Sequence[MatchedStep]) -> Tensor:
         """Return the factors ``[steps]`` of steps on one device, in one dtype."""
         device, dtype = steps[0].update.device, steps[0].update.dtype
-        terms = torch.tensor([self._terms(step) for step in steps], dtype=torch.float64)
+        terms = torch.tensor(
+            [self._terms(step) for step in steps], dtype=torch.float64, device="cpu"
+        )
         scale, last, kept, added, noise, dense, weight = terms.to(device, non_blocking=True).T
         energy = self._energies(steps, scale.to(dtype))
         for step in steps:
@@ -176,7 +178,7 @@ class Matching:
         squares = samples.mul_(scale[:, None]).square_().nan_to_num_(0.0, _LARGEST)
         # Sums of integers have no order, which differs between numbers of threads and processors.
         total = squares.clamp_(max=_LARGEST).mul_(_UNIT).floor_().sum(1, dtype=torch.float64)
-        divisors = torch.tensor(counts, dtype=torch.float64).clamp_(min=1).mul_(_UNIT)
+        divisors = torch.tensor(counts, dtype=torch.float64, device="cpu").clamp_(min=1).mul_(_UNIT)
         return total.div_(divisors.to(scale.device, non_blocking=True)).clamp_(max=1.0)
 
     def _buffer(self, numel: int, like: Tensor) -> tuple[Tensor, Tensor]:

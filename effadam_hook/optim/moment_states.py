@@ -58,8 +58,8 @@ def load(state: dict[str, Any], parameter: Tensor, saved: Mapping[str, Any]) -> 
     moments = {key: state[key] for key in MOMENTS}
     state.update(saved)
     if "signal" in state:
-        signal = torch.as_tensor(state["signal"], dtype=torch.float64)
-        state["signal"] = signal.to(parameter.device, copy=True)
+        signal, device = state["signal"], parameter.device
+        state["signal"] = torch.as_tensor(signal, dtype=torch.float64, device=device).clone()
     if state["decay"] != 1:
         state.setdefault("refreshed", state["step"])
     for key, own in moments.items():

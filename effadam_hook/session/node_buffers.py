@@ -194,7 +194,7 @@ class NodeBuffers:
             torch.add(others[place], own, alpha=self._scale, out=self.mean[place])
 
     def _note(self, note: bytes) -> None:
-        padded = torch.tensor(list(note.ljust(_NOTE_BYTES, b"\0")), dtype=torch.uint8)
+        padded = torch.tensor(list(note.ljust(_NOTE_BYTES, b"\0")), dtype=torch.uint8, device="cpu")
         for own in self._own_notes:
             own.copy_(padded)
 
@@ -245,7 +245,9 @@ class NodeBuffers:
         self._sources[self._own] = self.mean[:0]
         self._notes.clear()
         self.packed_sizes = self.received_sizes = [1] * len(self._ranks)
-        self.packed_bytes, self.received_bytes = torch.zeros(2, len(self._ranks), dtype=torch.uint8)
+        self.packed_bytes, self.received_bytes = torch.zeros(
+            2, len(self._ranks), dtype=torch.uint8, device="cpu"
+        )
         self._received = self.received_bytes
         self.is_shared = True
 
