@@ -1,8 +1,9 @@
 """Measured cost of a method in quality, in words.
 
 The numbers are those of "Loss by bits" in docs/benchmarks.md, and of "What was measured" in
-docs/algorithm.md: final validation loss of the text example, 4 workers, mean of three seeds. Gradient mode was measured with the learning rate and momentum
-of dense DDP, update mode with local second moments and its own.
+docs/algorithm.md: final validation loss of the text example, 4 workers, mean of three seeds. Gradient
+mode was measured with the learning rate and momentum of dense DDP, update mode with local second
+moments and its own.
 """
 
 from __future__ import annotations
