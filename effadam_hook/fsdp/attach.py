@@ -90,6 +90,11 @@ def _check_group(group: dist.ProcessGroup | None, groups: list[ShardGroup]) -> d
             "Invalid process_group: None for a sharded model. Must be the group of the replicas of "
             'this rank\'s shards: attach(model, process_group=mesh.get_group("replicate"), ...).'
         )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"Invalid process_group: {group!r}. Must be a process group, such as "
+            'mesh.get_group("replicate").'
+        )
     own = set(dist.get_process_group_ranks(group))
     for each in groups:
         shared = sorted(own & set(dist.get_process_group_ranks(each.shard_group)))

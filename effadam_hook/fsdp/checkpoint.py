@@ -135,7 +135,8 @@ def _restore(
     topology = session.topology
     role = role_of(session, topology)
     server: dict[str, Share] = {}
-    names = [name for name in worker if name in shards and shards[name].numel]
+    _check_names(worker, shards)
+    names = [name for name in worker if shards[name].numel]
     for name in names:
         first, numel = role.share(name, shards[name].numel)
         if numel and name in saved["server"]:
@@ -192,6 +193,7 @@ def load_checkpoint(
             f"dcp.save({{{key!r}: state.state_dict(), ...}}, ...)."
         )
     saved_names = {name for _, name in found}
+    _check_names(saved_names, shards)
     names = [name for name in _quantized(session, shards) if name in saved_names]
     plain: dict[str, Any] = dict.fromkeys(("version", "replicas", "units"))
     plain["counters"] = dict.fromkeys(COUNTER_NAMES)
@@ -227,6 +229,16 @@ def _local(tensor: Tensor) -> Tensor:
     to_local = getattr(tensor, "to_local", None)
     local: Tensor = tensor if to_local is None else to_local()
     return local.detach().reshape(-1).cpu()
+
+
+def _check_names(saved: Iterable[str], shards: Mapping[str, Shard]) -> None:
+    unknown = sorted(set(saved) - set(shards))
+    if unknown:
+        raise StateMismatchError(
+            f"The saved state has residuals of parameters that this model does not have: "
+            f"{_listed(unknown[:5])} ({len(unknown)} in total); it has {_listed(sorted(shards)[:5])}, "
+            f"{len(shards)} in total. Load it into the model that was saved, under the same names."
+        )
 
 
 def _listed(names: Iterable[str]) -> str:
