@@ -594,6 +594,13 @@ def _another_mesh(rank: int, _: int, path: Path) -> Any:
         found.append((max(float((after[n] - b).abs().max()) for n, b in before.items()), after))
         with pytest.raises(StateMismatchError, match=r"2 replicas.*load_checkpoint"):
             resumed.load_state_dict(state.state_dict())
+    wrapped = nn.Sequential(sharded(mesh["shard"]))
+    fsdp.fully_shard(wrapped, mesh=mesh["shard"])
+    renamed = attach(wrapped, process_group=mesh.get_group("replicate"), quantizer="lloyd2")
+    with pytest.raises(
+        StateMismatchError, match="residuals of parameters that this model does not"
+    ):
+        renamed.load_checkpoint(path)
     return found, max(float(b.abs().max()) for b in before.values())
 
 
@@ -622,6 +629,7 @@ def _refusals(rank: int, _: int) -> list[str]:
         (replicated, {"process_group": group}),
         (model, {}),
         (model, {"process_group": dist.group.WORLD}),
+        (model, {"process_group": mesh["replicate"]}),
         (model, {"process_group": group, "optimizer": optimizer}),
         (model, {"process_group": group, "quantize_weights": True}),
         (model, {"process_group": group, "topology": "hierarchical"}),
@@ -652,6 +660,7 @@ def test_unsupported_models_groups_and_options_are_refused_with_a_remedy() -> No
         "replicate()",
         'process_group=mesh.get_group("replicate")',
         "only this rank of the mesh",
+        "Must be a process group, such as mesh.get_group",
         "update mode does not support",
         "quantize_weights",
         "FSDP averages inside",
@@ -709,6 +718,23 @@ def _unused(rank: int, _: int) -> str:
 
 def test_parameters_without_a_gradient_are_an_error_unless_fsdp_includes_them() -> None:
     run_ranks(_unused, 4, timeout=30)
+
+
+def _unused_on_one_replica(rank: int, _: int) -> str:
+    mesh = mesh_of(2, 2)
+    model: Any = fsdp.fully_shard(Branches(), mesh=mesh["shard"])
+    attach(model, process_group=mesh.get_group("replicate"))
+    inputs = torch.ones(3, 8)
+    model(inputs, both=True).backward()
+    with pytest.raises(EffAdamError) as raised:
+        model(inputs, both=rank >= 2).backward()
+    dist.barrier()  # all ranks live on
+    return str(raised.value)
+
+
+def test_an_error_of_one_replica_is_raised_on_all_while_it_lives_on() -> None:
+    for message in run_ranks(_unused_on_one_replica, 4, timeout=30):
+        assert "set_reduce_scatter_unused_params" in message
 
 
 class Interrupted(nn.Module):

@@ -125,7 +125,7 @@ class ShardEngine(Engine):
             if not defers:
                 self._wait()  # [3]
         except BaseException as error:
-            self._fail(f"bucket {index}", error)
+            self.fail(f"bucket {index}", error)
 
     def _wait(self) -> None:
         """Wait for all exchanges in flight, where Ctrl-C is received; on NCCL none is."""
@@ -137,8 +137,13 @@ class ShardEngine(Engine):
             then()
         self._pending.clear()
 
-    def _fail(self, where: str, error: BaseException) -> NoReturn:
-        """Stop the exchange, and raise its error."""
+    def fail(self, where: str, error: BaseException) -> NoReturn:
+        """Stop the exchange on all replicas, and raise its error.
+
+        Args:
+            where: What failed, in words.
+            error: The error.
+        """
         self._backward, self._last = _NONE, None
         self._pending.clear()
         failure = self.session.connection.stop(where, error)
@@ -154,7 +159,7 @@ class ShardEngine(Engine):
         try:
             self._wait()  # [4]
         except BaseException as error:
-            self._fail("the end of backward", error)
+            self.fail("the end of backward", error)
         self._backward, self._last = _NONE, None
         self.session.counters.steps += 1  # [5]
         self.session.mode.end_backward()

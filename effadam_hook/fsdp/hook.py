@@ -47,13 +47,16 @@ class ShardHook:
         if streams is not None:
             # FSDP may free the tensor while this stream has yet to read it.
             streams.keep(reduced, streams.current_stream())
+        try:
+            shards = self._group.trainable(reduced)
+        except Exception as error:  # the other replicas would wait for this one
+            self._engine.fail(f"bucket {self._index}", error)
         if not self._group.is_last_microbatch:
             self._keep(reduced)
             return
         if self._has_kept:
             reduced += self._kept
             self._has_kept = False
-        shards = self._group.trainable(reduced)
         self._follow_weights(shards)
         own = [shard for shard in shards if shard.numel]
         if own:
