@@ -142,7 +142,7 @@ def _warn_of_unmanaged(model: nn.Module, others: list[str]) -> None:
         warnings.warn(
             f"{len(trained)} trainable parameters, such as {trained[0]!r}, are in no module that went "
             "through fully_shard: neither FSDP nor this hook averages their gradients. Call "
-            "fully_shard on the root module last.",
+            "fully_shard on the root module last, before attach.",
             stacklevel=4,
         )
 
