@@ -576,7 +576,7 @@ def disagree_about_settings(rank: int, world_size: int, options: list[dict[str, 
     [
         (
             {"second_moment": "shared"},
-            "optimizer.second_moment is 'shared' on rank 1 and 'matched' on rank 0",
+            "optimizer.second_moment is 'shared' on rank 1 and 'local' on rank 0",
         ),
         ({"lr": 0.5}, "optimizer.group 0.lr is '0.5' on rank 1 and '0.001' on rank 0"),
         ({"betas": (0.8, 0.9)}, "optimizer.group 0.betas is '(0.8, 0.9)' on rank 1"),

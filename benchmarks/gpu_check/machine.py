@@ -26,7 +26,7 @@ EXPECTED = {
     "for gfx942, where everything is expected to work; other architectures are untried.",
     "none": "A trial of the sections on the CPU: it says nothing about a GPU.",
 }
-"""What is expected to work, by vendor."""
+"""Expectation in words, by vendor."""
 
 
 def no_gpu() -> str:

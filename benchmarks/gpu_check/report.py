@@ -34,7 +34,7 @@ CLAIMS = {
     "hook runs.",
     "graphs": "The kernels, and a whole step of DDP with the hook, replay from a CUDA graph.",
 }
-"""What is claimed of a section whose checks have passed."""
+"""Claim by section, if all of its checks have passed."""
 
 
 def counts(report: dict[str, Any]) -> Counter[str]:

@@ -27,7 +27,7 @@ class NodeTransfer(Protocol):
     received_sizes: list[int]
     """Bytes of this rank's share, once for each local rank."""
     is_shared: bool
-    """Whether the ranks read from one another's memory, so that they only meet."""
+    """True if the ranks read from one another's memory, so that they only meet."""
 
 
 class BucketJob(Protocol):

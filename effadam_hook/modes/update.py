@@ -54,10 +54,7 @@ class UpdateMode(Mode):
     @property
     def matches(self) -> bool:
         """Return whether steps are matched to those of DDP with AdamW."""
-        optimizer = self.optimizer
-        if optimizer.second_moment is None:
-            return optimizer.bias_correction
-        return optimizer.second_moment == "matched"
+        return self.optimizer.second_moment == "matched"
 
     @property
     def generation(self) -> int:  # type: ignore[override]
@@ -129,7 +126,7 @@ class UpdateMode(Mode):
         """Return the settings and the step counts of the optimizer."""
         optimizer = self.optimizer
         return {
-            "second_moment": "matched" if self.matches else optimizer.second_moment or "local",
+            "second_moment": optimizer.second_moment,
             "refresh_every": optimizer.refresh_every,
             "max_grad_norm": optimizer.max_grad_norm,
             "bias_correction": optimizer.bias_correction,

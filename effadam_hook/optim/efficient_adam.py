@@ -57,8 +57,7 @@ class EfficientAdam(Optimizer):
         eps: ε, added to √v with bias correction, and the initial value of v without.
         weight_decay: λ, decoupled as in AdamW.
         bias_correction: Whether to divide by ``1 - β1^t`` and ``1 - β2^t``.
-        second_moment: ``"local"``, ``"matched"``, ``"shared"`` or ``"frozen"``, see the module. None is
-            ``"matched"``, and ``"local"`` without bias correction or with quantized weights.
+        second_moment: ``"local"``, ``"matched"``, ``"shared"`` or ``"frozen"``, see the module.
         refresh_every: With ``"shared"``: number of steps from one uncompressed average of the gradient
             to the next. With ``"frozen"``: number of steps in which a parameter that the warm-up did
             not use estimates its second moment.
@@ -94,7 +93,7 @@ class EfficientAdam(Optimizer):
         weight_decay: float = 0.0,
         *,
         bias_correction: bool = True,
-        second_moment: str | None = None,
+        second_moment: str = "local",
         refresh_every: int = 64,
         max_grad_norm: float | None = None,
         schedule: Schedule | None = None,
@@ -107,10 +106,9 @@ class EfficientAdam(Optimizer):
         _check_range("refresh_every", refresh_every, refresh_every >= 1, "1 or more")
         if max_grad_norm is not None:
             _check_range("max_grad_norm", max_grad_norm, max_grad_norm > 0, "above 0, or None")
-        if second_moment not in (None, *SECOND_MOMENTS):
+        if second_moment not in SECOND_MOMENTS:
             raise ValueError(
-                f"Invalid second_moment: {second_moment!r}. "
-                f"Must be one of {', '.join(SECOND_MOMENTS)}, or None."
+                f"Invalid second_moment: {second_moment!r}. Must be one of {', '.join(SECOND_MOMENTS)}."
             )
         if second_moment == "matched" and not bias_correction:
             raise ValueError(

@@ -69,9 +69,7 @@ class AdamRecursion:
 
     @property
     def _second_moment(self) -> SecondMomentRule:
-        return SecondMomentRule(
-            self._optimizer.second_moment or "local", self._optimizer.refresh_every
-        )
+        return SecondMomentRule(self._optimizer.second_moment, self._optimizer.refresh_every)
 
     def attach_to(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Store the parameters that the hook exchanges; called by :func:`effadam_hook.attach`.

@@ -68,7 +68,7 @@ class Options:
     block_size: int | None
     warmup_steps: int
     exchange: str
-    second_moment: str | None
+    second_moment: str
     refresh_every: int
     compare: bool
     quantizers: str | None
@@ -158,8 +158,9 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float | Path) -> 
     exchange.add_argument(
         "--second-moment",
         choices=SECOND_MOMENTS,
+        default="local",
         help="of EfficientAdam: local to each worker, local with steps matched to those of DDP, shared,"
-        " or frozen after --warmup-steps (default matched; local with --exchange weights)",
+        " or frozen after --warmup-steps (default %(default)s)",
     )
     exchange.add_argument(
         "--refresh-every",
