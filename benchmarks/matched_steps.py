@@ -1,4 +1,4 @@
-"""Measure whether update mode does at AdamW's own settings what DDP with AdamW does.
+"""Measure what few bits cost at the settings of DDP with AdamW.
 
     python benchmarks/matched_steps.py                     # 2, 4 and 8 workers, two seeds: some hours
     python benchmarks/matched_steps.py --tasks gru --workers 2 --seeds 0
@@ -6,8 +6,9 @@
 
 Simulated workers, see `simulation.py`, with 8 sequences of 64 bytes each: `text` is the model of
 `examples/train_text.py`, `gru` a recurrent one on the same bytes, both with 600 steps of AdamW, 6e-3,
-betas .9 .999 and weight decay .01, like `dense` itself. Controls: dense with the β1 that matching gives
-to `lloyd2` and `sign`, and update mode without matching ("local").
+betas .9 .999 and weight decay .01, like `dense` itself. Update mode has matched steps; gradient mode and
+preconditioned gradient mode have the betas of `reduced_betas`. Controls: dense with the same betas, and
+update mode without matching ("local").
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from simulation import Simulation, dense_mean
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from effadam_hook import EfficientAdam
-from effadam_hook.wire.quantizers import get_quantizer
+from effadam_hook import EfficientAdam, reduced_betas
 
 _LR, _BETA1 = 6e-3, 0.9
 _SCHEDULE = Schedule(600, 50, 100)
@@ -40,13 +40,15 @@ class Method:
 
     Attributes:
         name: Name in tables.
-        quantizer: Quantizer of both directions of update mode; None for AdamW on the dense mean.
+        kind: "dense", "gradient", "preconditioned" or "update".
+        quantizer: Quantizer of both directions.
         second_moment: That of update mode.
         beta1: First beta.
     """
 
     name: str
-    quantizer: str | None = None
+    kind: str
+    quantizer: str = "none"
     second_moment: str = "matched"
     beta1: float = _BETA1
 
@@ -55,32 +57,38 @@ class Method:
         betas = (self.beta1, 0.999)
 
         def build(parameters: list[nn.Parameter]) -> list[Optimizer]:
-            if self.quantizer is None:
+            if self.kind != "update":
                 return [AdamW(parameters, _LR, betas, weight_decay=0.01, fused=True)]
             settings: dict[str, Any] = {"weight_decay": 0.01, "second_moment": self.second_moment}
             return [EfficientAdam(parameters, _LR, betas, **settings)]
 
-        if self.quantizer is None:
+        if self.kind == "dense":
             return Simulation(model, build, workers, average=dense_mean)
-        return Simulation(model, build, workers, quantizer=self.quantizer)
+        options: dict[str, Any] = {"precondition": self.kind == "preconditioned"}
+        return Simulation(model, build, workers, quantizer=self.quantizer, **options)
 
 
-def _reduced(quantizer: str) -> Method:
-    beta1 = round(_BETA1 * get_quantizer(quantizer).energy ** 2, 2)
-    return Method(f"dense, β₁ {beta1}", beta1=beta1)
+def _reduced(kind: str, quantizer: str) -> Method:
+    beta1, _ = reduced_betas((_BETA1, 0.999), quantizer)
+    label = "dense" if kind == "dense" else f"{kind} {quantizer}"
+    return Method(f"{label}, β₁ {beta1}", kind, quantizer, beta1=beta1)
 
 
 METHODS = (
-    Method("dense"),
-    Method("none", "none"),
-    Method("lloyd4", "lloyd4"),
-    Method("lloyd2", "lloyd2"),
-    Method("sign", "sign"),
-    _reduced("lloyd2"),
-    _reduced("sign"),
-    Method("none, local", "none", "local"),
-    Method("lloyd2, local", "lloyd2", "local"),
-    Method("sign, local", "sign", "local"),
+    Method("dense", "dense"),
+    _reduced("gradient", "lloyd2"),
+    _reduced("gradient", "sign"),
+    _reduced("preconditioned", "lloyd2"),
+    _reduced("preconditioned", "sign"),
+    Method("none", "update", "none"),
+    Method("lloyd4", "update", "lloyd4"),
+    Method("lloyd2", "update", "lloyd2"),
+    Method("sign", "update", "sign"),
+    _reduced("dense", "lloyd2"),
+    _reduced("dense", "sign"),
+    Method("none, local", "update", "none", "local"),
+    Method("lloyd2, local", "update", "lloyd2", "local"),
+    Method("sign, local", "update", "sign", "local"),
 )
 TASKS = {"text": cache(lambda: Prose(2, 128, 8)), "gru": cache(lambda: Recurrent(128, 8))}
 
@@ -100,18 +108,32 @@ def run(task: str, workers: int, seed: int, method: Method, path: Path) -> None:
 
 
 def report(records: dict[str, Record], options: argparse.Namespace) -> str:
-    """Format a table: a row for every task, number of workers and seed."""
+    """Format a table: losses of dense, and below them the mean differences from dense by seed."""
+    columns = [(task, workers) for task in options.tasks for workers in options.workers]
     rows = []
-    for task in options.tasks:
-        for workers in options.workers:
+    for method in METHODS:
+        row = [method.name]
+        for task, workers in columns:
+            pairs = []
             for seed in options.seeds:
-                row = [f"{task}, {workers} workers, seed {seed}"]
-                for method in METHODS:
-                    record = records.get(_run_name(task, workers, seed, method))
-                    row.append("" if record is None else f"{record.losses[-1]:.4f}")
-                if any(row[1:]):
-                    rows.append(row)
-    return markdown(("final loss", *(method.name for method in METHODS)), rows)
+                one = records.get(_run_name(task, workers, seed, method))
+                dense = records.get(_run_name(task, workers, seed, METHODS[0]))
+                if one and dense:
+                    pairs.append((one.losses[-1], dense.losses[-1]))
+            row.append(_cell(pairs, method is METHODS[0]))
+        if any(row[1:]):
+            rows.append(row)
+    return markdown(("", *(f"{task}, {workers} workers" for task, workers in columns)), rows)
+
+
+def _cell(pairs: list[tuple[float, float]], is_dense: bool) -> str:
+    if not pairs:
+        return ""
+    seeds = f" ({len(pairs)})" if len(pairs) > 1 else ""
+    if is_dense:
+        return f"{sum(loss for loss, _ in pairs) / len(pairs):.4f}{seeds}"
+    excess = sum(loss / dense - 1 for loss, dense in pairs) / len(pairs)
+    return f"{100 * excess:+.1f} %{seeds}"
 
 
 def main() -> None:

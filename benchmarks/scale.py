@@ -28,7 +28,7 @@ from simulation import Simulation, dense_mean
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from effadam_hook import EfficientAdam
+from effadam_hook import EfficientAdam, reduced_betas
 
 WORKERS = 4
 _LAYERS, _WIDTH = 5, 256
@@ -47,6 +47,7 @@ class Method:
         rate: Factor of the task's learning rate.
         beta1: First beta of Adam.
         second_moment: That of update mode.
+        reduced: Whether momentum follows the bits, as of :func:`effadam_hook.reduced_betas`.
     """
 
     name: str
@@ -56,6 +57,14 @@ class Method:
     rate: float = 1.0
     beta1: float = 0.9
     second_moment: str = "local"
+    reduced: bool = False
+
+    def momentum(self, usual: float) -> float:
+        """Return the momentum, from that of the dense run."""
+        if not self.reduced:
+            return usual
+        momentum, _ = reduced_betas((usual, 0.999), self.quantizer)
+        return momentum
 
     def simulate(self, model: nn.Module, lr: float) -> Simulation:
         """Make the simulation of a model."""
@@ -72,19 +81,28 @@ class Method:
     def _optimizers(
         self, model: nn.Module, parameters: list[nn.Parameter], lr: float
     ) -> list[Optimizer]:
-        betas, decay = (self.beta1, 0.999), 0.01
+        betas, decay = (self.momentum(self.beta1), 0.999), 0.01
         if self.kind == "update":
             rule = self.second_moment
             return [EfficientAdam(parameters, lr, betas, weight_decay=decay, second_moment=rule)]
         if self.optimizer == "sgd":
-            return [SGD(parameters, lr, momentum=0.9, weight_decay=5e-4)]
+            # SGD adds up gradients: without the factor, less momentum would be a smaller rate.
+            momentum = self.momentum(0.9)
+            lr *= (1 - momentum) / (1 - 0.9)
+            return [SGD(parameters, lr, momentum=momentum, weight_decay=5e-4)]
         if self.optimizer == "adamw":
             return [AdamW(parameters, lr, betas, weight_decay=decay, fused=True)]
         hidden = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim == 2]
         known = {id(p) for p in hidden}
         others = [p for p in parameters if id(p) not in known]
         # Muon's updates have the size of AdamW's in this scaling, and take its rate.
-        muon = torch.optim.Muon(hidden, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(
+            hidden,
+            lr,
+            weight_decay=decay,
+            momentum=self.momentum(0.95),
+            adjust_lr_fn="match_rms_adamw",
+        )
         return [muon, AdamW(others, lr, betas, weight_decay=decay)]
 
 
@@ -104,8 +122,15 @@ _OWN = (
     Method("update lloyd2, 2× rate", "update", "lloyd2", rate=2),
     Method("update sign, 2× rate, β₁ .2", "update", "sign", rate=2, beta1=0.2),
 )
+# Few bits need less momentum: dense's settings, with reduced_betas().
+_REDUCED = (
+    Method("lloyd2, reduced β₁", "gradient", "lloyd2", reduced=True),
+    Method("preconditioned lloyd2, reduced β₁", "preconditioned", "lloyd2", reduced=True),
+    Method("preconditioned sign, reduced β₁", "preconditioned", "sign", reduced=True),
+)
 _TEXT = (
     *_ADAM[:3],
+    *_REDUCED,
     Method("dense, 2× rate", "dense", rate=2),
     Method("lloyd4, 2× rate", "gradient", "lloyd4", rate=2),
     *_MATCHED,
@@ -120,6 +145,7 @@ def _without_adam(optimizer: str) -> tuple[Method, ...]:
         Method("dense", "dense", optimizer=optimizer),
         Method("lloyd4", "gradient", "lloyd4", optimizer),
         Method("lloyd2", "gradient", "lloyd2", optimizer),
+        Method("lloyd2, reduced momentum", "gradient", "lloyd2", optimizer, reduced=True),
     )
 
 
@@ -161,7 +187,12 @@ def _digits() -> Digits:
 GROUPS = (
     Group("text", "text, 4.1 M", _prose, Schedule(2000, 100, 125), 1.5e-3, _TEXT),
     Group(
-        "vision", "digits, AdamW", _digits, Schedule(800, 50, 50), 3e-3, (*_ADAM, *_MATCHED, *_OWN)
+        "vision",
+        "digits, AdamW",
+        _digits,
+        Schedule(800, 50, 50),
+        3e-3,
+        (*_ADAM[:3], *_REDUCED, *_ADAM[3:], *_MATCHED, *_OWN),
     ),
     Group(
         "vision sgd",
@@ -185,7 +216,7 @@ GROUPS = (
         cache(lambda: Code(_CHECKPOINT, _LAYERS, _WIDTH, batch=3)),
         Schedule(200, 20, 20),
         1e-3,
-        (*_ADAM[:4], *_MATCHED, _OWN[0]),
+        (*_ADAM[:3], *_REDUCED[:2], _ADAM[3], *_MATCHED, _OWN[0]),
     ),
     Group(
         "lora",
@@ -193,7 +224,7 @@ GROUPS = (
         cache(lambda: CodeLoRA(_CHECKPOINT, _LAYERS, _WIDTH, batch=3)),
         Schedule(200, 20, 20),
         3e-3,
-        (*_ADAM[:4], *_MATCHED, _OWN[0]),
+        (*_ADAM[:3], *_REDUCED[:2], _ADAM[3], *_MATCHED, _OWN[0]),
     ),
 )
 

@@ -5,6 +5,7 @@ from effadam_hook.attach import attach
 from effadam_hook.errors import DisagreementError, EffAdamError, StateMismatchError
 from effadam_hook.hook import efficient_adam_hook
 from effadam_hook.optim.efficient_adam import EfficientAdam
+from effadam_hook.optim.momentum import reduced_betas
 from effadam_hook.state import EfficientAdamState
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "__version__",
     "attach",
     "efficient_adam_hook",
+    "reduced_betas",
 ]

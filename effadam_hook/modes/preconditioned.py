@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from effadam_hook.wire.layout import Slot
 from effadam_hook.wire.node_layout import Run
 
 __all__ = ["PreconditionedMode", "adam_of"]
+
+_MARGIN = 0.1  # of β1, above which a run is clearly worse than with reduced_betas()
 
 
 def adam_of(optimizer: Optimizer | None, named: Iterable[tuple[str, Tensor]]) -> Optimizer:
@@ -74,6 +77,20 @@ class PreconditionedMode(GradientMode):
     def describe(self) -> dict[str, Any]:
         """Return the class of the optimizer and its settings."""
         return {"optimizer": type(self._optimizer).__name__, **group_settings(self._optimizer)}
+
+    def connect(self, workers: int, energy: float) -> None:
+        """Warn of more momentum than few bits allow."""
+        usual, reduced = 0.9, round(0.9 * energy, 2)
+        for group in self._optimizer.param_groups:
+            if group["betas"][0] > usual * energy + _MARGIN:
+                warnings.warn(
+                    f"betas={tuple(group['betas'])} is much momentum for so few bits: error feedback "
+                    "delays parts of the gradient, and momentum delays them again. Use "
+                    f"betas=({reduced:g}, {group['betas'][1]:g}), see effadam_hook.reduced_betas, or a "
+                    "quantizer with more bits.",
+                    stacklevel=2,
+                )
+                return
 
     def content(
         self,
