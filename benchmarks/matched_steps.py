@@ -6,9 +6,9 @@
 
 Simulated workers, see `simulation.py`, with 8 sequences of 64 bytes each: `text` is the model of
 `examples/train_text.py`, `gru` a recurrent one on the same bytes, both with 600 steps of AdamW, 6e-3,
-betas .9 .999 and weight decay .01, like `dense` itself. Update mode has matched steps, the gradient modes
-have the betas of `reduced_betas`. Controls: dense with the same betas, and update mode without matching
-("local").
+betas .9 .999 and weight decay .01, like `dense` itself. Update mode has matched steps, the gradient
+modes have the betas of `reduced_betas`. Controls: dense with the same betas, and update mode without
+matching ("local").
 """
 
 from __future__ import annotations
