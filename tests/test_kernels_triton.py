@@ -333,7 +333,6 @@ def test_marking_kernels_move_the_bytes_of_their_docstrings(
 ) -> None:
     """Calls without flags are subtracted."""
     layout = layout_of((MOVED,), name, "lloyd4", dtype=dtype)
-    code, _ = read_and_written(layout, dtype)
     size = dtype.itemsize
     e, used = torch.ones(MOVED, dtype=compute(dtype)), torch.zeros(1, dtype=torch.int32)
     x, zeros = torch.ones(MOVED, dtype=dtype), torch.zeros(MOVED, dtype=dtype)
