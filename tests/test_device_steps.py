@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import importlib.util
 import os
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,11 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import bits
+from effadam_hook import EfficientAdam, attach
+from effadam_hook.kernels.cpu import CpuKernels
 from effadam_hook.session.session import ExchangeSession
 from harness import run_ranks
 from kernel_cases import needs_library
-from stand_in import Device, _Stream
+from stand_in import Device, _Event, _Stream
+from test_faults_values import MaybeUsed
 from test_streams import mesh, stand_in_for
+from training import ddp, drawn_gradients
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
@@ -158,3 +164,175 @@ def allocations(rank: int, world_size: int, path: str, topology: str, mode: str)
 def test_a_warm_step_allocates_nothing(path: str, topology: str, mode: str) -> None:
     world_size = 4 if topology == "hierarchical" else 2
     assert run_ranks(allocations, world_size, path, topology, mode) == [{}] * world_size
+
+
+# Waits
+
+
+class HostReads(TorchDispatchMode):
+    """Record the lines of the exchange in which this thread reads a device, or waits for it.
+
+    Tensors for the host alone are made with ``device="cpu"``, and others for the device of the bucket.
+    """
+
+    OPERATORS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "_unique2",
+        "is_nonzero",
+    )
+    METHODS = ("tolist", "numpy", "cpu", "__array__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[str] = collections.Counter()
+        self._patches = contextlib.ExitStack()
+        self._paused = False
+
+    def see(self, what: str) -> None:
+        calls = [f for f in traceback.extract_stack() if "effadam_hook" in f.filename][-2:]
+        if calls and not self._paused and threading.current_thread() is threading.main_thread():
+            lines = [f"{Path(f.filename).name}:{f.lineno}" for f in calls]
+            self.found[f"{what} in {', '.join(lines)}"] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.removeprefix("aten::") in self.OPERATORS:
+            self.see(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Any:
+        for name in self.METHODS:
+            self._patch(Tensor, name, lambda args, kwargs: True)
+        self._patch(torch, "tensor", lambda args, kwargs: kwargs.get("device", "cpu") != "cpu")
+        self._patch(torch, "as_tensor", lambda args, kwargs: kwargs.get("device", "cpu") != "cpu")
+        self._patch(_Event, "synchronize", lambda args, kwargs: True)
+        executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
+        names = ("encode_", "reduce_encode_", "decode")
+        for owner, name in ((executor, "__call__"), *((CpuKernels, name) for name in names)):
+            run = self._unseen(getattr(owner, name))
+            self._patches.enter_context(mock.patch.object(owner, name, run))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+
+    def _patch(self, owner: Any, name: str, waits: Callable[[Any, Any], bool]) -> None:
+        call = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if waits(args, kwargs):
+                self.see(name)
+            return call(*args, **kwargs)
+
+        self._patches.enter_context(mock.patch.object(owner, name, watched))
+
+    def _unseen(self, interpret: Callable[..., Any]) -> Callable[..., Any]:
+        def unseen(*args: Any, **kwargs: Any) -> Any:
+            paused, self._paused = self._paused, True
+            try:
+                with _disable_current_modes():
+                    return interpret(*args, **kwargs)
+            finally:
+                self._paused = paused
+
+        return unseen
+
+
+SHAPES = ((13, 7), (5,), (9, 9))
+MADE: dict[str, dict[str, Any]] = {
+    "gradient": {},
+    "gradient, scaled": {"scaler": True},
+    "preconditioned, scaled": {"precondition": True, "scaler": True},
+    **{f"update, {kind}": {"second_moment": kind} for kind in ("local", "matched", "shared")},
+    "update, bounded": {"second_moment": "matched", "max_grad_norm": 1.0},
+    "weights": {"second_moment": "local", "quantize_weights": True},
+}
+
+
+def train(rank: int, topology: str, made: dict[str, Any], watch: Any, steps: int) -> Any:
+    """Train, with half of the parameters unused in every third step; watch all steps but the first."""
+    model = ddp(MaybeUsed(SHAPES), find_unused_parameters=True)
+    options = {"device_mesh": mesh()} if topology == "hierarchical" else {}
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=2**-10)
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**10, growth_interval=2, enabled="scaler" in made
+    )
+    if "second_moment" in made:
+        kinds = ("second_moment", "max_grad_norm")
+        settings = {key: made[key] for key in kinds if key in made}
+        optimizer = EfficientAdam(model.parameters(), lr=2**-10, **settings)
+        options |= {"optimizer": optimizer}
+    if "precondition" in made:
+        options |= {"optimizer": optimizer, "precondition": True}
+    if "scaler" in made:
+        options |= {"grad_scaler": scaler}
+    if "quantize_weights" in made:
+        options |= {"quantize_weights": True}
+    state = attach(model, quantizer="lloyd3", topology=topology, **options)
+    for step in range(steps):
+        with watch if step >= 4 else contextlib.nullcontext():
+            optimizer.zero_grad()
+            gradients: list[Any] = list(drawn_gradients(rank, step, SHAPES))
+            if step % 3 == 2:
+                gradients[2] = None
+            loss = model(gradients)
+            if "second_moment" in made:
+                loss.backward()
+                optimizer.step()
+                continue
+            if step == 5:
+                loss = loss * torch.inf
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    weights = [p.detach().clone() for p in model.parameters()]
+    return weights, state.stats()["worker_residual_norm"], state.state_dict()["worker"]
+
+
+def waits(
+    rank: int, world_size: int, path: str, topology: str, kernels: str
+) -> dict[str, dict[str, int]]:
+    os.environ["EFFADAM_KERNELS"] = kernels
+    stand_in_for(Device(watches=False), path)
+    found = {}
+    omitted = {"weights"} if topology == "hierarchical" else set()
+    if kernels == "triton":  # interpreted, which takes long
+        omitted = MADE.keys() - {"preconditioned, scaled", "update, matched"}
+    for name in sorted(MADE.keys() - omitted):
+        watch = HostReads()
+        train(rank, topology, MADE[name], watch, 9)
+        found[name] = dict(watch.found)
+    return found
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("path", "kernels", "topology"),
+    [
+        *(("nccl", "cpu", topology) for topology in ("rank0", "sharded", "hierarchical")),
+        *(("staged", "cpu", topology) for topology in ("rank0", "sharded", "hierarchical")),
+        ("nccl", "triton", "sharded"),
+    ],
+)
+def test_the_training_thread_waits_for_no_device(path: str, kernels: str, topology: str) -> None:
+    world_size = 4 if topology == "hierarchical" else 2
+    for found in run_ranks(waits, world_size, path, topology, kernels, timeout=100):
+        assert found == {name: {} for name in found}
+
+
+def scaled(rank: int, world_size: int, path: str) -> Any:
+    os.environ["EFFADAM_KERNELS"] = "reference"
+    if path:
+        stand_in_for(Device(watches=False), path)
+    return train(rank, "sharded", MADE["gradient, scaled"], contextlib.nullcontext(), 12)
+
+
+@pytest.mark.parametrize("path", ["nccl", "staged"])
+def test_residuals_on_a_device_follow_the_loss_scale_as_on_the_host(path: str) -> None:
+    for host, device in zip(run_ranks(scaled, 2, ""), run_ranks(scaled, 2, path), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(host[0], device[0], strict=True))
+        assert host[1] == device[1] > 0
+        assert all(torch.equal(host[2][name], device[2][name]) for name in host[2])

@@ -60,7 +60,7 @@ def tried(outcomes: Sequence[Outcome]) -> list[str]:
     return [one.name for one in outcomes if one.status == "passed"]
 
 
-@pytest.mark.parametrize("section", ["gloo", "nccl", "step", "text", "lightning", "graphs"])
+@pytest.mark.parametrize("section", ["gloo", "nccl", "fsdp", "step", "text", "lightning", "graphs"])
 def test_all_that_is_not_cudas_own_runs_on_the_cpu(
     section: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

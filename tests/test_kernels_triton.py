@@ -242,12 +242,14 @@ def test_a_block_has_one_result_in_full_and_in_partial_tiles(
     assert torch.equal(aligned, torch.cat([short, rest]))
 
 
-@pytest.mark.skipif(ON_GPU, reason="counts what the interpreter reads and writes")
-@pytest.mark.parametrize("name", ["lloyd4", "ternary", "none"])
-def test_kernels_move_the_bytes_of_their_docstrings(
-    kernels: Kernels, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Apart from the lookups of a program, at most 200 bytes."""
+MOVED = 2 * 4096  # two tiles
+
+
+@pytest.fixture(name="count")
+def _count(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
+    """Return a function that counts the bytes per element that a call reads and writes."""
+    if ON_GPU:
+        pytest.skip("counts what the interpreter reads and writes")
     builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
     moved = [0]
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -263,27 +265,95 @@ def test_kernels_move_the_bytes_of_their_docstrings(
 
     monkeypatch.setattr(builder, "create_masked_load", counted_load)
     monkeypatch.setattr(builder, "create_masked_store", counted_store)
-    numel = 2 * 4096
-    layout = layout_of((numel,), name)
-    wire = layout.uplink
-    code = wire.chunks[0].used_bytes / numel
-    residual = 0 if name == "none" else 8
-    x, e = values_like_gradients(numel), torch.zeros(numel)
-    payload = torch.zeros(1, wire.stride_bytes, dtype=torch.uint8)
-    four = payload.expand(4, -1).contiguous()
 
-    def count(call: Callable[[], object]) -> float:
+    def count(call: Callable[..., object], *args: Any, **sources: Any) -> float:
         moved[0] = 0
-        call()
-        return moved[0] / numel
+        call(kernels, *args, **sources)
+        return moved[0] / MOVED
 
-    def expect(bytes_per_element: float) -> Any:
-        return pytest.approx(bytes_per_element, abs=4 * 200 / numel)
+    return count
 
-    assert count(lambda: encode(kernels, wire, x, e)) == expect(4 + residual + code)
-    reduced = count(lambda: reduce_encode(kernels, layout, 0, four, e, torch.float32))
-    assert reduced == expect(5 * code + residual)
-    assert count(lambda: decode(kernels, wire, payload, torch.float32)) == expect(4 + code)
+
+def about(bytes_per_element: float) -> Any:
+    """Equal, apart from the lookups of two programs, at most 400 bytes each."""
+    return pytest.approx(bytes_per_element, abs=2 * 400 / MOVED)
+
+
+def read_and_written(layout: BucketLayout, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes per element of a payload, and of a residual that is read and written."""
+    raw = layout.uplink.quantizer.is_raw
+    code = layout.uplink.chunks[0].used_bytes / MOVED
+    return code, 0 if raw else 2 * compute(dtype).itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["lloyd4", "ternary", "none"])
+def test_kernels_move_the_bytes_of_their_docstrings(
+    count: Callable[..., float], name: str, dtype: torch.dtype
+) -> None:
+    layout = layout_of((MOVED,), name, dtype=dtype)
+    code, residual = read_and_written(layout, dtype)
+    size = dtype.itemsize
+    x, e = values_like_gradients(MOVED, dtype), torch.zeros(MOVED, dtype=compute(dtype))
+    payload = torch.zeros(1, layout.uplink.stride_bytes, dtype=torch.uint8)
+    four = payload.expand(4, -1).contiguous()
+    assert count(encode, layout.uplink, x, e) == about(size + residual + code)
+    assert count(encode, layout.uplink, x, None) == about(size + code)
+    assert count(reduce_encode, layout, 0, four, e, dtype) == about(5 * code + residual)
+    assert count(decode, layout.uplink, payload, dtype) == about(size + code)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["lloyd4", "none"])
+def test_fusions_move_the_bytes_of_their_docstrings(
+    count: Callable[..., float], name: str, dtype: torch.dtype
+) -> None:
+    layout = layout_of((MOVED,), name, dtype=dtype)
+    code, residual = read_and_written(layout, dtype)
+    size = dtype.itemsize
+    x, e = values_like_gradients(MOVED, dtype), torch.zeros(MOVED, dtype=dtype)
+    payload = torch.zeros(1, layout.uplink.stride_bytes, dtype=torch.uint8)
+    four = payload.expand(4, -1).contiguous()
+    terms = torch.tensor([[0.9, 0.1, 0.99, 0.01, 1e-3, 1.5, 0.0]], dtype=torch.float64)
+    adam = AdamSource(torch.zeros_like(x), torch.ones_like(x), terms)
+    expected = about(size + residual + code + 4 * size)
+    assert count(encode, layout.uplink, x, e, adam=adam) == expected
+    by = {"preconditioner": Preconditioner((torch.ones_like(x),))}
+    moments = 0 if name == "none" else size
+    assert count(encode, layout.uplink, x, e, **by) == about(size + residual + code + moments)
+    assert count(decode, layout.uplink, payload, dtype, **by) == about(size + code + moments)
+    reduced = count(reduce_encode, layout, 0, four, e, dtype, **by)
+    assert reduced == about(5 * code + residual + size)  # of raw elements too
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["lloyd4", "none"])
+def test_marking_kernels_move_the_bytes_of_their_docstrings(
+    count: Callable[..., float], name: str, dtype: torch.dtype
+) -> None:
+    """Calls without flags are subtracted."""
+    layout = layout_of((MOVED,), name, "lloyd4", dtype=dtype)
+    size = dtype.itemsize
+    e, used = torch.ones(MOVED, dtype=compute(dtype)), torch.zeros(1, dtype=torch.int32)
+    x, zeros = torch.ones(MOVED, dtype=dtype), torch.zeros(MOVED, dtype=dtype)
+
+    def added(call: Any, *args: Any) -> Any:
+        return count(call, *args, used=used) - count(call, *args)
+
+    kept = 0 if name == "none" else 2 * compute(dtype).itemsize  # an unused residual is not touched
+    found = 256 * size / MOVED
+    marked = 0 if name == "none" else size  # raw elements have no residual
+    assert added(encode, layout.uplink, zeros, e) == about(marked - kept)
+    assert added(encode, layout.uplink, x, e) == about(found if name != "none" else 0)
+    row = size if name == "none" else 2 / 256
+    found = 256 * size / MOVED if name == "none" else 16 * 2 / MOVED  # a tile has 16 scales
+    four = torch.zeros(4, layout.uplink.stride_bytes, dtype=torch.uint8)
+    assert added(reduce_encode, layout, 0, four, e, dtype) == about(4 * row - 2 * 4)
+    four[3] = 1
+    late = 3 * row / 2  # of the first program; the second one reads nothing
+    assert added(reduce_encode, layout, 0, four, e, dtype) == about(late + found)
+    four[0] = 1
+    assert added(reduce_encode, layout, 0, four, e, dtype) == about(found)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,9 @@ def stand_in_for(device: Device, path: str) -> None:
                     for tensor in tensors:
                         device.access(threading.get_ident(), tensor, is_write, name)
                 return call(*args)
+            for tensor in (*reads, *writes):
+                if not device.holds(tensor):
+                    device.register("temporary", tensor)
             group = next(a for a in args if isinstance(a, dist.ProcessGroup))
             what = f"{name}, {kind_of(group)}"
             if group not in communicators:
@@ -235,6 +238,7 @@ def without(device: Device, name: str) -> Iterator[None]:
         "backward": [(_Stream, "wait_stream", lambda *_: None)],
         "bucket": [(_Stream, "wait_event", lambda *_: None)],
         "copy": [(_Event, "synchronize", lambda _: None)],
+        "copy of the mean": [(_Event, "synchronize", lambda _: None)],
         "future": [(device, "new_future", Future)],
         "memory": [(device, "keep", lambda *_: None)],
         "settling": [(kind, "settle", lambda _: None) for kind in (NcclExchange, PinnedStaging)],
@@ -256,8 +260,9 @@ def races_without(
     models, found = [], {}
     for name in names:
         device.races = []
-        Content.averages_first = name in ("all_reduce, all", "dense")
+        Content.averages_first = name in ("all_reduce, all", "copy of the mean", "dense")
         models.append(model := Model(device, rank, world_size, topology))
+        model.session.mode.max_grad_norm = 1.0 if name == "all_reduce, node" else None
         model.step(0)
         assert device.races == []
         model.watch_residuals()
@@ -293,6 +298,7 @@ NEEDED = {
         "all_to_all_flat, peers": "reads payload",
         "all_gather_flat, peers": "reads payload",
         "all_gather_flat, node": "reads payload",
+        "all_reduce, node": "reads temporary (1,) while all_reduce, node writes it",
     },
     ("nccl", "dense"): {
         "backward": "div_ writes bucket (534,) while aten::copy_ writes it",
@@ -308,6 +314,7 @@ NEEDED = {
     ("staged", "sharded"): {
         "bucket": "reads bucket (534,) while aten::copy_ writes it",
         "copy": "all_to_all_flat reads pinned",
+        "copy of the mean": "div_ writes pinned (2136,) while a copy writes it",
         "future": "writes pinned (2, ",
         "memory": "bucket (534,) is freed before",
         "settling": "aten::clone reads residual",
@@ -499,7 +506,8 @@ def fail(rank: int, world_size: int, topology: str, how: str) -> str:
     device = Device(watches=False)
     stand_in_for(device, "staged")
     model = ddp(ChosenGradients())
-    attach(model, quantizer="lloyd3", topology=topology)
+    options: dict[str, Any] = {"device_mesh": mesh()} if topology == "hierarchical" else {}
+    attach(model, quantizer="lloyd3", topology=topology, **options)
     model(drawn_gradients(rank, 0)).backward()
     if rank == 1 and how == "error":
         device.fails_at = device.copies + 5
@@ -516,17 +524,23 @@ def fail(rank: int, world_size: int, topology: str, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("topology", "how"), [("rank0", "error"), ("rank0", "receive"), ("sharded", "error")]
+    ("topology", "how"),
+    [
+        *(("rank0", "error"), ("rank0", "receive"), ("sharded", "error")),
+        *(("hierarchical", "error"), ("hierarchical", "receive")),
+    ],
 )
 def test_an_error_in_a_copy_is_named_on_every_rank(topology: str, how: str) -> None:
-    for said in run_ranks(fail, 3, topology, how):
+    for said in run_ranks(fail, 4 if topology == "hierarchical" else 3, topology, how):
         assert "Rank 1" in said and "an illegal memory access" in said
 
 
-def test_a_rank_that_dies_between_copy_and_send_is_an_error_on_the_others() -> None:
-    first, second, third = run_ranks(fail, 3, "sharded", "death", may_die={1})
+@pytest.mark.parametrize("topology", ["rank0", "sharded", "hierarchical"])
+def test_a_rank_that_dies_between_copy_and_send_is_an_error_on_the_others(topology: str) -> None:
+    world_size = 4 if topology == "hierarchical" else 3
+    first, second, *others = run_ranks(fail, world_size, topology, "death", may_die={1})
     assert second == Died(3)
-    assert "ank 1" in first and "ank 1" in third
+    assert all("ank 1" in said for said in (first, *others))
 
 
 # Backends

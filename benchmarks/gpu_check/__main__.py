@@ -67,12 +67,13 @@ class Section:
 # In the order of what a short loan of a GPU is to show first.
 SECTIONS = {
     "machine": Section("machine:run", 0.02),
-    "kernels": Section("kernels:run", 0.2, shares_cores=True),
+    "kernels": Section("kernels:run", 0.18, shares_cores=True),
     "gloo": Section("ranks:run_gloo", 0.14),
     "step": Section("step:run", 0.08),
     "bandwidth": Section("bandwidth:run", 0.06),
     "nccl": Section("ranks:run_nccl", 0.08),
-    "text": Section("text:run", 0.34),
+    "fsdp": Section("fsdp:run", 0.06),
+    "text": Section("text:run", 0.3),
     "lightning": Section("lightning:run", 0.05),
     "graphs": Section("graphs:run", 0.03),
 }

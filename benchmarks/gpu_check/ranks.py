@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gpu_check.outcome import FAILED, SKIPPED, Checks, Context, require
 from harness import RankError, run_ranks
 from training import ChosenGradients, ddp, drawn_gradients
 
-__all__ = ["held_back", "run_gloo", "run_nccl"]
+__all__ = ["Case", "compare", "held_back", "run_gloo", "run_nccl", "trained"]
 
 STEPS = 12
 MODES = ("gradient", "preconditioned", "update")
@@ -35,7 +36,8 @@ class Case:
     Attributes:
         world_size: Number of ranks.
         topology: The topology; "hierarchical" has two nodes.
-        mode: What is exchanged.
+        mode: What is exchanged; "dense" leaves the hook disabled, "none" sends the gradient in float32,
+            "join" is gradient mode with a step less on each rank than on the one before.
     """
 
     world_size: int
@@ -46,6 +48,9 @@ class Case:
         return f"{self.topology}, {self.mode}"
 
 
+Train = Callable[[int, torch.device, Case], dict[str, Any]]
+
+
 def run_gloo(context: Context) -> Checks:
     """Train with 2 and 4 ranks on one GPU over Gloo, in all topologies and modes."""
     checks = Checks()
@@ -54,7 +59,9 @@ def run_gloo(context: Context) -> Checks:
         *(Case(4, topology, "gradient") for topology in ("rank0", "sharded")),
         *(Case(4, "hierarchical", mode) for mode in ("gradient", "update")),
     ]
-    for cases in (of_two, of_four) if context.device == "cuda" else (of_two[:3], of_four[2:3]):
+    if context.device == "cpu":
+        of_two, of_four = of_two[:3], of_four[2:3]
+    for cases in (of_two + plain(2), of_four):
         compare(checks, context, "gloo", cases, f"on one {context.device}")
     return checks
 
@@ -71,7 +78,7 @@ def run_nccl(context: Context) -> Checks:
     cases = [Case(count, topology, mode) for topology in ("rank0", "sharded") for mode in MODES]
     if count >= 4 and count % 2 == 0:
         cases += [Case(count, "hierarchical", mode) for mode in ("gradient", "update")]
-    cases = cases if device.is_gpu else cases[:1]
+    cases = cases + plain(count) if device.is_gpu else cases[:1]
     compare(checks, context, device.backend, cases, f"over {device.backend}")
     if count == 1:
         reason = "torch.cuda.device_count() is 1: NCCL has one rank here, and nothing travels"
@@ -79,8 +86,22 @@ def run_nccl(context: Context) -> Checks:
     return checks
 
 
+def plain(world_size: int) -> list[Case]:
+    """Return the cases without quantizers, and one of ranks that run out of data."""
+    return [
+        Case(world_size, "rank0", "dense"),
+        *(Case(world_size, topology, "none") for topology in ("rank0", "sharded")),
+        *(Case(world_size, topology, "join") for topology in ("rank0", "sharded")),
+    ]
+
+
 def compare(
-    checks: Checks, context: Context, backend: str, cases: Sequence[Case], where: str
+    checks: Checks,
+    context: Context,
+    backend: str,
+    cases: Sequence[Case],
+    where: str,
+    train: Train | None = None,
 ) -> None:
     """Train all cases on the device and on the CPU; an error in one of them leaves the others."""
     while cases:
@@ -88,10 +109,12 @@ def compare(
         if context.left_s < 1:
             checks.add(f"{name}, from {cases[0]} on", SKIPPED, "the time of the section is over")
             return
-        ours, error = trained(context.device, backend, cases, max(STARTUP_S, context.left_s))
+        limit_s = max(STARTUP_S, context.left_s)
+        ours, error = trained(context.device, backend, cases, limit_s, train)
         law: dict[Case, list[dict[str, Any]]] = {}
         if ours:
-            law, _ = trained("cpu", "gloo", list(ours), max(STARTUP_S, context.left_s))
+            limit_s = max(STARTUP_S, context.left_s)
+            law, _ = trained("cpu", "gloo", list(ours), limit_s, train)
         for case, results in ours.items():
             expected = law.get(case)
             checks.run(f"{name}, {case}", lambda r=results, e=expected: judge(r, e))
@@ -102,7 +125,7 @@ def compare(
 
 
 def trained(
-    device: str, backend: str, cases: Sequence[Case], limit_s: float
+    device: str, backend: str, cases: Sequence[Case], limit_s: float, train: Train | None = None
 ) -> tuple[dict[Case, list[dict[str, Any]]], str]:
     """Train cases one after the other on the same ranks.
 
@@ -118,6 +141,7 @@ def trained(
                 device,
                 list(cases),
                 folder,
+                train or train_ddp,
                 backend=backend,
                 timeout=limit_s,
                 fresh=device == "cuda",  # a process that is forked cannot use CUDA
@@ -139,7 +163,9 @@ def result_path(folder: str, number: int, rank: int) -> Path:
     return Path(folder) / f"{number}.{rank}.pt"
 
 
-def train_all(rank: int, world_size: int, device: str, cases: list[Case], folder: str) -> None:
+def train_all(
+    rank: int, world_size: int, device: str, cases: list[Case], folder: str, train: Train
+) -> None:
     """Train all cases on a rank, and write the results of each."""
     where = torch.device("cpu")
     if device == "cuda":
@@ -154,11 +180,12 @@ def train_all(rank: int, world_size: int, device: str, cases: list[Case], folder
         path.with_suffix(".new").rename(path)
 
 
-def train(rank: int, where: torch.device, case: Case) -> dict[str, Any]:
+def train_ddp(rank: int, where: torch.device, case: Case) -> dict[str, Any]:
     """Train on gradients that do not depend on weights, and return what the rank has.
 
     Returns:
-        ``weights``, ``state``, ``ratio``, and in gradient mode ``arrived``, the sum of the results.
+        ``weights``, ``state``, ``ratio``, and if the mode exchanges gradients of all ranks ``arrived``,
+        the sum of the results.
     """
     model = ddp(
         ChosenGradients().to(where), device_ids=None if where.type == "cpu" else [where.index]
@@ -171,21 +198,24 @@ def train(rank: int, where: torch.device, case: Case) -> dict[str, Any]:
         optimizer = options["optimizer"] = EfficientAdam(model.parameters(), lr=1e-3)
     elif case.mode == "preconditioned":
         options |= {"optimizer": optimizer, "precondition": True}
-    state = attach(model, **options)
+    elif case.mode == "none":
+        options["quantizer"] = "none"
+    state = attach(model, enabled=case.mode != "dense", **options)
     arrived = [torch.zeros(p.shape, dtype=torch.float64) for p in model.parameters()]
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        model([g.to(where) for g in drawn_gradients(rank, step)]).backward()
-        if case.mode == "gradient":
+    joins = case.mode == "join"
+    with model.join() if joins else contextlib.nullcontext():
+        for step in range(STEPS - rank if joins else STEPS):
+            optimizer.zero_grad()
+            model([g.to(where) for g in drawn_gradients(rank, step)]).backward()
             for index, parameter in enumerate(model.parameters()):
                 arrived[index] += parameter.grad.cpu()
-        optimizer.step()
+            optimizer.step()
     found = {
         "weights": torch.cat([p.detach().flatten().cpu() for p in model.parameters()]),
         "state": state.state_dict(),
         "ratio": float(state.stats()["ratio"]),
     }
-    if case.mode == "gradient" and case.topology != "hierarchical":
+    if case.mode in ("gradient", "dense", "none") and case.topology != "hierarchical":
         found["arrived"] = arrived
     return found
 

@@ -28,6 +28,8 @@ CLAIMS = {
     "bandwidth": "Measured, without a limit: the bytes that a kernel must move, by its time on the "
     "device. All calls are queued behind a kernel that spins, and find a cache without their tensors.",
     "nccl": "The same as over Gloo, over NCCL (RCCL on AMD), with a rank for each GPU.",
+    "fsdp": "A model that FSDP2 shards, with two replicas of it: equal replicas, and the CPU's weights "
+    "but for ties.",
     "text": "A small GPT on Python's sources learns with 4 bits what it learns densely in as many "
     "steps.",
     "lightning": "A Trainer with EfficientAdamStrategy in mixed precision: the loss falls, and the "

@@ -13,7 +13,6 @@ has written gradients and finished its own bookkeeping::
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -165,7 +164,7 @@ class Engine:
         self._compressing = self._decide(device)
         session.begin_step()
         self.clock.start(device)
-        self._follow_loss_scale()
+        self._follow_loss_scale(device)
         self._accumulation.begin(parameters)
         session.open(device, self._compressing)
         self._check_names()
@@ -237,19 +236,12 @@ class Engine:
 
         return last.then(end)
 
-    def _follow_loss_scale(self) -> None:
+    def _follow_loss_scale(self, device: torch.device) -> None:
         """Rescale the residuals when the loss scale has changed."""
         session = self.session
         if self.grad_scaler is None or not session.mode.scales_with_loss:
             return
-        scale = float(self.grad_scaler.get_scale())
-        if scale == session.loss_scale or not 0 < scale < math.inf:
-            return
-        for residuals in (session.worker, session.server):
-            for _, view in residuals:
-                # Overflow saturates, as for sums in the kernels.
-                view.mul_(scale / session.loss_scale).nan_to_num_()
-        session.loss_scale = scale
+        session.loss_scale.follow(self.grad_scaler, device, (session.worker, session.server))
 
     def _check_names(self) -> None:
         config = self.session.config

@@ -28,14 +28,15 @@ def stats_of(engine: Engine) -> dict[str, float]:
     session = engine.session
     session.settle()
     worker, server = session.worker.norm(), session.server.norm()
+    scale = session.loss_scale.value
     result = _result_norm(engine)
     if result and session.topology.shares > 1:
         result /= math.sqrt(session.topology.shares)  # the residual covers one share
     return {
         **session.counters.to_dict(),
         "ratio": session.counters.ratio,
-        "worker_residual_norm": worker / session.loss_scale,
-        "server_residual_norm": server / session.loss_scale,
+        "worker_residual_norm": worker / scale,
+        "server_residual_norm": server / scale,
         "quantization_error": worker / result if result else 0.0,
         "exchange_s": engine.clock.seconds,
     }

@@ -47,6 +47,7 @@ class Residuals:
 
     def __init__(self) -> None:
         self._views: dict[str, Tensor] = {}
+        self._flats: dict[str, Tensor] = {}  # of which they are views
         self._offsets: dict[str, int] = {}
 
     def adopt(
@@ -77,7 +78,7 @@ class Residuals:
                         f"{place.numel}: it was saved for another model or another topology."
                     )
                 view.copy_(held)
-            self._views[place.name] = view
+            self._views[place.name], self._flats[place.name] = view, flat
             self._offsets[place.name] = place.offset
         return flat
 
@@ -101,7 +102,8 @@ class Residuals:
             self._offsets[name] = (offsets or {}).get(name, 0)
             held = self._views.get(name)
             if held is None:
-                self._views[name] = value.detach().to(device, copy=True)
+                own = value.detach().to(device, copy=True)
+                self._views[name] = self._flats[name] = own
             else:
                 held.copy_(value)
 
@@ -118,6 +120,15 @@ class Residuals:
     def offset(self, name: str) -> int:
         """Return the first element of a parameter that its residual covers."""
         return self._offsets.get(name, 0)
+
+    def multiply(self, factor: Tensor) -> None:
+        """Multiply all residuals by a number; the largest finite values take the place of overflows.
+
+        Args:
+            factor: A tensor without dimensions, on the device of the residuals.
+        """
+        for flat in {id(flat): flat for flat in self._flats.values()}.values():
+            flat.mul_(factor).nan_to_num_()
 
     def norm(self) -> float:
         """Return the 2-norm over all parameters. Waits for the device."""

@@ -23,22 +23,18 @@ Special cases:
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from effadam_hook.kernels.arguments import check_arguments, compute_dtype
 from effadam_hook.kernels.fusions import AdamSource, Preconditioner
+from effadam_hook.kernels.quantize import exact_sqrt, lane_sum, pack, quantize, unpack
 from effadam_hook.wire.layout import Piece, Wire
-from effadam_hook.wire.quantizers import SCALE_BYTES, Quantizer
+from effadam_hook.wire.quantizers import SCALE_BYTES
 
 __all__ = ["decode", "encode_", "name", "reduce_encode_"]
 
 name = "reference"
-
-_LANES = 16
-_TINY = 2.0**-100
 
 
 def encode_(
@@ -211,7 +207,7 @@ class _Moments:
         m = self.exp_avg * beta1 + g * rest1
         self.next_exp_avg, self.next_exp_avg_sq = m, v
         numerator = m * step_size
-        denominator = _sqrt(v) * correction + eps
+        denominator = exact_sqrt(v) * correction + eps
         nothing = (numerator == 0) & (denominator == 0)
         return torch.where(nothing, 0.0, numerator / denominator)
 
@@ -231,9 +227,9 @@ def _divisor(wire: Wire, piece: Piece, preconditioner: Preconditioner | None) ->
     parts = []
     for first, last, count in _runs(piece.numel, wire.block_size):
         block = v[first:last].view(count, -1)
-        floor = _lane_sum(block) / block.shape[1] * 1e-3
+        floor = lane_sum(block) / block.shape[1] * 1e-3
         usable = (floor >= torch.finfo(v.dtype).tiny) & torch.isfinite(floor)
-        parts.append(torch.where(usable, _sqrt(block + floor), 1.0).flatten())
+        parts.append(torch.where(usable, exact_sqrt(block + floor), 1.0).flatten())
     return torch.cat(parts)
 
 
@@ -289,8 +285,8 @@ def _encode_piece(
     codes_at = piece.data_at
     for first, last, count in _runs(piece.numel, size):
         block = scaled[first:last].view(count, -1)
-        scale, codes, decoded, finite = _quantize(block, wire.quantizer, wire.scale_rule)
-        packed = _pack(codes, wire.quantizer)
+        scale, codes, decoded, finite = quantize(block, wire.quantizer, wire.scale_rule)
+        packed = pack(codes, wire.quantizer)
         scales[first // size : first // size + count] = scale
         out[codes_at : codes_at + packed.numel()] = packed.flatten()
         codes_at += packed.numel()
@@ -323,7 +319,7 @@ def _decode_piece(
         codes = payload[at : at + count * code_bytes].view(count, -1)
         at += count * code_bytes
         scale = scales[first // size : first // size + count, None]
-        parts.append((scale * levels[_unpack(codes, numel, quantizer)]).flatten())
+        parts.append((scale * levels[unpack(codes, numel, quantizer)]).flatten())
     return torch.cat(parts)
 
 
@@ -335,111 +331,3 @@ def _scales(wire: Wire, piece: Piece, payload: Tensor) -> Tensor:
     blocks = -(-piece.numel // wire.block_size)
     at = piece.scales_at
     return payload[at : at + blocks * SCALE_BYTES].view(torch.bfloat16)
-
-
-def _quantize(
-    x: Tensor, quantizer: Quantizer, scale_rule: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize blocks ``[blocks, n]``, steps [1] to [4] of :mod:`effadam_hook.wire.quantizers`.
-
-    Returns:
-        Scales ``[blocks]`` bfloat16, codes ``[blocks, n]`` int64, decoded values ``[blocks, n]``, and
-        ``[blocks, 1]`` bool, True for blocks that are finite.
-    """
-    magnitudes = torch.tensor(quantizer.magnitudes, dtype=x.dtype, device=x.device)
-    top = quantizer.magnitudes[-1]
-    largest = x.abs().amax(dim=1, keepdim=True)
-    finite = torch.isfinite(largest)
-    empty = largest < _TINY
-    x = torch.where(finite & ~empty, x, 1.0)
-    largest = torch.where(finite & ~empty, largest, 1.0)
-
-    # [1] The exponent is limited so that its reciprocal is a normal number too.
-    limit = 126 if x.dtype == torch.float32 else 1022
-    exponent = (torch.frexp(largest).exponent - 1).clamp(max=limit)
-    power = torch.ldexp(torch.ones_like(largest), exponent)
-    y = x * (1 / power)
-
-    # [2]
-    if quantizer.spread is None or scale_rule == "absmax":
-        provisional = (largest * (1 / power)) / top
-    else:
-        provisional = _sqrt(_lane_sum(y * y) / x.shape[1]) * quantizer.spread
-
-    # [3]
-    ratio = y.abs() * (1 / provisional)
-    thresholds = torch.tensor(quantizer.thresholds, dtype=x.dtype, device=x.device)
-    index = torch.bucketize(ratio, thresholds)
-    q = torch.where(y < 0, -magnitudes[index], magnitudes[index])
-    gap = 0 if quantizer.has_zero else 1
-    middle = len(magnitudes) - 1 + gap
-    codes = torch.where(y < 0, middle - gap - index, middle + index)
-
-    # [4]
-    if scale_rule == "absmax":
-        scale = provisional * power
-    else:
-        scale = (_lane_sum(y * q) / _lane_sum(q * q)) * power
-    rounded = scale.clamp(max=quantizer.largest_scale).to(torch.float32).to(torch.bfloat16)
-    rounded = torch.where(empty, torch.zeros_like(rounded), rounded)
-    decoded = rounded.to(x.dtype) * q
-    codes = torch.where(finite & ~empty, codes, torch.zeros_like(codes))
-    rounded = torch.where(finite, rounded, torch.full_like(rounded, float("nan")))
-    return rounded[:, 0], codes, decoded, finite
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """Return the correctly rounded square root; torch's float32 one is not always exact with MKL."""
-    if x.dtype == torch.float32:
-        return x.to(torch.float64).sqrt().to(torch.float32)
-    if x.device.type != "cpu":
-        return x.sqrt()
-    return x.clone().apply_(lambda value: math.sqrt(value) if value >= 0 else math.nan)
-
-
-def _lane_sum(x: Tensor) -> Tensor:
-    """Sum the rows of ``[blocks, n]`` to ``[blocks, 1]``, in the order that defines the result."""
-    padding = -x.shape[1] % _LANES
-    rows = torch.nn.functional.pad(x, (0, padding)).view(x.shape[0], -1, _LANES)
-    lanes = rows[:, 0]
-    for row in rows.unbind(1)[1:]:
-        lanes = lanes + row
-    while lanes.shape[1] > 1:
-        half = lanes.shape[1] // 2
-        lanes = lanes[:, :half] + lanes[:, half:]
-    return lanes
-
-
-def _pack(codes: Tensor, quantizer: Quantizer) -> Tensor:
-    """Pack codes ``[blocks, n]`` into bytes ``[blocks, code_bytes(n)]``."""
-    blocks, numel = codes.shape
-    columns = -(-numel // quantizer.planes)
-    padding = columns * quantizer.planes - numel
-    planes = torch.nn.functional.pad(codes, (0, padding)).view(blocks, quantizer.planes, columns)
-    word = (planes * _weights(quantizer, codes.device)).sum(dim=1)
-    return torch.cat(
-        [(word >> (8 * byte)) & 255 for byte in range(quantizer.plane_bytes)], dim=1
-    ).to(torch.uint8)
-
-
-def _unpack(packed: Tensor, numel: int, quantizer: Quantizer) -> Tensor:
-    """Unpack codes ``[blocks, numel]`` as int64; the inverse of :func:`_pack`."""
-    columns = -(-numel // quantizer.planes)
-    rows = packed.to(torch.int64).view(len(packed), quantizer.plane_bytes, columns)
-    word = rows[:, 0]
-    for byte in range(1, quantizer.plane_bytes):
-        word = word | (rows[:, byte] << (8 * byte))
-    # Floor division and modulo: a word of eight 8-bit codes may have the sign bit set.
-    planes = (word[:, None] // _weights(quantizer, packed.device)) % _base(quantizer)
-    return planes.reshape(len(packed), -1)[:, :numel]
-
-
-def _base(quantizer: Quantizer) -> int:
-    return 3 if quantizer.planes == 5 else 2**quantizer.plane_bytes
-
-
-def _weights(quantizer: Quantizer, device: torch.device) -> Tensor:
-    """Return the weight of a code in its column's word, by plane: ``[planes, 1]``."""
-    base = _base(quantizer)
-    powers = [base**plane for plane in range(quantizer.planes)]
-    return torch.tensor(powers, device=device)[:, None]

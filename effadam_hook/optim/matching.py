@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effadam_hook.kernels.upload import upload
 from effadam_hook.optim.pending import MomentStep
 
 __all__ = ["MatchedStep", "Matching"]
@@ -124,7 +125,7 @@ class Matching:
         terms = torch.tensor(
             [self._terms(step) for step in steps], dtype=torch.float64, device="cpu"
         )
-        scale, last, kept, added, noise, dense, weight = terms.to(device, non_blocking=True).T
+        scale, last, kept, added, noise, dense, weight = upload(terms, device).T
         energy = self._energies(steps, scale.to(dtype))
         for step in steps:
             if "signal" not in step.state:
@@ -179,7 +180,7 @@ class Matching:
         # Sums of integers have no order, which differs between numbers of threads and processors.
         total = squares.clamp_(max=_LARGEST).mul_(_UNIT).floor_().sum(1, dtype=torch.float64)
         divisors = torch.tensor(counts, dtype=torch.float64, device="cpu").clamp_(min=1).mul_(_UNIT)
-        return total.div_(divisors.to(scale.device, non_blocking=True)).clamp_(max=1.0)
+        return total.div_(upload(divisors, scale.device)).clamp_(max=1.0)
 
     def _buffer(self, numel: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return a buffer ``[numel]``, which remains between steps, and zeros for the longest row."""

@@ -39,6 +39,7 @@ from effadam_hook.session.block_size import BlockSize
 from effadam_hook.session.buckets import Buckets
 from effadam_hook.session.buffers import BucketBuffers
 from effadam_hook.session.connection import Connection
+from effadam_hook.session.loss_scale import LossScale
 from effadam_hook.wire.counters import Counters
 
 __all__ = ["ExchangeSession", "exchange_all"]
@@ -72,7 +73,7 @@ class ExchangeSession:
         self.parameters = ParameterTable()
         self.worker = Residuals()
         self.server = Residuals()
-        self.loss_scale = 1.0
+        self.loss_scale = LossScale()
         self.counters = Counters()
         self.bypassed: dict[str, str] = {}
         self.blocks = BlockSize(config, self.parameters)

@@ -27,7 +27,7 @@ def capture(session: ExchangeSession) -> RankState:
         The state, with copies of all tensors on the CPU. Residuals have the scale of the unscaled loss.
     """
     session.settle()
-    connection, topology, scale = session.connection, session.topology, session.loss_scale
+    connection, topology, scale = session.connection, session.topology, session.loss_scale.value
     role = role_of(session, topology)
     worker = {name: (view / scale).cpu() for name, view in session.worker}
     server = {name: (view / scale).cpu() for name, view in session.server}
@@ -69,7 +69,7 @@ def restore(session: ExchangeSession, saved: Any) -> None:
     session.connection.choice.follow(name)
     session.blocks.follow(state.block_size)
     session.mode.load(state.moments)
-    session.loss_scale = 1.0
+    session.loss_scale.reset()
     session.counters = replace(state.counters)
     if session.config.error_feedback:
         device = session.parameters.device()

@@ -38,6 +38,7 @@ from effadam_hook.kernels.triton_kernels.unused import (
     mark_used_input_kernel,
     mark_used_mean_kernel,
 )
+from effadam_hook.kernels.upload import upload
 from effadam_hook.wire.layout import Wire
 
 __all__ = ["decode", "encode_", "name", "reduce_encode_"]
@@ -185,16 +186,12 @@ def _on(device: torch.device) -> Any:
 
 
 def _terms_of(adam: AdamSource, device: torch.device) -> Tensor:
-    """Copy the terms of a step to the device, into the same memory at every step.
-
-    The next step's terms overwrite ``adam.terms`` while a copy may still be under way, so it reads
-    from pinned memory that torch keeps for it and reuses after it.
-    """
+    """Copy the terms of a step to the device, into the same memory at every step."""
     if device.type != "cuda":
         return adam.terms
     if adam not in _terms:
         _terms[adam] = torch.empty_like(adam.terms, device=device)
-    return _terms[adam].copy_(adam.terms.pin_memory(), non_blocking=True)
+    return upload(adam.terms, device, _terms[adam])
 
 
 def _moments_of(preconditioner: Preconditioner | None, device: torch.device) -> Tensor | None:
@@ -207,5 +204,5 @@ def _moments_of(preconditioner: Preconditioner | None, device: torch.device) -> 
     if key not in _addresses:
         if len(_addresses) >= _ADDRESSES_KEPT:
             _addresses.pop(next(iter(_addresses)))
-        _addresses[key] = torch.tensor(found, dtype=torch.int64, device=device)
+        _addresses[key] = upload(torch.tensor(found, dtype=torch.int64, device="cpu"), device)
     return _addresses[key]

@@ -35,7 +35,12 @@ def _mark(flag, values, rows, stride, count, WIDTH: tl.constexpr):
 def mark_used_input_kernel(
     x, used, owner, pieces, SIZE: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Set the flag of a tile's parameter if an element of the tile is not zero."""
+    """Set the flag of a tile's parameter if an element of the tile is not zero.
+
+    Bytes per element, for elements of ``s`` bytes: reads ``s`` of an unused parameter, whose residual
+    ``encode_kernel`` then neither reads nor writes, and of another one all that comes before its first
+    number, 256 elements at a time: mostly ``256 * s`` in all.
+    """
     program = tl.program_id(0)
     piece = pieces + tl.load(owner + program) * 9
     first = (program - tl.load(piece + 8)) * (SIZE * BLOCKS)
@@ -59,7 +64,12 @@ def mark_used_mean_kernel(
     RAW_BYTES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Set the flag of a tile's parameter if a worker's scale, or raw element, is not zero."""
+    """Set the flag of a tile's parameter if a worker's scale, or raw element, is not zero.
+
+    Bytes per element, for ``w`` workers and blocks of ``n`` elements: reads ``w * 2 / n`` of an unused
+    parameter, or ``w * s`` if it has sent raw elements of ``s`` bytes; of another one mostly those of
+    one tile's scales, or of 256 elements, in all.
+    """
     program = tl.program_id(0)
     which = tl.load(owner + program)
     piece, source = pieces + which * 9, sources + which * 9
