@@ -82,11 +82,12 @@ def node_of(
     layouts: Sequence[NodeLayout],
     dtype: torch.dtype = torch.float32,
     precise: torch.dtype = torch.float32,
+    payload: tuple[int, int] = (0, 0),
 ) -> list[NodeBuffers]:
     """The buffers of all ranks of a node, in this process."""
     cpu = torch.device("cpu")
     ranks = range(len(layouts))
-    return [NodeBuffers(layouts, own, dtype, precise, cpu, Staging()) for own in ranks]
+    return [NodeBuffers(layouts, own, dtype, precise, cpu, Staging(), payload) for own in ranks]
 
 
 def average(buckets: Sequence[torch.Tensor], node: Sequence[NodeBuffers]) -> None:
@@ -174,6 +175,18 @@ def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtyp
             )
             assert torch.equal(buffers.mean, wanted[places])
             assert buffers.is_shared == (exchange > 0)
+
+
+def test_the_ranks_of_a_node_receive_into_one_payload() -> None:
+    node = node_of(lay_out_node(layout_of((100, 7), 2, 3), 3), payload=(6, 24))
+    for _ in range(2):
+        assert all(one.payload is None and one.served.shape == (2, 24) for one in node)
+        average(list(torch.ones(3, 107)), node)
+    for own, one in enumerate(node):
+        one.served.fill_(own + 1)
+    for one in node:
+        assert one.payload is not None
+        assert one.payload[:, 0].tolist() == [1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("without", [0, 2])

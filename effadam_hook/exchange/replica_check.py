@@ -70,7 +70,7 @@ class ReplicaCheck:
         self._names = list(names)
         self._parameters = [p.detach() for p in parameters]
         self._sent = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in sent]
-        self._received = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in received]
+        self.receive_in(received)
         self._ranks = range(len(self._received)) if ranks is None else ranks
         self._every = 1 if check_every_step else _OTHERS_EVERY
         self._stamped = 0
@@ -79,6 +79,14 @@ class ReplicaCheck:
         self._has_weight = False
         self._number = 0
         self._read = (0, 0)
+
+    def receive_in(self, received: Tensor) -> None:
+        """Compare the chunks of another buffer from now on.
+
+        Args:
+            received: ``[world_size, stride_bytes]`` uint8.
+        """
+        self._received = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in received]
 
     def stamp(self, reads_weight: bool, steps: int, optimizer_steps: int = 0) -> None:
         """Read what :meth:`write` writes, at the beginning of a step.

@@ -150,7 +150,7 @@ def _make(
             compute_dtype(flat.dtype),
             flat.device,
             staging,
-            (topology.servers // topology.shares, layout.downlink.stride_bytes),
+            (topology.servers, layout.downlink.stride_bytes),
         )
         runs = node.layout.runs
     return BucketBuffers(
