@@ -150,7 +150,8 @@ class ExchangeSession:
         """
         if self.connection.exchange is None:
             size = self.blocks.value
-            self.mode.divide(self.connection.share_of(size))
+            exact = self.parameters.exact(self.config)
+            self.mode.divide(self.connection.share_of(size, exact))
             uplink, downlink = self.config.uplink, self.config.downlink
             self.mode.connect(len(self.topology.worker_ranks), uplink.energy * downlink.energy)
             steps, progress = self.counters.steps, self.mode.progress()
