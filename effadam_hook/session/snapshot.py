@@ -166,8 +166,8 @@ def _own(state: RankState, role: Role, numels: Mapping[str, int]) -> RankState:
             f"The saved state has the nodes {state.nodes}, blocks of {state.block_size} and "
             f"exact={state.config.get('exact')}, this run {role.nodes}, blocks of {role.block_size} "
             f"and {len(role.exact)} exact parameters. The state of one rank with "
-            "topology='hierarchical' fits the same nodes, blocks and exact parameters only: load one of all ranks from "
-            "full_state_dict()."
+            "topology='hierarchical' fits the same nodes, blocks and exact parameters only: load one "
+            "of all ranks from full_state_dict()."
         )
     return state
 
