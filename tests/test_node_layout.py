@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import math
@@ -249,6 +250,18 @@ def test_more_buckets_than_files_share_memory_one_after_the_other(
         found.append(describe_exchange([one for node in buckets for one in node]))
     assert found[0] == "" and found[-1] == "through shared memory"
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_a_process_with_too_many_files_sends_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(node_buffers, "_MOST_OFFERS", 3)
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    node = node_of(lay_out_node(layout_of((100, 7), 2, 2), 2))
+    for _ in range(5):
+        average(list(torch.ones(2, 107)), node)
+    assert "Too many open files" in describe_exchange(node)
 
 
 def test_a_system_without_such_memory_is_described(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,8 @@ _FORMAT = struct.Struct("<Qd")
 _DIGEST_BITS, _OPTIMIZER_BITS, _STEP_BITS = 24, 16, 24
 _UNKNOWN = math.inf
 """Stands for a weight that was not read."""
-_OTHERS_EVERY = 8
+_OTHERS_EVERY = 7
+"""Odd, so that steps that alternate with dense ones are not all left out."""
 _STRIDE = 7919
 
 
@@ -51,7 +52,7 @@ class ReplicaCheck:
         sent: ``[servers, stride_bytes]`` uint8, the payload of this worker.
         received: ``[world_size, stride_bytes]`` uint8, the chunks that arrive at this server.
         staging: The memory of the payloads.
-        check_every_step: Whether to include a weight in every step, rather than in every eighth.
+        check_every_step: Whether to include a weight in every step, rather than in every seventh.
         ranks: The ranks whose chunks are received, for messages; None for all ranks.
     """
 
@@ -73,7 +74,6 @@ class ReplicaCheck:
         self.receive_in(received)
         self._ranks = range(len(self._received)) if ranks is None else ranks
         self._every = 1 if check_every_step else _OTHERS_EVERY
-        self._stamped = 0
         self._staging = staging
         self._weight = staging.zeros((1,), torch.float64, torch.device("cpu"))
         self._has_weight = False
@@ -97,10 +97,10 @@ class ReplicaCheck:
             optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on
                 them.
         """
-        self._stamped += 1
         self._has_weight = False
-        if reads_weight and self._stamped % self._every == 0:
-            which = self._stamped // self._every
+        # By the steps and not by a count of its own: a rank may have new buffers, and others not.
+        which, rest = divmod(steps + 1, self._every)
+        if reads_weight and rest == 0:
             index = which % len(self._parameters)
             parameter = self._parameters[index]
             if parameter.numel():

@@ -9,7 +9,8 @@ exchanges of a bucket, in which shares are sent::
     others    one byte, if all ranks have mapped all memory; else shares
 
 A rank with too many open files has no ticket. All ranks of the node then repeat the first exchange in
-the next step, when other buckets have closed theirs.
+the next step, when other buckets have closed theirs; up to 64 times, as the files may be those of the
+program.
 
 They also share one payload, in the memory of the first of them: every rank receives the chunks of its
 share into it, and all decode it from there.
@@ -41,6 +42,7 @@ _NOTE_BYTES = 64
 _LATER_AT = TICKET_BYTES
 """The byte of a note that a rank sets if it has too many open files for a ticket."""
 _OFFER, _ANSWER, _OVER = range(3)
+_MOST_OFFERS = 64
 
 
 class NodeBuffers:
@@ -110,7 +112,7 @@ class NodeBuffers:
         self._use(staging.zeros((sum(self.packed_sizes),), torch.uint8, device))
         self._memory: SharedMemory | None = None
         self._mapped: list[Tensor | None] = []
-        self._turn = _OFFER
+        self._turn, self._offers = _OFFER, 0
         if staging.computes_on_host:
             self._offer()
         else:
@@ -200,11 +202,11 @@ class NodeBuffers:
 
     def _offer(self) -> None:
         """Make memory, and note its ticket for the other ranks of the node."""
-        packed_numel = sum(self.packed_sizes)
+        packed_numel, self._offers = sum(self.packed_sizes), self._offers + 1
         try:
             self._memory = share(packed_numel + self._payload_bytes(self._own))
         except OSError as error:
-            is_full = error.errno == errno.EMFILE
+            is_full = error.errno in (errno.EMFILE, errno.ENFILE) and self._offers < _MOST_OFFERS
             if not is_full:
                 self.refusal = f"this system has no memory to share: {error.strerror}"
             self._note(bytes(_LATER_AT) + bytes([is_full]))
