@@ -19,7 +19,7 @@ from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Mode
 from effadam_hook.session.block_size import BlockSize
 from effadam_hook.session.buffers import BucketBuffers
-from effadam_hook.session.node_buffers import NodeBuffers
+from effadam_hook.session.node_buffers import MeanMemory, NodeBuffers
 from effadam_hook.wire.layout import Slot, lay_out_bucket
 from effadam_hook.wire.node_layout import lay_out_node, whole_runs
 from effadam_hook.wire.parts import cut
@@ -58,6 +58,7 @@ class Buckets:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[object, int, list[BucketBuffers]]] = {}
+        self._means = MeanMemory()
 
     def all(self) -> list[BucketBuffers]:
         """Return the buffers of the current buckets, in order; a large bucket has several."""
@@ -110,6 +111,7 @@ class Buckets:
                 kernels,
                 staging,
                 node,
+                self._means,
                 check_every_step=index == number == 0,
                 run_id=run_id,
             )
@@ -127,6 +129,7 @@ def _make(
     kernels: Kernels,
     staging: Staging,
     node: NodeBuffers | None,
+    means: MeanMemory,
     *,
     check_every_step: bool,
     run_id: str,
@@ -154,6 +157,7 @@ def _make(
             flat.device,
             staging,
             (topology.servers, layout.downlink.stride_bytes),
+            means,
         )
     runs = whole_runs(slots) if node is None else node.layout.runs
     return BucketBuffers(

@@ -141,6 +141,16 @@ class BucketBuffers:
             ]
             self._server_residual = server.adopt(places, chunk.numel, precise, device)
 
+    def hold(self, bound: NodeBound) -> None:
+        """Bound the node's mean gradient in this step, which the bucket keeps until it is known.
+
+        Args:
+            bound: The bound of the step.
+        """
+        assert self.node is not None
+        self.bound = bound
+        self.node.keep_mean()
+
     @property
     def averages_first(self) -> bool:
         """Return whether the bucket is averaged densely before the exchange of this step."""

@@ -34,7 +34,7 @@ from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.session.node_memory import TICKET_BYTES, SharedMemory, open_ticket, share
 from effadam_hook.wire.node_layout import NodeLayout, Run
 
-__all__ = ["NodeBuffers"]
+__all__ = ["MeanMemory", "NodeBuffers"]
 
 _ALIGN_BYTES = 64
 _NOTE_BYTES = 64
@@ -43,6 +43,23 @@ _LATER_AT = TICKET_BYTES
 """The byte of a note that a rank sets if it has too many open files for a ticket."""
 _OFFER, _ANSWER, _OVER = range(3)
 _MOST_OFFERS = 64
+
+
+class MeanMemory:
+    """Memory for the mean of one bucket at a time, which a stage averages and encodes at once.
+
+    It is 1/G of the gradients less memory with G ranks a node, and remains in a processor's cache.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ``[numel]``, elements that other buckets use too."""
+        held = self._held.get((dtype, device))
+        if held is None or held.numel() < numel:
+            held = self._held[dtype, device] = torch.zeros(numel, dtype=dtype, device=device)
+        return held[:numel]
 
 
 class NodeBuffers:
@@ -56,10 +73,12 @@ class NodeBuffers:
         device: The bucket's device.
         staging: The memory of the collectives, where that is not shared.
         payload_shape: Chunks of the downlink payload, and their bytes.
+        means: The memory of the mean; None for memory of its own.
 
     Attributes:
         layout: This rank's share.
-        mean: ``[share numel]``, the node's mean of it.
+        mean: ``[share numel]``, the node's mean of it; valid until the next bucket is averaged, unless
+            :meth:`keep_mean` has been called.
         payload: ``[servers, stride_bytes]``, the downlink payload that the ranks share; None where they
             do not.
         served: See :class:`~effadam_hook.exchange.bucket_job.BucketJob`.
@@ -79,9 +98,11 @@ class NodeBuffers:
         device: torch.device,
         staging: Staging,
         payload_shape: tuple[int, int] = (0, 0),
+        means: MeanMemory | None = None,
     ) -> None:
         self.layout, self.refusal = layouts[own], ""
-        self.mean = torch.zeros(self.layout.numel, dtype=precise, device=device)
+        self._shares_mean = means is not None
+        self.mean = (means or MeanMemory()).take(self.layout.numel, precise, device)
         self._own, self._dtype = own, dtype
         self._ranks = range(len(layouts))
         self._others = [rank for rank in self._ranks if rank != own]
@@ -142,6 +163,11 @@ class NodeBuffers:
         self._own_notes = [parts[rank][-_NOTE_BYTES:] for rank in self._others]
         self._parts = [self._values(parts[rank], self._share_bytes[rank]) for rank in self._others]
         self._address = -1
+
+    def keep_mean(self) -> None:
+        """Use memory of its own for the mean from now on."""
+        if self._shares_mean:
+            self._shares_mean, self.mean = False, torch.zeros_like(self.mean)
 
     def pack(self, bucket: Tensor) -> None:
         """Copy the shares of the other ranks of the node, one after the other.

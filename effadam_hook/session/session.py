@@ -253,7 +253,7 @@ class ExchangeSession:
         if self.topology.shares > 1:  # the worker is the node
             bound = NodeBound(most, len(self._waiting))
             for buffers, _ in self._waiting:
-                buffers.bound = bound
+                buffers.hold(bound)
         else:
             flats = [buffers.bucket for buffers, _ in self._waiting]
             norms = [
