@@ -45,6 +45,8 @@ def lose(
     [
         ((1,), "pack", "rank 1 (on node 0)"),
         ((3,), "reduce", "rank 3 (on node 1)"),
+        ((0,), "average", "rank 0 (on node 0)"),
+        ((2,), "downlink", "rank 2 (on node 1)"),
         ((1,), "decode", "rank 1 (on node 0)"),
         ((2, 3), "encode", "node 1 (ranks 2, 3)"),
     ],

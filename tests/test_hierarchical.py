@@ -71,7 +71,7 @@ def build(kind: str, options: dict[str, Any]) -> tuple[Any, Any, Any]:
     if kind in ("update", "shared"):
         optimizer = updating(model, second_moment="shared" if kind == "shared" else "local")
         options = {**options, "optimizer": optimizer}
-    return model, optimizer, attach(model, block_size=16, **options)
+    return model, optimizer, attach(model, **{"block_size": 16, **options})
 
 
 def updating(model: Any, **options: Any) -> EfficientAdam:
@@ -455,17 +455,20 @@ def save_on(rank: int, world_size: int, nodes: Nodes | None) -> Any:
     options: dict[str, Any] = {"topology": "sharded"}
     if nodes is not None:
         options = options_for(rank, nodes)
-    model, _, state = build("gradient", {"quantizer": "sign", **options})
+    model, _, state = build("gradient", {"quantizer": "sign", "block_size": 64, **options})
     for step in range(4):
         model.zero_grad()
         model(given(rank, step)).backward()
     return state.full_state_dict()
 
 
-def load_on(rank: int, world_size: int, nodes: Nodes | None, saved: Any) -> Any:
+def load_on(
+    rank: int, world_size: int, nodes: Nodes | None, saved: Any, exact: tuple[str, ...] = ("1d",)
+) -> Any:
     options: dict[str, Any] = {"topology": "sharded"}
     if nodes is not None:
         options = options_for(rank, nodes)
+    options |= {"exact": exact, "block_size": 64}
     model, _, state = build("gradient", {"quantizer": "sign", **options})
     state.load_state_dict(saved)
     loaded = state.state_dict()
@@ -508,6 +511,14 @@ def test_other_shapes_keep_the_means(before: Any, after: Any) -> None:
         assert (a - b).abs().max() <= 1e-6 * a.abs().max()
 
 
+def test_other_exact_parameters_keep_the_means() -> None:
+    saved = run_ranks(save_on, 4, TWO_BY_TWO)[0]
+    loaded = run_ranks(load_on, 4, TWO_BY_TWO, saved, ("<3000",))
+    assert saved["ranks"][0]["worker_start"] != loaded[0]["worker_start"]
+    for a, b in zip(books(saved["ranks"]), books(loaded), strict=True):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
 def load_elsewhere(rank: int, world_size: int) -> list[str]:
     said = []
     _, _, flat = build("gradient", {"topology": "sharded"})
@@ -517,10 +528,17 @@ def load_elsewhere(rank: int, world_size: int) -> list[str]:
         with pytest.raises(StateMismatchError) as caught:
             target.load_state_dict(source.state_dict())
         said.append(str(caught.value))
-    return said
+    coarse = {"block_size": 64}  # the units of exact parameters are smaller than a block
+    model, _, source = build("gradient", options_for(rank, TWO_BY_TWO, **coarse))
+    _, _, target = build("gradient", options_for(rank, TWO_BY_TWO, exact=("<3000",), **coarse))
+    model(given(rank, 0)).backward()
+    with pytest.raises(StateMismatchError) as caught:
+        target.load_state_dict(source.state_dict())
+    return [*said, str(caught.value)]
 
 
 def test_a_ranks_own_state_fits_the_same_nodes_only() -> None:
     for said in run_ranks(load_elsewhere, 4):
         assert all("load one of all ranks from full_state_dict()" in text for text in said)
         assert "the nodes None" in said[0] and "((0, 1), (2, 3))" in said[2]
+        assert "blocks of 64 and " in said[3] and "fits the same nodes, blocks and exact" in said[3]

@@ -410,3 +410,20 @@ def test_an_optimizer_saved_without_the_hook_warns_that_moments_are_missing() ->
         assert "call full_state_dict() on all ranks" in compressed
     assert run_ranks(save_alone, 4, MIXED, True) == [["", "", ""]] * 4
     assert run_ranks(save_alone, 2, None, False) == [["", "", ""]] * 2
+
+
+def reload_on(rank: int, world_size: int, who: Sequence[int]) -> list[Tensor]:
+    model, optimizer, state = build(TWO_BY_TWO)
+    for step in range(8):
+        if step == 5 and rank in who:  # by now the ranks of a node share memory
+            state.load_state_dict(state.state_dict())
+        optimizer.zero_grad()
+        model(drawn_gradients(rank, step)).backward()
+        optimizer.step()
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("who", [(1,), (0, 1, 2, 3)])
+def test_ranks_that_load_a_state_keep_the_memory_of_their_node(who: Sequence[int]) -> None:
+    plain, loaded = (run_ranks(reload_on, 4, ranks, timeout=60) for ranks in ((), who))
+    assert all(equal(a, b) for a, b in zip(plain, loaded, strict=True))

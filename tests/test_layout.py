@@ -62,8 +62,9 @@ def test_pieces_tile_the_bucket_and_the_bytes(
         local = 0
         for piece in chunk.pieces:
             slot = layout.slots[piece.slot]
+            unit = 16 if slot.exact else 64
             assert (piece.offset, piece.numel) == share_of(
-                slot.numel, turn_of(slot.name), 64, server, servers
+                slot.numel, turn_of(slot.name), unit, server, servers
             )
             assert piece.start == slot.start + piece.offset
             assert piece.start + piece.numel <= slot.start + slot.numel
@@ -128,9 +129,17 @@ def test_a_share_does_not_depend_on_the_bucket() -> None:
             for piece in chunk.pieces
         }
 
-    one = shares([Slot("a", 0, 500, False), Slot("b", 500, 300, False)])
+    one = shares([Slot("a", 0, 500, True), Slot("b", 500, 300, False)])
     other = shares([Slot("b", 0, 300, False)]) | shares([Slot("a", 0, 500, True)])
     assert one == other
+
+
+@pytest.mark.parametrize("servers", [3, 8, 16])
+def test_a_bias_of_few_blocks_does_not_lengthen_a_payload(servers: int) -> None:
+    weight, bias = servers * 256, 1024
+    layout = layout_of((weight, bias), "lloyd4", servers=servers, exact=(1,))
+    padded = layout_of((weight,), "lloyd4", servers=servers).uplink.payload_bytes + 4 * bias
+    assert layout.uplink.payload_bytes <= padded + servers * (16 * 4 + 8)
 
 
 def test_gaps_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import math
@@ -82,11 +83,12 @@ def node_of(
     layouts: Sequence[NodeLayout],
     dtype: torch.dtype = torch.float32,
     precise: torch.dtype = torch.float32,
+    payload: tuple[int, int] = (0, 0),
 ) -> list[NodeBuffers]:
     """The buffers of all ranks of a node, in this process."""
     cpu = torch.device("cpu")
     ranks = range(len(layouts))
-    return [NodeBuffers(layouts, own, dtype, precise, cpu, Staging()) for own in ranks]
+    return [NodeBuffers(layouts, own, dtype, precise, cpu, Staging(), payload) for own in ranks]
 
 
 def average(buckets: Sequence[torch.Tensor], node: Sequence[NodeBuffers]) -> None:
@@ -176,6 +178,18 @@ def test_the_mean_is_the_sum_divided_by_the_ranks(shares: int, dtype: torch.dtyp
             assert buffers.is_shared == (exchange > 0)
 
 
+def test_the_ranks_of_a_node_receive_into_one_payload() -> None:
+    node = node_of(lay_out_node(layout_of((100, 7), 2, 3), 3), payload=(6, 24))
+    for _ in range(2):
+        assert all(one.payload is None and one.served.shape == (2, 24) for one in node)
+        average(list(torch.ones(3, 107)), node)
+    for own, one in enumerate(node):
+        one.served.fill_(own + 1)
+    for one in node:
+        assert one.payload is not None
+        assert one.payload[:, 0].tolist() == [1, 1, 2, 2, 3, 3]
+
+
 @pytest.mark.parametrize("without", [0, 2])
 def test_all_ranks_send_shares_if_one_of_them_cannot_map_the_others(
     without: int, monkeypatch: pytest.MonkeyPatch
@@ -236,6 +250,18 @@ def test_more_buckets_than_files_share_memory_one_after_the_other(
         found.append(describe_exchange([one for node in buckets for one in node]))
     assert found[0] == "" and found[-1] == "through shared memory"
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_a_process_with_too_many_files_sends_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(node_buffers, "_MOST_OFFERS", 3)
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    node = node_of(lay_out_node(layout_of((100, 7), 2, 2), 2))
+    for _ in range(5):
+        average(list(torch.ones(2, 107)), node)
+    assert "Too many open files" in describe_exchange(node)
 
 
 def test_a_system_without_such_memory_is_described(monkeypatch: pytest.MonkeyPatch) -> None:

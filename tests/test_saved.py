@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effadam_hook import EfficientAdamState, StateMismatchError, attach
+from effadam_hook import EfficientAdamState, StateMismatchError, attach, efficient_adam_hook
 from effadam_hook.feedback.checksum import with_checksum
 from effadam_hook.feedback.residuals import Place, Residuals
 from harness import run_ranks
@@ -34,9 +34,14 @@ def test_residuals_move_with_their_parameters_when_buckets_change() -> None:
 
 def test_a_residual_of_another_size_is_refused() -> None:
     residuals = Residuals()
-    residuals.adopt([Place("a", 0, 3)], 3, torch.float32, CPU)
-    with pytest.raises(StateMismatchError, match=r"'a' has 3 elements\. Must be 4"):
+    residuals.adopt([Place("a", 0, 3)], 3, torch.float32, CPU).fill_(1)
+    found = r"'a' is that of 3 elements from element 0 on\. Must be that of 4 from 0 on"
+    with pytest.raises(StateMismatchError, match=found):
         residuals.adopt([Place("a", 0, 4)], 4, torch.float32, CPU)
+    with pytest.raises(StateMismatchError, match=r"Must be that of 3 from 5 on"):
+        residuals.adopt([Place("a", 0, 3, offset=5)], 3, torch.float32, CPU)
+    residuals.load({}, CPU)  # without a value nothing is lost
+    assert not residuals.adopt([Place("a", 0, 4)], 4, torch.float32, CPU).any()
 
 
 def build() -> tuple[Any, torch.optim.Optimizer]:
@@ -86,6 +91,36 @@ def interrupt_and_resume(rank: int, world_size: int, topology: str, full: bool) 
     return all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
+
+
+def resume_without_names(rank: int, world_size: int, full: bool) -> bool:
+    weights: list[Tensor] = []
+    saved: list[Any] = []
+    for _ in range(2):
+        model = ddp(nn.Sequential(nn.Linear(23, 61), nn.Tanh(), nn.Linear(61, 5)))
+        state = EfficientAdamState(quantizer="lloyd2", topology="sharded")
+        model.register_comm_hook(state, efficient_adam_hook)
+        if saved:
+            state.load_state_dict(saved[0])
+        for step in range(8):
+            if step >= 4 or not saved:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.fill_(1 / 64)
+                model.zero_grad()
+                seed = torch.Generator().manual_seed(100 * step + rank)
+                loss_of(model, torch.randn(8, 23, generator=seed)).backward()
+            if step == 3 and not saved:
+                saved = [state.full_state_dict() if full else state.state_dict()]
+                if full:
+                    torch.distributed.broadcast_object_list(saved)
+        weights.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return torch.equal(*weights)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_without_names_resumes_to_the_bit(full: bool) -> None:
+    assert run_ranks(resume_without_names, 2, full) == [True, True]
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

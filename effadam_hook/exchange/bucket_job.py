@@ -26,8 +26,11 @@ class NodeTransfer(Protocol):
     """``[ranks of the node * share bytes]`` uint8: this rank's share of every local rank's bucket."""
     received_sizes: list[int]
     """Bytes of this rank's share, once for each local rank."""
-    is_shared: bool
-    """True if the ranks read from one another's memory, so that they only meet."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Return whether the ranks read from one another's memory, so that they only meet."""
+        ...
 
 
 class BucketJob(Protocol):
@@ -81,10 +84,6 @@ class BucketJob(Protocol):
 
     def average(self) -> None:
         """Average what :attr:`node` has received into :attr:`values`."""
-        ...
-
-    def collect(self) -> None:
-        """Copy the chunks of all local ranks into :attr:`downlink`, where memory is shared."""
         ...
 
     def encode(self) -> None:

@@ -37,7 +37,8 @@ _FORMAT = struct.Struct("<Qd")
 _DIGEST_BITS, _OPTIMIZER_BITS, _STEP_BITS = 24, 16, 24
 _UNKNOWN = math.inf
 """Stands for a weight that was not read."""
-_OTHERS_EVERY = 8
+_OTHERS_EVERY = 7
+"""Odd, so that steps that alternate with dense ones are not all left out."""
 _STRIDE = 7919
 
 
@@ -51,7 +52,7 @@ class ReplicaCheck:
         sent: ``[servers, stride_bytes]`` uint8, the payload of this worker.
         received: ``[world_size, stride_bytes]`` uint8, the chunks that arrive at this server.
         staging: The memory of the payloads.
-        check_every_step: Whether to include a weight in every step, rather than in every eighth.
+        check_every_step: Whether to include a weight in every step, rather than in every seventh.
         ranks: The ranks whose chunks are received, for messages; None for all ranks.
     """
 
@@ -70,15 +71,22 @@ class ReplicaCheck:
         self._names = list(names)
         self._parameters = [p.detach() for p in parameters]
         self._sent = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in sent]
-        self._received = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in received]
+        self.receive_in(received)
         self._ranks = range(len(self._received)) if ranks is None else ranks
         self._every = 1 if check_every_step else _OTHERS_EVERY
-        self._stamped = 0
         self._staging = staging
         self._weight = staging.zeros((1,), torch.float64, torch.device("cpu"))
         self._has_weight = False
         self._number = 0
         self._read = (0, 0)
+
+    def receive_in(self, received: Tensor) -> None:
+        """Compare the chunks of another buffer from now on.
+
+        Args:
+            received: ``[world_size, stride_bytes]`` uint8.
+        """
+        self._received = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in received]
 
     def stamp(self, reads_weight: bool, steps: int, optimizer_steps: int = 0) -> None:
         """Read what :meth:`write` writes, at the beginning of a step.
@@ -89,10 +97,10 @@ class ReplicaCheck:
             optimizer_steps: Digest of the optimizer's step counts, where the exchange depends on
                 them.
         """
-        self._stamped += 1
         self._has_weight = False
-        if reads_weight and self._stamped % self._every == 0:
-            which = self._stamped // self._every
+        # By the steps and not by a count of its own: a rank may have new buffers, and others not.
+        which, rest = divmod(steps + 1, self._every)
+        if reads_weight and rest == 0:
             index = which % len(self._parameters)
             parameter = self._parameters[index]
             if parameter.numel():

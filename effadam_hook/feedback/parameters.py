@@ -201,6 +201,18 @@ class ParameterTable:
         """Return the number of elements by name."""
         return {parameter.name: tensor.numel() for tensor, parameter in self._known.values()}
 
+    def exact(self, config: Config) -> frozenset[str]:
+        """Return the names of the exchanged parameters that a rule of ``exact`` selects.
+
+        Args:
+            config: The options.
+        """
+        return frozenset(
+            parameter.name
+            for tensor, parameter in self._exchanged()
+            if config.is_exact(parameter.aliases, tensor.ndim, whole_numel(tensor))
+        )
+
     def quantized_1d(self, config: Config) -> list[str]:
         """Return the parameters of at most one dimension that no rule of ``exact`` selects.
 

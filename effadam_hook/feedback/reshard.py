@@ -30,7 +30,7 @@ from effadam_hook.feedback.checkpoint import RankState, Share
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.feedback.schema import reject
 from effadam_hook.wire.node_shares import NodeShare, position_of
-from effadam_hook.wire.shares import share_of, turn_of
+from effadam_hook.wire.shares import share_of, turn_of, unit_of
 
 __all__ = ["Role", "deal", "merge", "reassign"]
 
@@ -48,6 +48,7 @@ class Role:
         nodes: Ranks of every node, if nodes are the workers; None if ranks are.
         shares: Number of ranks that divide a worker's residual among themselves.
         local_rank: Index of this rank among them.
+        exact: Names of the parameters that are sent uncompressed.
     """
 
     rank: int
@@ -58,6 +59,7 @@ class Role:
     nodes: tuple[tuple[int, ...], ...] | None = None
     shares: int = 1
     local_rank: int = 0
+    exact: frozenset[str] = frozenset()
 
     def share(self, name: str, numel: int) -> tuple[int, int]:
         """Return the first element and the number of elements that this rank serves of a parameter.
@@ -69,7 +71,8 @@ class Role:
         if self.serves is None:
             return 0, 0
         position = position_of(self.serves, turn_of(name), self.servers, self.shares)
-        return share_of(numel, 0, self.block_size, position, self.servers)
+        unit = unit_of(name in self.exact, self.block_size)
+        return share_of(numel, 0, unit, position, self.servers)
 
     def worker_share(self, name: str, numel: int) -> tuple[int, int]:
         """Return the first element and the number of elements of this rank's worker residual.
@@ -78,14 +81,29 @@ class Role:
             name: Name of the parameter.
             numel: Its number of elements.
         """
-        share = NodeShare(self.local_rank, self.shares, self.servers, self.block_size)
-        return share.of(name, numel)
+        return self._share_of(self.local_rank).of(name, numel)
 
-    def has_workers_of(self, state: RankState) -> bool:
-        """Return whether each rank of a state holds the worker residual of the same rank now."""
+    def _share_of(self, local_rank: int) -> NodeShare:
+        return NodeShare(local_rank, self.shares, self.servers, self.block_size, self.exact)
+
+    def has_workers_of(self, state: RankState, numels: Mapping[str, int]) -> bool:
+        """Return whether the rank of a state holds the worker residuals of the same rank now.
+
+        Args:
+            state: The state.
+            numels: Number of elements of the model's parameters by name, as far as they are known.
+        """
         if (state.world_size, state.nodes) != (self.world_size, self.nodes):
             return False
-        return self.nodes is None or state.block_size == self.block_size
+        if self.nodes is None:
+            return True
+        (local_rank,) = (node.index(state.rank) for node in self.nodes if state.rank in node)
+        share = self._share_of(local_rank)
+        return state.block_size == self.block_size and all(
+            (state.worker_start[name], values.numel()) == share.of(name, numels[name])
+            for name, values in state.worker.items()
+            if name in numels
+        )
 
 
 def merge(states: Sequence[RankState]) -> RankState:

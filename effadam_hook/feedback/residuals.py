@@ -65,19 +65,23 @@ class Residuals:
             The flat tensor ``[numel]``, zero for parameters without a residual.
 
         Raises:
-            StateMismatchError: If a residual has another number of elements than its place.
+            StateMismatchError: If a residual is not that of the elements of its place, and not zero.
         """
         flat = torch.zeros(numel, dtype=dtype, device=device)
         for place in places:
             view = flat[place.start : place.start + place.numel]
             held = self._views.get(place.name)
             if held is not None:
-                if held.numel() != place.numel:
+                first = self._offsets.get(place.name, 0)
+                if (first, held.numel()) == (place.offset, place.numel):
+                    view.copy_(held)
+                elif bool(held.any()):
                     raise StateMismatchError(
-                        f"The residual of {place.name!r} has {held.numel()} elements. Must be "
-                        f"{place.numel}: it was saved for another model or another topology."
+                        f"The residual of {place.name!r} is that of {held.numel()} elements from "
+                        f"element {first} on. Must be that of {place.numel} from {place.offset} on: it "
+                        "was saved for another model or topology, or without names. Load it into a "
+                        "state of attach(ddp_model, ...), which deals saved residuals anew."
                     )
-                view.copy_(held)
             self._views[place.name], self._flats[place.name] = view, flat
             self._offsets[place.name] = place.offset
         return flat

@@ -35,7 +35,7 @@ from effadam_hook.wire.layout import REPLICA_CHECK_BYTES, aligned
 from effadam_hook.wire.node_shares import position_of
 from effadam_hook.wire.parts import cut, part_numel
 from effadam_hook.wire.quantizers import SCALE_BYTES, get_quantizer
-from effadam_hook.wire.shares import share_of, turn_of
+from effadam_hook.wire.shares import share_of, turn_of, unit_of
 
 __all__ = [
     "ALL_REDUCE",
@@ -193,8 +193,9 @@ def _payload_bytes(
     else:
         longest = max(
             sum(
-                size(each, share_of(each.numel, 0, block_size, place, servers)[1])
+                size(each, share_of(each.numel, 0, unit, place, servers)[1])
                 for at, each in enumerate(bucket)
+                for unit in [unit_of(each.rows == 0, block_size)]
                 for place in [position_of(server, turn_of(str(at)), servers, shares)]
             )
             for server in range(servers)

@@ -19,7 +19,7 @@ from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.modes import Mode
 from effadam_hook.session.block_size import BlockSize
 from effadam_hook.session.buffers import BucketBuffers
-from effadam_hook.session.node_buffers import NodeBuffers
+from effadam_hook.session.node_buffers import MeanMemory, NodeBuffers
 from effadam_hook.wire.layout import Slot, lay_out_bucket
 from effadam_hook.wire.node_layout import lay_out_node, whole_runs
 from effadam_hook.wire.parts import cut
@@ -52,15 +52,17 @@ class Buckets:
     """The buffers of every bucket, by the index of the bucket.
 
     DDP changes its buckets during training: an index with other tensors than before gets new
-    buffers, to which residuals and moments move.
+    buffers, to which residuals and moments move. After a rank has loaded other moments, it gets new
+    buffers with the same node buffers, whose memory the other ranks of the node read.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[object, list[BucketBuffers]]] = {}
+        self._known: dict[int, tuple[object, int, list[BucketBuffers]]] = {}
+        self._means = MeanMemory()
 
     def all(self) -> list[BucketBuffers]:
         """Return the buffers of the current buckets, in order; a large bucket has several."""
-        return [buffers for _, parts in self._known.values() for buffers in parts]
+        return [buffers for _, _, parts in self._known.values() for buffers in parts]
 
     def of(
         self,
@@ -88,10 +90,10 @@ class Buckets:
         Raises:
             EffAdamError: If the tensors do not have as many elements as the bucket.
         """
-        key = (flat.dtype, flat.device, model.mode.generation, *map(id, tensors))
-        known = self._known.get(index)
-        if known is not None and known[0] == key:
-            return known[1]
+        key, generation = (flat.dtype, flat.device, *map(id, tensors)), model.mode.generation
+        known_key, known_generation, known = self._known.get(index, (None, 0, []))
+        if (known_key, known_generation) == (key, generation):
+            return known
         numels = [tensor.numel() for tensor in tensors]
         if sum(numels) != flat.numel():
             raise EffAdamError(
@@ -99,6 +101,7 @@ class Buckets:
                 f"{sum(numels)}. They must be equal; a parameter was resized after DDP was built."
             )
         cuts = cut(numels, part_numel)
+        nodes = [one.node for one in known] if known_key == key else [None] * len(cuts)
         parts = [
             _make(
                 f"bucket {index}" + (f", part {number}" if len(cuts) > 1 else ""),
@@ -107,12 +110,14 @@ class Buckets:
                 model,
                 kernels,
                 staging,
+                node,
+                self._means,
                 check_every_step=index == number == 0,
                 run_id=run_id,
             )
-            for number, part in enumerate(cuts)
+            for number, (part, node) in enumerate(zip(cuts, nodes, strict=True))
         ]
-        self._known[index] = (key, parts)
+        self._known[index] = (key, generation, parts)
         return parts
 
 
@@ -123,6 +128,8 @@ def _make(
     model: Model,
     kernels: Kernels,
     staging: Staging,
+    node: NodeBuffers | None,
+    means: MeanMemory,
     *,
     check_every_step: bool,
     run_id: str,
@@ -140,8 +147,7 @@ def _make(
         itemsize=dtype.itemsize,
         shares=topology.shares,
     )
-    runs, node = whole_runs(slots), None
-    if topology.shares > 1:
+    if node is None and topology.shares > 1:
         layouts = lay_out_node(layout, topology.shares)
         node = NodeBuffers(
             layouts,
@@ -150,9 +156,10 @@ def _make(
             compute_dtype(flat.dtype),
             flat.device,
             staging,
-            (topology.servers // topology.shares, layout.downlink.stride_bytes),
+            (topology.servers, layout.downlink.stride_bytes),
+            means,
         )
-        runs = node.layout.runs
+    runs = whole_runs(slots) if node is None else node.layout.runs
     return BucketBuffers(
         label,
         layout,

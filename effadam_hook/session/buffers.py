@@ -141,6 +141,16 @@ class BucketBuffers:
             ]
             self._server_residual = server.adopt(places, chunk.numel, precise, device)
 
+    def hold(self, bound: NodeBound) -> None:
+        """Bound the node's mean gradient in this step, which the bucket keeps until it is known.
+
+        Args:
+            bound: The bound of the step.
+        """
+        assert self.node is not None
+        self.bound = bound
+        self.node.keep_mean()
+
     @property
     def averages_first(self) -> bool:
         """Return whether the bucket is averaged densely before the exchange of this step."""
@@ -234,16 +244,15 @@ class BucketBuffers:
         """Average what the ranks of this node have sent."""
         assert self.node is not None
         self.node.average()
+        payload = self.node.payload
+        if payload is not None and payload is not self.downlink:  # shared from this step on
+            self.downlink = self._downlink = payload
+            self._checks[-1].receive_in(payload)
 
     @property
     def served(self) -> Tensor:
         """Return the chunks of this rank's share."""
         return self.downlink if self.node is None else self.node.served
-
-    def collect(self) -> None:
-        """Copy the chunks of the ranks of this node into the payload."""
-        assert self.node is not None
-        self.node.collect(self.downlink)
 
     def encode(self) -> None:
         """Encode the content and the worker residual into the uplink payload."""

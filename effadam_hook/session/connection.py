@@ -74,16 +74,17 @@ class Connection:
         """This rank's view of the servers."""
         return self.choice.view(self.group)
 
-    def share_of(self, block_size: int) -> NodeShare | None:
+    def share_of(self, block_size: int, exact: frozenset[str]) -> NodeShare | None:
         """Return this rank's share of its node's bucket; None where every rank encodes whole buckets.
 
         Args:
             block_size: Number of elements that share a scale.
+            exact: Names of the parameters that are sent uncompressed.
         """
         topology = self.topology
         if topology.shares == 1:
             return None
-        return NodeShare(topology.share, topology.shares, topology.servers, block_size)
+        return NodeShare(topology.share, topology.shares, topology.servers, block_size, exact)
 
     @property
     def given_group(self) -> dist.ProcessGroup | None:

@@ -9,11 +9,15 @@ exchanges of a bucket, in which shares are sent::
     others    one byte, if all ranks have mapped all memory; else shares
 
 A rank with too many open files has no ticket. All ranks of the node then repeat the first exchange in
-the next step, when other buckets have closed theirs.
+the next step, when other buckets have closed theirs; up to 64 times, as the files may be those of the
+program.
+
+They also share one payload, in the memory of the first of them: every rank receives the chunks of its
+share into it, and all decode it from there.
 
 A rank packs a bucket again only after the exchange, which ends after all ranks of the node have
 averaged: they contribute to its last stage. It receives a payload again only after they have packed
-once more, and thus have copied its last payload.
+once more, and thus have decoded the last one.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from effadam_hook.kernels.fusions import Preconditioner
 from effadam_hook.session.node_memory import TICKET_BYTES, SharedMemory, open_ticket, share
 from effadam_hook.wire.node_layout import NodeLayout, Run
 
-__all__ = ["NodeBuffers"]
+__all__ = ["MeanMemory", "NodeBuffers"]
 
 _ALIGN_BYTES = 64
 _NOTE_BYTES = 64
@@ -38,6 +42,24 @@ _NOTE_BYTES = 64
 _LATER_AT = TICKET_BYTES
 """The byte of a note that a rank sets if it has too many open files for a ticket."""
 _OFFER, _ANSWER, _OVER = range(3)
+_MOST_OFFERS = 64
+
+
+class MeanMemory:
+    """Memory for the mean of one bucket at a time, which a stage averages and encodes at once.
+
+    It is 1/G of the gradients less memory with G ranks a node, and remains in a processor's cache.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ``[numel]``, elements that other buckets use too."""
+        held = self._held.get((dtype, device))
+        if held is None or held.numel() < numel:
+            held = self._held[dtype, device] = torch.zeros(numel, dtype=dtype, device=device)
+        return held[:numel]
 
 
 class NodeBuffers:
@@ -50,17 +72,20 @@ class NodeBuffers:
         precise: The arithmetic's dtype.
         device: The bucket's device.
         staging: The memory of the collectives, where that is not shared.
-        served_shape: Chunks of the share in the downlink payload, and their bytes.
+        payload_shape: Chunks of the downlink payload, and their bytes.
+        means: The memory of the mean; None for memory of its own.
 
     Attributes:
         layout: This rank's share.
-        mean: ``[share numel]``, the node's mean of it.
+        mean: ``[share numel]``, the node's mean of it; valid until the next bucket is averaged, unless
+            :meth:`keep_mean` has been called.
+        payload: ``[servers, stride_bytes]``, the downlink payload that the ranks share; None where they
+            do not.
         served: See :class:`~effadam_hook.exchange.bucket_job.BucketJob`.
         packed_bytes: See :class:`~effadam_hook.exchange.bucket_job.NodeTransfer`.
         packed_sizes: Likewise.
         received_bytes: Likewise.
         received_sizes: Likewise.
-        is_shared: Whether the ranks read from one another's memory.
         refusal: Why they do not, for messages; empty while that is open.
     """
 
@@ -72,15 +97,20 @@ class NodeBuffers:
         precise: torch.dtype,
         device: torch.device,
         staging: Staging,
-        served_shape: tuple[int, int] = (0, 0),
+        payload_shape: tuple[int, int] = (0, 0),
+        means: MeanMemory | None = None,
     ) -> None:
-        self.layout, self.is_shared, self.refusal = layouts[own], False, ""
-        self.mean = torch.zeros(self.layout.numel, dtype=precise, device=device)
+        self.layout, self.refusal = layouts[own], ""
+        self._shares_mean = means is not None
+        self.mean = (means or MeanMemory()).take(self.layout.numel, precise, device)
         self._own, self._dtype = own, dtype
         self._ranks = range(len(layouts))
         self._others = [rank for rank in self._ranks if rank != own]
         self._share_bytes = [layout.numel * dtype.itemsize for layout in layouts]
-        self._served_shape = served_shape
+        self._payload_shape = payload_shape
+        self.payload: Tensor | None = None
+        chunks = payload_shape[0] // len(layouts)
+        self.served = staging.zeros((chunks, payload_shape[1]), torch.uint8, device)
         self.packed_sizes = self._sizes(own)
         room = _room(self._share_bytes[own])
         self.received_sizes = [0 if rank == own else room for rank in self._ranks]
@@ -95,19 +125,15 @@ class NodeBuffers:
         rows = torch.split(self._received, self.received_sizes)
         self._notes = [rows[rank][-_NOTE_BYTES:] for rank in self._others]
         self._sources = [self._values(rows[rank], self._share_bytes[own]) for rank in self._ranks]
-        self._chunks: list[tuple[int, Tensor]] = []
         # Halved beforehand, as often as needed, a sum of finite values does not overflow. Powers of two
         # are exact, so that the mean is that of a sum divided by the number of ranks.
         self._scale = 2.0 ** -math.ceil(math.log2(len(layouts)))
         # Values of fewer bits would leave their range.
         self._packed_scale = self._scale if dtype == precise else 1.0
-        self._use(
-            staging.zeros((sum(self.packed_sizes),), torch.uint8, device),
-            staging.zeros(served_shape, torch.uint8, device),
-        )
+        self._use(staging.zeros((sum(self.packed_sizes),), torch.uint8, device))
         self._memory: SharedMemory | None = None
         self._mapped: list[Tensor | None] = []
-        self._turn = _OFFER
+        self._turn, self._offers = _OFFER, 0
         if staging.computes_on_host:
             self._offer()
         else:
@@ -117,17 +143,31 @@ class NodeBuffers:
         """Return the bytes that a local rank packs for each of the local ranks, with their notes."""
         return [0 if to == rank else _room(self._share_bytes[to]) for to in self._ranks]
 
+    def _payload_bytes(self, rank: int) -> int:
+        """Return the bytes of the payload in the memory of a local rank."""
+        return math.prod(self._payload_shape) if rank == 0 else 0
+
     def _values(self, data: Tensor, size: int) -> Tensor:
         return data[:size].view(self._dtype)
 
-    def _use(self, packed_bytes: Tensor, served: Tensor) -> None:
-        """Pack into a buffer, and receive the chunks of the share into another one."""
-        self.packed_bytes, self.served = packed_bytes, served
+    @property
+    def is_shared(self) -> bool:
+        """Return whether the ranks read from one another's memory."""
+        return self.payload is not None
+
+    def _use(self, packed_bytes: Tensor) -> None:
+        """Pack into a buffer from now on."""
+        self.packed_bytes = packed_bytes
         self._packed = self._staging.twin(packed_bytes)
         parts = torch.split(self._packed, self.packed_sizes)
         self._own_notes = [parts[rank][-_NOTE_BYTES:] for rank in self._others]
         self._parts = [self._values(parts[rank], self._share_bytes[rank]) for rank in self._others]
         self._address = -1
+
+    def keep_mean(self) -> None:
+        """Use memory of its own for the mean from now on."""
+        if self._shares_mean:
+            self._shares_mean, self.mean = False, torch.zeros_like(self.mean)
 
     def pack(self, bucket: Tensor) -> None:
         """Copy the shares of the other ranks of the node, one after the other.
@@ -175,18 +215,6 @@ class NodeBuffers:
         elif self._turn == _ANSWER:
             self._settle()
 
-    def collect(self, downlink: Tensor) -> None:
-        """Copy the chunks of all local ranks from their memory into the payload, if it is shared.
-
-        Args:
-            downlink: ``[servers, stride_bytes]``, the payload.
-        """
-        if self.is_shared:
-            rows = downlink.view(len(self._ranks), -1)
-            rows[self._own] = self.served.view(-1)
-            for rank, chunks in self._chunks:
-                rows[rank] = chunks
-
     def _add_own(self, others: Tensor) -> None:
         """Write the sum of other ranks and of this rank's bucket to the mean."""
         for run, own in zip(self.layout.runs, self._own_views, strict=True):
@@ -200,17 +228,16 @@ class NodeBuffers:
 
     def _offer(self) -> None:
         """Make memory, and note its ticket for the other ranks of the node."""
-        packed_numel = sum(self.packed_sizes)
+        packed_numel, self._offers = sum(self.packed_sizes), self._offers + 1
         try:
-            self._memory = share(packed_numel + math.prod(self._served_shape))
+            self._memory = share(packed_numel + self._payload_bytes(self._own))
         except OSError as error:
-            is_full = error.errno == errno.EMFILE
+            is_full = error.errno in (errno.EMFILE, errno.ENFILE) and self._offers < _MOST_OFFERS
             if not is_full:
                 self.refusal = f"this system has no memory to share: {error.strerror}"
             self._note(bytes(_LATER_AT) + bytes([is_full]))
             return
-        data = self._memory.bytes
-        self._use(data[:packed_numel], data[packed_numel:].view(self._served_shape))
+        self._use(self._memory.bytes[:packed_numel])
         self._note(self._memory.ticket)
 
     def _map(self) -> None:
@@ -236,20 +263,24 @@ class NodeBuffers:
                 "a rank of the node cannot map the memory of another one, as between containers"
             )
             return
+        assert self._memory is not None
+        payload_bytes = self._memory.bytes[sum(self.packed_sizes) :]
         for rank, memory in zip(self._others, mapped, strict=True):
             assert memory is not None
-            sizes = self._sizes(rank)
-            part = torch.split(memory, [*sizes, math.prod(self._served_shape)])
+            part = torch.split(memory, [*self._sizes(rank), self._payload_bytes(rank)])
             self._sources[rank] = self._values(part[self._own], self._share_bytes[self._own])
-            self._chunks.append((rank, part[-1]))
+            if rank == 0:
+                payload_bytes = part[-1]
         self._sources[self._own] = self.mean[:0]
+        self.payload = payload_bytes.view(self._payload_shape)
+        chunks = len(self.served)
+        self.served = self.payload[self._own * chunks : (self._own + 1) * chunks]
         self._notes.clear()
         self.packed_sizes = self.received_sizes = [1] * len(self._ranks)
         self.packed_bytes, self.received_bytes = torch.zeros(
             2, len(self._ranks), dtype=torch.uint8, device="cpu"
         )
         self._received = self.received_bytes
-        self.is_shared = True
 
     def share_of(self, preconditioner: Preconditioner | None) -> Preconditioner | None:
         """Return the second moments of this rank's share.

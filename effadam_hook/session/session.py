@@ -151,7 +151,8 @@ class ExchangeSession:
         """
         if self.connection.exchange is None:
             size = self.blocks.value
-            self.mode.divide(self.connection.share_of(size))
+            exact = self.parameters.exact(self.config)
+            self.mode.divide(self.connection.share_of(size, exact))
             uplink, downlink = self.config.uplink, self.config.downlink
             self.mode.connect(len(self.topology.worker_ranks), uplink.energy * downlink.energy)
             steps, progress = self.counters.steps, self.mode.progress()
@@ -253,7 +254,7 @@ class ExchangeSession:
         if self.topology.shares > 1:  # the worker is the node
             bound = NodeBound(most, len(self._waiting))
             for buffers, _ in self._waiting:
-                buffers.bound = bound
+                buffers.hold(bound)
         else:
             flats = [buffers.bucket for buffers, _ in self._waiting]
             norms = [

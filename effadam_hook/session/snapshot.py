@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -102,6 +103,7 @@ def role_of(session: ExchangeSession, topology: Topology, block_size: int | None
         nodes=table.nodes if table is not None and topology.shares > 1 else None,
         shares=topology.shares,
         local_rank=topology.share,
+        exact=session.parameters.exact(session.config),
     )
 
 
@@ -128,7 +130,8 @@ def _state_of_this_rank(
     states = [state.renamed(parameters.resolve) for state in states]
     topology = make_topology(name, session.group) if name else session.topology
     role = role_of(session, topology, _block_size_after(session, states[0]))
-    own = _dealt(states, role) if holds_all_ranks(saved) else _own(states[0], role)
+    numels = parameters.numels()
+    own = _dealt(states, role, numels) if holds_all_ranks(saved) else _own(states[0], role, numels)
     _check_parameters(session, own)
     if own.units and own.units != mode.units:
         raise StateMismatchError(
@@ -141,28 +144,30 @@ def _state_of_this_rank(
     return own
 
 
-def _dealt(states: list[RankState], role: Role) -> RankState:
+def _dealt(states: list[RankState], role: Role, numels: Mapping[str, int]) -> RankState:
     """Deal the states of all ranks to this rank; with the same workers, every worker keeps its own."""
     merged = merge(states)
-    if role.has_workers_of(states[0]):
+    if all(role.has_workers_of(state, numels) for state in states):
         if role.nodes is not None:
             return states[role.rank]
         merged = replace(states[role.rank], server=merged.server)
     return deal(merged, role)
 
 
-def _own(state: RankState, role: Role) -> RankState:
+def _own(state: RankState, role: Role, numels: Mapping[str, int]) -> RankState:
     if (state.rank, state.world_size) != (role.rank, role.world_size):
         raise StateMismatchError(
             f"The saved state is that of rank {state.rank} of {state.world_size}; this is rank "
             f"{role.rank} of {role.world_size}. Load each rank's own state, or one of all ranks from "
             "full_state_dict()."
         )
-    if not role.has_workers_of(state):
+    if not role.has_workers_of(state, numels):
         raise StateMismatchError(
-            f"The saved state has the nodes {state.nodes} and blocks of {state.block_size}, this run "
-            f"{role.nodes} and {role.block_size}. The state of one rank with topology='hierarchical' "
-            "fits the same nodes and blocks only: load one of all ranks from full_state_dict()."
+            f"The saved state has the nodes {state.nodes}, blocks of {state.block_size} and "
+            f"exact={state.config.get('exact')}, this run {role.nodes}, blocks of {role.block_size} "
+            f"and {len(role.exact)} exact parameters. The state of one rank with "
+            "topology='hierarchical' fits the same nodes, blocks and exact parameters only: load one "
+            "of all ranks from full_state_dict()."
         )
     return state
 

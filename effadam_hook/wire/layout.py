@@ -1,10 +1,11 @@
 """Layout of a bucket in the payloads that carry it. Integers only, no torch.
 
 A *bucket* is DDP's flat buffer with one *slot* per parameter. Every parameter is divided into
-blocks from its own first element, so that no block straddles two parameters. The blocks of a
-parameter are divided among the servers in contiguous runs, which are the same in every bucket that
-holds the parameter (:mod:`effadam_hook.wire.shares`). The part of a bucket that belongs to one
-server is a *chunk*. It consists of *pieces*, at most one per parameter::
+blocks from its own first element, so that no block straddles two parameters. The units of a
+parameter, which are blocks where it is quantized, are divided among the servers in contiguous runs.
+These are the same in every bucket that holds the parameter (:mod:`effadam_hook.wire.shares`). The part
+of a bucket that belongs to one server is a *chunk*. It consists of *pieces*, at most one per
+parameter::
 
     bucket    | weight.0 ............ | bias.0 | weight.1 ............ |
     pieces    | server 0 | server 1 |  s 0    | server 1  | server 0 |      (two servers)
@@ -31,7 +32,7 @@ from functools import cached_property
 
 from effadam_hook.wire.node_shares import position_of
 from effadam_hook.wire.quantizers import SCALE_BYTES, Quantizer
-from effadam_hook.wire.shares import share_of, turn_of
+from effadam_hook.wire.shares import share_of, turn_of, unit_of
 
 __all__ = [
     "REPLICA_CHECK_BYTES",
@@ -269,7 +270,8 @@ def _lay_out_chunk(
     local = raw_bytes = scale_bytes = 0
     for index, slot in enumerate(slots):
         position = position_of(server, turn_of(slot.name), servers, shares)
-        first, numel = share_of(slot.numel, 0, block_size, position, servers)
+        unit = unit_of(slot.exact, block_size)
+        first, numel = share_of(slot.numel, 0, unit, position, servers)
         if numel == 0:
             continue
         raw = slot.exact or quantizer.is_raw

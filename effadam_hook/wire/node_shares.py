@@ -1,6 +1,6 @@
 """Shares of the ranks of a node in a parameter. Integers only, no torch.
 
-With M nodes of G ranks, the blocks of a parameter are first divided among the G local ranks in
+With M nodes of G ranks, the units of a parameter are first divided among the G local ranks in
 contiguous runs, and each of these runs among the M nodes. Server ``g * M + m`` is local rank g of
 node m: the servers of one local rank are consecutive, and so are their elements. With G = 1 these
 are the shares of :func:`~effadam_hook.wire.shares.share_of`.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from effadam_hook.wire.shares import turn_of
+from effadam_hook.wire.shares import turn_of, unit_of
 
 __all__ = ["NodeShare", "node_share_of", "position_of"]
 
@@ -33,7 +33,7 @@ def position_of(server: int, turn: int, servers: int, shares: int) -> int:
 
 
 def node_share_of(
-    numel: int, turn: int, block_size: int, share: int, shares: int, servers: int
+    numel: int, turn: int, unit: int, share: int, shares: int, servers: int
 ) -> tuple[int, int]:
     """Return the contiguous run of a parameter's elements that a local rank sums over its node.
 
@@ -42,7 +42,7 @@ def node_share_of(
     Args:
         numel: Number of elements of the parameter.
         turn: Rotation of the parameter, see :func:`~effadam_hook.wire.shares.turn_of`.
-        block_size: Number of elements of a full block.
+        unit: Number of elements of a unit, see :func:`~effadam_hook.wire.shares.unit_of`.
         share: Index of the rank in its node, from 0.
         shares: Number G of ranks of a node.
         servers: Number of servers, M * G.
@@ -50,10 +50,10 @@ def node_share_of(
     Returns:
         The first element, and the number of elements, which may be 0.
     """
-    blocks, peers = -(-numel // block_size), servers // shares
+    units, peers = -(-numel // unit), servers // shares
     position = (share - turn) % shares * peers
-    first = position * blocks // servers * block_size
-    last = min((position + peers) * blocks // servers * block_size, numel)
+    first = position * units // servers * unit
+    last = min((position + peers) * units // servers * unit, numel)
     return first, max(0, last - first)
 
 
@@ -66,12 +66,14 @@ class NodeShare:
         shares: Number G of ranks of a node.
         servers: Number of servers, M * G.
         block_size: Number of elements of a full block.
+        exact: Names of the parameters that are sent uncompressed.
     """
 
     share: int
     shares: int
     servers: int
     block_size: int
+    exact: frozenset[str] = frozenset()
 
     def of(self, name: str, numel: int) -> tuple[int, int]:
         """Return the first element and the number of elements of the share in a parameter.
@@ -80,5 +82,5 @@ class NodeShare:
             name: Canonical name of the parameter.
             numel: Its number of elements.
         """
-        turn = turn_of(name)
-        return node_share_of(numel, turn, self.block_size, self.share, self.shares, self.servers)
+        unit = unit_of(name in self.exact, self.block_size)
+        return node_share_of(numel, turn_of(name), unit, self.share, self.shares, self.servers)

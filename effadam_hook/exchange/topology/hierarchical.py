@@ -9,8 +9,8 @@ direction. With M nodes of G ranks, rank g of node m:
 2. encodes the mean of its share, with the worker residual, and exchanges chunks with the M ranks of
    equal g on the other nodes ("uplink");
 3. reduces chunk ``g * M + m`` as its server and exchanges the result with the same ranks ("downlink");
-4. exchanges the payload chunks of its share for those of the other local ranks ("node gather"), or
-   reads those from shared memory;
+4. exchanges the payload chunks of its share for those of the other local ranks ("node gather"); with
+   shared memory all ranks receive into one payload, and only meet;
 5. decodes the whole bucket.
 
 The worker of the algorithm is the node: N is M, and both residuals of a rank cover its share only.
@@ -92,7 +92,7 @@ class Hierarchical(Topology):
             ),
             Stage("reduce", reduce, "downlink", self._start_downlink, ranks=peers),
             Stage("gather", None, "node gather", _start_node_gather, ranks=node),
-            Stage("decode", decode, prepare=_collect),
+            Stage("decode", decode),
         )
 
     def measure_route(self, group: Group) -> None:
@@ -119,10 +119,6 @@ def _pack(job: BucketJob) -> None:
 
 def _average(job: BucketJob) -> None:
     job.average()
-
-
-def _collect(job: BucketJob) -> None:
-    job.collect()
 
 
 def _start_node_mean(job: BucketJob, group: Group) -> dist.Work | None:
