@@ -120,7 +120,7 @@ def kernels() -> list[Extension]:
 
 
 def front_page() -> str:
-    """Return README.md with absolute links: an index shows it without the files beside it."""
+    """Return README.md with absolute links, as the files are not beside it, and without comments."""
     address = re.search(r'^Repository = "(.+)"$', Path("pyproject.toml").read_text("utf-8"), re.M)
     if address is None:
         raise SystemExit('pyproject.toml has no line Repository = "..." below [project.urls].')
@@ -130,7 +130,7 @@ def front_page() -> str:
         kind = "raw" if re.search(r"\.(png|svg|gif|jpe?g)$", target) else "blob"
         return f"{before}{address[1]}/{kind}/main/{target}"
 
-    text = Path("README.md").read_text("utf-8")
+    text = re.sub("<!--.*?-->", "", Path("README.md").read_text("utf-8"))
     return re.sub(r'(\]\(|\b(?:href|src|srcset)=")(?![a-z]+:|#|/)([^)"\s]+)', absolute, text)
 
 

@@ -69,7 +69,8 @@ def main(options: argparse.Namespace) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         progress.step = step + 1
-        if progress.step % 20 == 0 and accelerator.is_main_process:
+        is_shown = progress.step % 20 == 0 or progress.step == options.steps
+        if is_shown and accelerator.is_main_process:
             ratio = exchange.state.stats()["ratio"] if exchange.state else 1.0
             print(f"step {progress.step}: loss {loss.item():.4f}, bytes / {ratio:.2f}")
     accelerator.save_state(str(options.checkpoint))

@@ -12,6 +12,7 @@ import pytest
 
 from effadam_hook.cli import main
 from effadam_hook.cli.conclusion import conclusion_of
+from effadam_hook.cli.ranks import overload
 from effadam_hook.cli.rows import Row
 from effadam_hook.exchange.node_description import HOST_VARIABLE
 from effadam_hook.planner.method import Method
@@ -55,6 +56,26 @@ def test_a_described_cluster_is_calculated_without_a_launcher(
     assert recommended["compression_pays"] and 'topology="hierarchical"' in recommended["code"]
     assert any("+0.0023 nats" in line for line in found["conclusion"])
     assert found["conclusion"][-1].startswith("Next: train")
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.5, False), (1.5, True)])
+def test_plan_on_a_busy_machine_says_so(
+    load: float,
+    is_busy: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    without_launcher(monkeypatch)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * (os.cpu_count() or 1), 0.0, 0.0))
+    more = ("--gbit", "0.1", "--compute-ms", "5", "--device", "cpu")
+    assert main([*DESCRIBED, *more, "--json"]) == 0
+    conclusion = json.loads(capsys.readouterr().out)["conclusion"]
+    assert any("Repeat on idle machines" in line for line in conclusion) is is_busy
+
+
+def test_a_system_without_a_load_is_not_called_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getloadavg", raising=False)
+    assert overload() is None
 
 
 def test_without_a_compute_time_plan_says_up_to_which_one_it_pays_and_recommends_nothing(

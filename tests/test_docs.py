@@ -51,6 +51,13 @@ def programs() -> list[Any]:
     ]
 
 
+@in_every_document
+def test_no_line_of_text_begins_with_a_comment(document: Path) -> None:
+    """Forges and indexes take such a line for HTML, and show its Markdown as it is written."""
+    lines = document.read_text().splitlines()
+    assert [line for line in lines if re.match(r" {0,3}<!--.*-->\s*\S", line)] == []
+
+
 def run_program(rank: int, world_size: int, path: str, port: int) -> None:
     """Set the environment that torchrun sets for a program."""
     os.environ.update(

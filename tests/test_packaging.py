@@ -264,6 +264,7 @@ def test_the_index_shows_no_link_that_leads_nowhere(metadata: Distribution) -> N
     links = [one or other for one, other in targets]
     assert links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert "<!--" not in page
     ours = [link for link in links if link.startswith(urls["Repository"])]
     for link in ours:
         path = re.sub(r"#.*", "", link).removeprefix(urls["Repository"])

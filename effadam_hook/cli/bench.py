@@ -35,7 +35,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps per round")
     parser.add_argument("--warmup", type=int, default=5, help="untimed steps before them")
     parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb for names without @")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of the model (default: cuda if every local rank has a GPU)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 

@@ -9,7 +9,15 @@ from dataclasses import replace
 
 from effadam_hook.cli.methods import read_methods
 from effadam_hook.cli.plan_output import Plan, result_of, show
-from effadam_hook.cli.ranks import Ranks, alone, check_launched, is_launched, join_ranks, rank_here
+from effadam_hook.cli.ranks import (
+    Ranks,
+    alone,
+    check_launched,
+    is_launched,
+    join_ranks,
+    overload,
+    rank_here,
+)
 from effadam_hook.cli.ui import Screen
 from effadam_hook.errors import CommandError
 from effadam_hook.planner.advice import FORWARD_SHARE, advise, dense_methods, forecast
@@ -51,7 +59,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb (default: 1, then 25)")
     parser.add_argument("--methods", default=_METHODS, help="method names (default %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of the model (default: cuda if every local rank has a GPU)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
@@ -60,6 +73,7 @@ def run_plan(args: argparse.Namespace) -> int:
     screen = Screen(args.json, rank_here())
     requested = _methods(args)
     workload, parameters = _model(args)
+    load = overload()
     with _ranks(args) as ranks:
         per_node = args.ranks_per_node if ranks.is_alone else ranks.ranks_per_node
         methods = _on_nodes(requested, per_node)
@@ -71,7 +85,9 @@ def run_plan(args: argparse.Namespace) -> int:
         computed = forecast(references, parameters, cluster, {}, compute)
         dense = [_requested(predictions, one) for one in computed]
         advice = advise(predictions, *dense)
-        plan = Plan(ranks, cluster, link, speeds, compute, parameters, predictions, dense, advice)
+        plan = Plan(
+            ranks, cluster, link, speeds, compute, parameters, predictions, dense, advice, load
+        )
         show(screen, plan)
         screen.result(result_of(plan))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Plan:
         predictions: Predictions for the methods.
         dense: Predictions for the dense all-reduce, one for every bucket size.
         advice: The recommendation; without a compute time, the one for an exchange alone.
+        load: Load of rank 0's machine before the measurement, if higher than its number of cores.
     """
 
     ranks: Ranks
@@ -42,6 +44,7 @@ class Plan:
     predictions: list[Prediction]
     dense: list[Prediction]
     advice: Advice
+    load: float | None = None
 
     @property
     def knows_compute(self) -> bool:
@@ -72,6 +75,12 @@ def conclusion_of(plan: Plan) -> list[str]:
             "The links are described, not measured: no collective is slower than its link here, and "
             f"every rank has a core of its own{inside}. Start the command under a launcher on the "
             "nodes to measure them."
+        )
+    if plan.load is not None and plan.ranks.device.type == "cpu":
+        lines.append(
+            f"This machine was busy before the measurement: a load of {plan.load:.1f} on "
+            f"{os.cpu_count()} cores. The kernels, and a measured computation, are taken as slow as "
+            "they were here, which can change the recommendation. Repeat on idle machines."
         )
     if not plan.advice.pays and not plan.knows_compute:
         lines.append(

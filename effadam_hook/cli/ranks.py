@@ -28,6 +28,7 @@ __all__ = [
     "check_launched",
     "is_launched",
     "join_ranks",
+    "overload",
     "pick_device",
     "rank_here",
 ]
@@ -80,6 +81,19 @@ class Ranks:
     def on_nccl(self) -> bool:
         """Return whether the backend is NCCL instead of Gloo."""
         return self.backend == "nccl"
+
+
+def overload() -> float | None:
+    """Return the load of this machine, if it is higher than its number of cores.
+
+    Returns:
+        Mean number of processes that ran or waited for a core during the last minute. None if every
+        one of them had a core, or if the system does not count them.
+    """
+    if not hasattr(os, "getloadavg"):  # Windows
+        return None
+    load = os.getloadavg()[0]
+    return load if load > (os.cpu_count() or 1) else None
 
 
 def rank_here() -> int:

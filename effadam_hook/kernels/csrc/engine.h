@@ -251,10 +251,12 @@ FN(count_codes)(const Quantizer *quantizer, int thresholds, const REAL *restrict
 static void FN(choose_codes)(const Quantizer *quantizer, const REAL *value, int64_t numel, REAL factor,
                              REAL inverse, INT *restrict wide, uint8_t *restrict code) {
     switch (quantizer->linear ? 0 : quantizer->magnitudes - 1) {
+#if !FUSED /* which has its own path for these */
     case 0: FN(count_codes)(quantizer, 0, value, numel, factor, inverse, wide); break;
     case 1: FN(count_codes)(quantizer, 1, value, numel, factor, inverse, wide); break;
     case 3: FN(count_codes)(quantizer, 3, value, numel, factor, inverse, wide); break;
     case 7: FN(count_codes)(quantizer, 7, value, numel, factor, inverse, wide); break;
+#endif
     default:
         FN(count_codes)(quantizer, quantizer->magnitudes - 1, value, numel, factor, inverse, wide);
     }

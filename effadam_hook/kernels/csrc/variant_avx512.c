@@ -323,7 +323,7 @@ typedef struct {
 
 /* The codes of one row of a block, as much of it as is live. */
 static inline __attribute__((always_inline)) __m512i
-quantize_row(CellKind kind, int absmax, Quantizing *state, const float *value, __mmask16 live,
+quantize_row(CellKind kind, Quantizing *state, const float *value, __mmask16 live,
              float *level) {
     const __m512i one = _mm512_set1_epi32(1);
     __m512 y = _mm512_mul_ps(_mm512_loadu_ps(value), state->normal);
@@ -360,10 +360,8 @@ quantize_row(CellKind kind, int absmax, Quantizing *state, const float *value, _
     }
     q = _mm512_maskz_mov_ps(live, q);
     _mm512_storeu_ps(level, q);
-    if (!absmax) {
-        state->products = _mm512_add_ps(state->products, _mm512_mul_ps(y, q));
-        state->squares = _mm512_add_ps(state->squares, _mm512_mul_ps(q, q));
-    }
+    state->products = _mm512_add_ps(state->products, _mm512_mul_ps(y, q));
+    state->squares = _mm512_add_ps(state->squares, _mm512_mul_ps(q, q));
     return chosen;
 }
 
@@ -377,7 +375,7 @@ static inline void store_codes(const __m512i *chosen, uint8_t *code) {
 }
 
 static inline __attribute__((always_inline)) float
-quantize_by(CellKind kind, int absmax, const Quantizer *quantizer, const Cells *cells,
+quantize_by(CellKind kind, const Quantizer *quantizer, const Cells *cells,
             const Ahead *ahead, const float *value, int64_t numel, float factor, float provisional,
             uint8_t *code, float *level) {
     int top = quantizer->magnitudes - 1, only = kind == CELL_ONLY;
@@ -398,17 +396,17 @@ quantize_by(CellKind kind, int absmax, const Quantizer *quantizer, const Cells *
         UNROLL for (int row = 0; row < 4; row++) {
             int64_t at = i + 16 * row;
             prefetch(ahead, 4 * at);
-            chosen[row] = quantize_row(kind, absmax, &state, value + at, 0xFFFF, level + at);
+            chosen[row] = quantize_row(kind, &state, value + at, 0xFFFF, level + at);
         }
         store_codes(chosen, code + i);
     }
     for (; i < numel; i += 16) {
         prefetch(ahead, 4 * i);
         __mmask16 live = live_of(numel - i);
-        __m512i chosen = quantize_row(kind, absmax, &state, value + i, live, level + i);
+        __m512i chosen = quantize_row(kind, &state, value + i, live, level + i);
         _mm_storeu_si128((__m128i *)(code + i), _mm512_cvtepi32_epi8(chosen));
     }
-    if (absmax) return provisional;
+    if (quantizer->absmax) return provisional;
     return sum_of_register(state.products) / sum_of_register(state.squares);
 }
 
@@ -416,21 +414,17 @@ static float fused_quantize(const Quantizer *quantizer, const void *table, const
                             const float *value, int64_t numel, float factor, float provisional,
                             uint8_t *code, float *level) {
     const Cells *cells = table;
-    switch (2 * (int)cells->kind + quantizer->absmax) {
-#define CASE(kind, absmax)                                                                            \
-    case 2 * kind + absmax:                                                                           \
-        return quantize_by(kind, absmax, quantizer, cells, ahead, value, numel, factor, provisional, \
-                           code, level);
-        CASE(CELL_WIDTH, 0)
-        CASE(CELL_WIDTH, 1)
-        CASE(CELL_OCTAVE, 0)
-        CASE(CELL_OCTAVE, 1)
-        CASE(CELL_ONLY, 0)
-        CASE(CELL_ONLY, 1)
-        CASE(CELL_NONE, 0)
+    switch (cells->kind) {
+#define CASE(kind)                                                                                  \
+    case kind:                                                                                      \
+        return quantize_by(kind, quantizer, cells, ahead, value, numel, factor, provisional, code,  \
+                           level);
+        CASE(CELL_WIDTH)
+        CASE(CELL_OCTAVE)
+        CASE(CELL_ONLY)
 #undef CASE
     default:
-        return quantize_by(CELL_NONE, 1, quantizer, cells, ahead, value, numel, factor, provisional, code,
+        return quantize_by(CELL_NONE, quantizer, cells, ahead, value, numel, factor, provisional, code,
                            level);
     }
 }
