@@ -196,7 +196,8 @@ def load_checkpoint(
         )
     saved_names = {name for _, name in found}
     _check_names(saved_names, shards)
-    shapes = {name: keys[f"{key}.worker.{replica}.{name}"].size for replica, name in found}
+    records = {name: keys[f"{key}.worker.{replica}.{name}"] for replica, name in found}
+    shapes = {name: record.size for name, record in records.items() if hasattr(record, "size")}
     _check_shapes(shapes, shards)
     names = [name for name in _quantized(session, shards) if name in saved_names]
     plain: dict[str, Any] = dict.fromkeys(("version", "replicas", "units"))
