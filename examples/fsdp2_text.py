@@ -105,6 +105,10 @@ def run(
     first = resume(args.checkpoint, model, optimizer, state) if args.resume else 0
     last = min(args.steps, args.stop_after or args.steps)
     seconds, loss = 0.0, float("nan")
+    if first >= last:
+        loss, _ = evaluate(model, held_out, worker)
+        if worker.is_main:
+            print(f"{mode:12} has {first} steps already, validation loss {loss:.4f}", flush=True)
     for step in range(first, last):
         began = time.perf_counter()
         rng = np.random.default_rng([args.seed, step, worker.rank])

@@ -672,6 +672,166 @@ def test_unsupported_models_groups_and_options_are_refused_with_a_remedy() -> No
             assert remedy in message
 
 
+def _shard_late(mesh: DeviceMesh) -> None:
+    model = Net()
+    fsdp.fully_shard(model.blocks[0], mesh=mesh["shard"])
+    with pytest.warns(UserWarning, match="neither FSDP nor this hook"):
+        attach(model, process_group=mesh.get_group("replicate"))
+    fsdp.fully_shard(model, mesh=mesh["shard"])
+    loss_of(model, 0, 0)
+
+
+def _replace(mesh: DeviceMesh) -> None:
+    model = sharded(mesh["shard"])
+    attach(model, process_group=mesh.get_group("replicate"))
+    model.head = nn.Linear(WIDTH, WORDS)
+    loss_of(model, 0, 0)
+
+
+def _overwrite(mesh: DeviceMesh) -> None:
+    torch.manual_seed(0)
+    model: Any = fsdp.fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+    attach(model, process_group=mesh.get_group("replicate"))
+    model(torch.ones(1, 4)).sum().backward()
+    model.set_all_reduce_hook(lambda reduced: None)  # the only group: ours is never called again
+    model(torch.ones(1, 4))
+
+
+def _overwrite_on_one_replica(mesh: DeviceMesh) -> None:
+    torch.manual_seed(0)
+    model: Any = fsdp.fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
+    attach(model, process_group=mesh.get_group("replicate"))
+    model(
+        torch.ones(1, 4)
+    ).sum().backward()  # opens the exchange, through which ranks report errors
+    if mesh.get_local_rank("replicate") == 0:
+        model.set_all_reduce_hook(lambda reduced: None)
+    model(torch.ones(1, 4)).sum().backward()
+
+
+def _close_early(mesh: DeviceMesh) -> None:
+    model = sharded(mesh["shard"])
+    attach(model, process_group=mesh.get_group("replicate")).close()
+    state = attach(model, process_group=mesh.get_group("replicate"))  # takes the place of the first
+    loss_of(model, 0, 0).backward()
+    assert state.steps == 1
+    state.close()
+    loss_of(model, 0, 0).backward()
+
+
+def _without_hooks(rank: int, _: int) -> list[str]:
+    mesh = mesh_of(2, 2)
+    messages = []
+    for act in (_shard_late, _replace, _overwrite, _overwrite_on_one_replica, _close_early):
+        with pytest.raises(EffAdamError) as raised:
+            act(mesh)
+        messages.append(str(raised.value))
+    return messages
+
+
+def test_groups_that_nobody_would_average_are_an_error_on_every_rank() -> None:
+    expected = [
+        "went through fully_shard after attach, such as '(root)'",
+        "such as 'head.bias', and are in no module",
+        "'_overwrite.<locals>.<lambda>' after attach",
+        "'_overwrite_on_one_replica.<locals>.<lambda>' after attach",
+        "was closed",
+    ]
+    for rank, messages in enumerate(run_ranks(_without_hooks, 4, timeout=150)):
+        for message, part in zip(messages, expected, strict=True):
+            assert part in message
+        own = f"{rank % 2}, {rank % 2 + 2}"
+        assert f"Ranks 0 to 1 are the global ranks {own}." in messages[0]
+
+
+def _another_shape(rank: int, _: int, path: Path) -> list[str]:
+    mesh = mesh_of(2, 2)
+    group = mesh.get_group("replicate")
+    model = sharded(mesh["shard"])
+    state = attach(model, process_group=group)
+    assert f"replica {rank // 2} of 2 (global ranks {rank % 2}, {rank % 2 + 2})" in state.summary()
+    loss_of(model, 0, rank).backward()
+    saved = state.state_dict()
+    dcp.save({"effadam": saved}, checkpoint_id=path)
+    wider = Net()
+    wider.head = nn.Linear(WIDTH, WORDS + 2)
+    fsdp.fully_shard(wider, mesh=mesh["shard"])
+    state = attach(wider, process_group=group)
+    messages = []
+    for load in (lambda: state.load_checkpoint(path), lambda: state.load_state_dict(saved)):
+        with pytest.raises(StateMismatchError) as raised:
+            load()
+        messages.append(str(raised.value))
+    assert not len(state.session.worker)
+    return messages
+
+
+def test_residuals_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    for messages in run_ranks(_another_shape, 4, tmp_path / "step1", timeout=90):
+        for message in messages:
+            assert "(33, 20) for 'head.weight', and the parameter has shape (35, 20)" in message
+
+
+def _without_elements(rank: int, _: int) -> list[tuple[Any, list[Tensor]]]:
+    mesh = mesh_of(2, 2)
+    found = []
+    for name in QUANTIZERS:
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1))  # shard 1 has no elements
+        for module in model:
+            fsdp.fully_shard(module, mesh=mesh["shard"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        state = attach(
+            model,
+            process_group=mesh.get_group("replicate"),
+            quantizer=name,
+            exact=(),
+            optimizer=optimizer,
+            precondition=True,
+        )
+        for step in range(3):
+            optimizer.zero_grad()
+            own = torch.Generator().manual_seed(10 * step + rank)
+            model(torch.randn(5, 3, generator=own)).square().mean().backward()
+            optimizer.step()
+            state.load_state_dict(state.state_dict())
+        found.append((name, locals_of(model)))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:exact=")
+def test_ranks_without_elements_train_and_save_with_every_quantizer() -> None:
+    ranks = run_ranks(_without_elements, 4, timeout=90)
+    for shard in (0, 1):
+        for (name, own), (_, other) in zip(ranks[shard], ranks[shard + 2], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True)), name
+            assert sum(tensor.numel() for tensor in own) == (0 if shard else 6)
+
+
+def _not_finite(rank: int, _: int) -> tuple[bool, bool, bool]:
+    mesh = mesh_of(2, 2)
+    model = sharded(mesh["shard"])
+    state = attach(model, process_group=mesh.get_group("replicate"))
+    loss_of(model, 0, rank).backward()
+    model.zero_grad()
+    (loss_of(model, 1, rank) * (float("nan") if rank == 3 else 1)).backward()
+    spoilt = not any(bool(p.grad.to_local().isfinite().all()) for p in model.blocks.parameters())
+    model.zero_grad()
+    saved = state.state_dict()
+    held = [*saved["worker"][str(rank // 2)].values(), *saved["server"].values()]
+    state.load_state_dict(saved)
+    loss_of(model, 2, rank).backward()
+    return (
+        spoilt,
+        all(bool(tensor.to_local().isfinite().all()) for tensor in held),
+        all(bool(p.grad.to_local().isfinite().all()) for p in model.parameters()),
+    )
+
+
+def test_a_gradient_that_is_not_finite_spoils_its_step_on_every_rank_and_no_saved_state() -> None:
+    assert run_ranks(_not_finite, 4, timeout=90) == [(True, True, True)] * 4
+
+
 def _one_rank_differs(rank: int, _: int) -> str:
     mesh = mesh_of(2, 2)
     quantizer = "lloyd2" if rank == 3 else "lloyd4"

@@ -84,6 +84,10 @@ class Engine:
         auto = self.auto_compress is not None
         self.session.agree(device, {"enabled": self.enabled, "auto": auto})
 
+    def describe_topology(self) -> str:
+        """Describe the topology and the nodes, for the summary."""
+        return self.session.connection.choice.describe()
+
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
     ) -> Future[Tensor]:

@@ -95,7 +95,7 @@ def _options(engine: Engine) -> list[tuple[str, str]]:
             f"{_quantizers(engine)}, {session.blocks.describe()}; scale {config.scale_rule}",
         ),
         ("feedback", "both sides" if config.error_feedback else "none"),
-        ("topology", session.connection.choice.describe()),
+        ("topology", engine.describe_topology()),
     ]
     if inside := describe_inside(session):
         lines.append(("in a node", inside))

@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 
 from effadam_hook.config.options import HookOptions, state_options
 from effadam_hook.ddp.auto_compress import check_auto
+from effadam_hook.errors import EffAdamError
 from effadam_hook.exchange.agreement import check_agreement
 from effadam_hook.exchange.topology import AUTO, HIERARCHICAL
 from effadam_hook.fsdp.groups import ShardGroup, find_groups, name_shards
 from effadam_hook.fsdp.hook import ShardHook
+from effadam_hook.fsdp.hook_check import HookCheck
 from effadam_hook.fsdp.state import ShardedState
 from effadam_hook.modes import GradientMode, Mode, PreconditionedMode
 from effadam_hook.modes.preconditioned import adam_of
@@ -68,9 +70,11 @@ def attach_sharded(
     state.use(_choose_mode(named, groups, optimizer, options["precondition"]))
     _warn_of_unmanaged(model, others)
     _agree(state, named, others, groups)
-    for index, each in enumerate(groups):
-        hook = ShardHook(state.engine, index, each)
+    hooks = [ShardHook(state.engine, index, each) for index, each in enumerate(groups)]
+    for each, hook in zip(groups, hooks, strict=True):
         each.set_hook(hook, hook.drop_kept)
+    state.engine.check_hooks = HookCheck(model, groups, hooks, others)
+    model.register_forward_pre_hook(state.engine.check_before_forward)
     return state
 
 
@@ -168,6 +172,8 @@ def _agree(
         found = _disagreement(failure or description, each)
         failure = failure or found
     if failure is not None:
+        if isinstance(failure, EffAdamError):
+            raise engine.with_global_ranks(failure) from failure.__cause__
         raise failure
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,9 @@ def restore_shards(
             "state.load_checkpoint(...), which reads the residuals of all replicas."
         )
     counters = Counters(**reader.integers("counters", COUNTER_NAMES))
+    for tensors in (saved["worker"][mine], saved["server"]):
+        _check_names(tensors, shards)
+        _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, shards)
     _restore(session, shards, saved, saved["worker"][mine], counters)
 
 
@@ -135,7 +138,6 @@ def _restore(
     topology = session.topology
     role = role_of(session, topology)
     server: dict[str, Share] = {}
-    _check_names(worker, shards)
     names = [name for name in worker if shards[name].numel]
     for name in names:
         first, numel = role.share(name, shards[name].numel)
@@ -194,6 +196,9 @@ def load_checkpoint(
         )
     saved_names = {name for _, name in found}
     _check_names(saved_names, shards)
+    records = {name: keys[f"{key}.worker.{replica}.{name}"] for replica, name in found}
+    shapes = {name: record.size for name, record in records.items() if hasattr(record, "size")}
+    _check_shapes(shapes, shards)
     names = [name for name in _quantized(session, shards) if name in saved_names]
     plain: dict[str, Any] = dict.fromkeys(("version", "replicas", "units"))
     plain["counters"] = dict.fromkeys(COUNTER_NAMES)
@@ -239,6 +244,16 @@ def _check_names(saved: Iterable[str], shards: Mapping[str, Shard]) -> None:
             f"{_listed(unknown[:5])} ({len(unknown)} in total); it has {_listed(sorted(shards)[:5])}, "
             f"{len(shards)} in total. Load it into the model that was saved, under the same names."
         )
+
+
+def _check_shapes(saved: Mapping[str, Sequence[int]], shards: Mapping[str, Shard]) -> None:
+    for name, shape in saved.items():
+        own = tuple(shards[name].parameter.shape)
+        if tuple(shape) != own:
+            raise StateMismatchError(
+                f"The saved state has residuals of shape {tuple(shape)} for {name!r}, and the "
+                f"parameter has shape {own} here. Load it into the model that was saved."
+            )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -43,12 +43,16 @@ class ShardEngine(Engine):
 
     Attributes:
         position: Rank and size of the shard mesh by module, equal on all replicas of a shard.
+        check_hooks: Raises an error if a parameter group has no hook of this engine.
+        is_closed: Whether the state was closed.
     """
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
         super().__init__(config, group)
         self.is_joining = lambda: False
         self.position: dict[str, list[int]] = {}
+        self.check_hooks: Callable[[], None] = lambda: None
+        self.is_closed = False
         self._backward = _NONE
         self._last: Future[Tensor] | None = None
         # Exchanges of groups that nobody has waited for, and what follows each of them.
@@ -97,6 +101,11 @@ class ShardEngine(Engine):
         """
         session = self.session
         connection = session.connection
+        if self.is_closed:
+            raise EffAdamError(
+                "The state of this model was closed, and its gradients would not be averaged over the "
+                "replicas. Close it after the last backward, or attach the model again."
+            )
         try:
             if connection.is_stopped:
                 connection.watchdog.check()
@@ -104,6 +113,7 @@ class ShardEngine(Engine):
             backward = torch._C._current_graph_task_id()
             if backward != self._backward:
                 self._wait()
+                self.check_hooks()
                 self._begin(device, owners)  # [1]
                 if not at_end_of_backward(self._end_step):
                     raise EffAdamError("FSDP has called the hook outside of a backward pass.")
@@ -127,6 +137,20 @@ class ShardEngine(Engine):
         except BaseException as error:
             self.fail(f"bucket {index}", error)
 
+    def check_before_forward(self, *_: object) -> None:
+        """Check the hooks before a forward, as those of all groups may have been replaced.
+
+        Raises:
+            EffAdamError: On all replicas, if a parameter group has no hook of this engine.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.is_closed:
+            return
+        self.session.connection.phase = "checking the hooks"
+        try:
+            self.check_hooks()
+        except EffAdamError as error:
+            self.fail("forward", error)
+
     def _wait(self) -> None:
         """Wait for all exchanges in flight, where Ctrl-C is received; on NCCL none is."""
         if not self._pending:
@@ -149,7 +173,25 @@ class ShardEngine(Engine):
         failure = self.session.connection.stop(where, error)
         if not isinstance(error, Exception):
             raise error
-        raise failure from failure.__cause__
+        raise self.with_global_ranks(failure) from failure.__cause__
+
+    def with_global_ranks(self, error: EffAdamError) -> EffAdamError:
+        """Return an error that says which ranks of the job its ranks are, the replicas of a shard."""
+        ranks = dist.get_process_group_ranks(self.session.group)
+        if ranks == list(range(len(ranks))):
+            return error
+        legend = f"Ranks 0 to {len(ranks) - 1} are the global ranks {', '.join(map(str, ranks))}."
+        return error if legend in str(error) else type(error)(f"{error} {legend}")
+
+    def describe_topology(self) -> str:
+        """Describe who exchanges with whom: the replicas of this rank's shards."""
+        group = self.session.group
+        ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
+        sizes = sorted({size for _, size in self.position.values()})
+        return (
+            f"{self.session.config.topology}; replica {group.rank()} of {group.size()} (global ranks "
+            f"{ranks}), each of {' and '.join(map(str, sizes))} shards"
+        )
 
     def _end_step(self) -> None:
         """Wait for the exchange and count the step, after FSDP has made the gradients."""

@@ -166,12 +166,32 @@ class ShardGroup:
             EffAdamError: If it has one.
         """
         other = self._group._all_reduce_hook
-        if other is not None:
+        if other is not None and not getattr(other, "is_closed", False):
             raise EffAdamError(
-                f"The module {self.name or '(root)'!r} has the all-reduce hook "
-                f"{getattr(other, '__qualname__', type(other).__name__)!r} already, and FSDP takes "
-                "only one. Attach before any other, and once."
+                f"The module {self.name or '(root)'!r} has the all-reduce hook {_name_of(other)!r} "
+                "already, and FSDP takes only one. Attach before any other, and once."
             )
+
+    def check_hook(self, hook: object) -> None:
+        """Check that FSDP still calls a hook.
+
+        Args:
+            hook: The hook of :meth:`set_hook`.
+
+        Raises:
+            EffAdamError: If another one has replaced it.
+        """
+        other = self._group._all_reduce_hook
+        if other is not hook:
+            raise EffAdamError(
+                f"The all-reduce hook of the module {self.name or '(root)'!r} was replaced by "
+                f"{_name_of(other)!r} after attach, so that its gradients would not be exchanged. "
+                "Leave out the later call of set_all_reduce_hook: FSDP takes one hook only."
+            )
+
+    def is_in(self, groups: list[ShardGroup]) -> bool:
+        """Return whether FSDP's record of this group is that of a group in a list."""
+        return any(each._group is self._group for each in groups)
 
     def makes_views_of(self, reduced: Tensor, shards: list[Shard]) -> bool:
         """Return whether FSDP makes gradients of a reduced tensor without reading its values.
@@ -235,6 +255,10 @@ class ShardGroup:
                 "them, or set requires_grad=False for parameters that are not trained."
             )
         return shards
+
+
+def _name_of(hook: object) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
 
 
 def find_groups(model: nn.Module) -> list[ShardGroup]:

@@ -33,6 +33,11 @@ class ShardHook:
         self._kept = torch.empty(0)
         self._has_kept = False
 
+    @property
+    def is_closed(self) -> bool:
+        """Return whether the state was closed, so that another hook may take this place."""
+        return self._engine.is_closed
+
     def __call__(self, reduced: Tensor) -> None:
         """Average a reduced tensor.
 

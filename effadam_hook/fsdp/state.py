@@ -42,6 +42,15 @@ class ShardedState(EfficientAdamState):
         """Take the parameter groups of the model; called by :func:`effadam_hook.attach`."""
         self._groups = tuple(groups)
 
+    def close(self) -> None:
+        """End the threads of the exchange. The state remains readable and can be saved.
+
+        A later backward raises an error, as nothing would average its gradients over the replicas. The
+        model can be attached again.
+        """
+        super().close()
+        self._engine.is_closed = True
+
     def _shards(self) -> dict[str, Shard]:
         find = self.session.parameters.find
         shards = (shard for group in self._groups for shard in group.shards)
