@@ -127,7 +127,9 @@ def test_keeps_the_residuals_of_unused_parameters_like_the_reference(
             kernels, layout, server, there(payloads), kept_there, dtype, used=used_there
         )
         assert_near(kept_there.cpu(), kept)
-        for piece in chunk.pieces[:2]:
+        for piece in chunk.pieces:
+            if piece.raw:
+                continue
             assert used[piece.slot] == used_there[piece.slot]
             here = slice(piece.local, piece.local + piece.numel)
             assert torch.equal(kept_there.cpu()[here], e[here]) is not bool(used[piece.slot])
