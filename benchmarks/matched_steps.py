@@ -80,15 +80,15 @@ METHODS = (
     _reduced("gradient", "sign"),
     _reduced("preconditioned", "lloyd2"),
     _reduced("preconditioned", "sign"),
-    Method("none", "update", "none"),
-    Method("lloyd4", "update", "lloyd4"),
-    Method("lloyd2", "update", "lloyd2"),
-    Method("sign", "update", "sign"),
+    Method("update none", "update", "none"),
+    Method("update lloyd4", "update", "lloyd4"),
+    Method("update lloyd2", "update", "lloyd2"),
+    Method("update sign", "update", "sign"),
     _reduced("dense", "lloyd2"),
     _reduced("dense", "sign"),
-    Method("none, local", "update", "none", "local"),
-    Method("lloyd2, local", "update", "lloyd2", "local"),
-    Method("sign, local", "update", "sign", "local"),
+    Method("update none, local", "update", "none", "local"),
+    Method("update lloyd2, local", "update", "lloyd2", "local"),
+    Method("update sign, local", "update", "sign", "local"),
 )
 TASKS = {"text": cache(lambda: Prose(2, 128, 8)), "gru": cache(lambda: Recurrent(128, 8))}
 

@@ -295,6 +295,9 @@ class EfficientAdamState:
             mode: The mode.
         """
         self.session.use(mode)
+        config = self.config
+        if self.enabled and config.error_feedback:
+            mode.check_momentum(config.uplink.energy * config.downlink.energy)
 
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool

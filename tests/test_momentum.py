@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ from training import ddp
 )
 def test_fewer_bits_get_less_momentum(quantizers: tuple[str, ...], beta1: float) -> None:
     assert reduced_betas((0.9, 0.99), *quantizers) == (beta1, 0.99)
+
+
+def test_rounding_never_adds_momentum() -> None:
+    assert reduced_betas((0.999, 0.999), "none") == (0.999, 0.999)
 
 
 def test_both_directions_count() -> None:
@@ -38,9 +43,14 @@ def test_what_are_no_betas_or_quantizers_is_refused() -> None:
 
 
 def messages(
-    rank: int, world_size: int, quantizer: str, betas: tuple[float, float], precondition: bool
-) -> list[str]:
-    """Return the warnings of a training of three steps."""
+    rank: int,
+    world_size: int,
+    quantizer: str,
+    betas: tuple[float, float],
+    precondition: bool,
+    options: dict[str, Any],
+) -> list[tuple[str, str]]:
+    """Return the warnings of a training of three steps, and the files to which they point."""
     torch.manual_seed(0)
     model = ddp(nn.Sequential(nn.Linear(9, 17), nn.Tanh(), nn.Linear(17, 3)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=betas)
@@ -51,29 +61,33 @@ def messages(
             optimizer=optimizer if precondition else None,
             precondition=precondition,
             quantizer=quantizer,
+            **options,
         )
         for _ in range(3):
             optimizer.zero_grad()
             model(torch.ones(2, 9)).sum().backward()
             optimizer.step()
-    return [str(each.message) for each in caught]
+    return [(str(each.message), each.filename) for each in caught]
 
 
 def test_more_momentum_than_few_bits_allow_is_announced_once() -> None:
-    for (message,) in run_ranks(messages, 2, "lloyd2", (0.9, 0.999), True):
+    for ((message, file),) in run_ranks(messages, 2, "lloyd2", (0.9, 0.999), True, {}):
+        assert file == __file__
         assert message.startswith("betas=(0.9, 0.999) is much momentum for so few bits")
         assert "Use betas=(0.7, 0.999), see effadam_hook.reduced_betas" in message
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "betas", "precondition"),
+    ("quantizer", "betas", "precondition", "options"),
     [
-        ("lloyd3", (0.9, 0.999), True),
-        ("sign", reduced_betas((0.9, 0.999), "sign"), True),
-        ("sign", (0.9, 0.999), False),  # the optimizer is not known
+        ("lloyd3", (0.9, 0.999), True, {}),
+        ("sign", reduced_betas((0.9, 0.999), "sign"), True, {}),
+        ("sign", (0.9, 0.999), False, {}),  # the optimizer is not known
+        ("sign", (0.9, 0.999), True, {"enabled": False}),
+        ("sign", (0.9, 0.999), True, {"error_feedback": False}),
     ],
 )
 def test_little_momentum_is_no_reason_for_a_warning(
-    quantizer: str, betas: tuple[float, float], precondition: bool
+    quantizer: str, betas: tuple[float, float], precondition: bool, options: dict[str, Any]
 ) -> None:
-    assert run_ranks(messages, 2, quantizer, betas, precondition) == [[], []]
+    assert run_ranks(messages, 2, quantizer, betas, precondition, options) == [[], []]

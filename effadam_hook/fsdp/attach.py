@@ -74,7 +74,7 @@ def attach_sharded(
     for each, hook in zip(groups, hooks, strict=True):
         each.set_hook(hook, hook.drop_kept)
     state.engine.check_hooks = HookCheck(model, groups, hooks, others)
-    model.register_forward_pre_hook(state.engine.check_before_forward)
+    state.engine.release = model.register_forward_pre_hook(state.engine.check_before_forward).remove
     return state
 
 

@@ -53,6 +53,7 @@ class ShardEngine(Engine):
         self.position: dict[str, list[int]] = {}
         self.check_hooks: Callable[[], None] = lambda: None
         self.is_closed = False
+        self.release: Callable[[], None] = lambda: None
         self._backward = _NONE
         self._last: Future[Tensor] | None = None
         # Exchanges of groups that nobody has waited for, and what follows each of them.
@@ -148,7 +149,7 @@ class ShardEngine(Engine):
         self.session.connection.phase = "checking the hooks"
         try:
             self.check_hooks()
-        except EffAdamError as error:
+        except (EffAdamError, ValueError) as error:
             self.fail("forward", error)
 
     def _wait(self) -> None:

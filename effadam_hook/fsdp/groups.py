@@ -224,11 +224,13 @@ class ShardGroup:
         """
         reset = getattr(self._group, "_reset_iter_state", None)  # torch 2.13
         if reset is not None:
+            reset = getattr(reset, "of_fsdp", reset)  # without the hook of a closed state
 
             def reset_all() -> None:
                 reset()
                 drop_kept()
 
+            reset_all.of_fsdp = reset  # type: ignore[attr-defined]
             self._group._reset_iter_state = reset_all
         if self._is_only_group:
             self._module.set_all_reduce_hook(hook)
@@ -261,11 +263,12 @@ def _name_of(hook: object) -> str:
     return str(getattr(hook, "__qualname__", type(hook).__name__))
 
 
-def find_groups(model: nn.Module) -> list[ShardGroup]:
+def find_groups(model: nn.Module, *, trained_only: bool = False) -> list[ShardGroup]:
     """Return the parameter groups of a model, in the order of its modules.
 
     Args:
         model: A model with modules that went through ``fully_shard`` over a one-dimensional mesh.
+        trained_only: Leave out groups whose parameters are all frozen, on any mesh.
 
     Raises:
         ValueError: If FSDP averages over replicas itself, or a module is on the meta device.
@@ -282,6 +285,8 @@ def find_groups(model: nn.Module) -> list[ShardGroup]:
             if id(group) in seen:  # fully_shard([a, b]) makes one group of two modules
                 continue
             seen.add(id(group))
+            if trained_only and not any(p.sharded_param.requires_grad for p in group.fsdp_params):
+                continue
             if not hasattr(group, "_all_reduce_hook"):
                 raise EffAdamError(
                     f"torch {torch.__version__} has no all-reduce hook for models that went through "

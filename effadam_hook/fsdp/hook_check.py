@@ -12,6 +12,7 @@ from torch import nn
 
 from effadam_hook.errors import EffAdamError
 from effadam_hook.fsdp.groups import ShardGroup, find_groups, name_shards
+from effadam_hook.wire.names import canonical_name
 
 __all__ = ["HookCheck"]
 
@@ -36,7 +37,7 @@ class HookCheck:
         self._model = model
         self._groups = groups
         self._hooks = hooks
-        self._others = frozenset(others)
+        self._others = frozenset(map(canonical_name, others))
         self._has_compared = False
 
     def __call__(self) -> None:
@@ -52,7 +53,7 @@ class HookCheck:
             self._has_compared = True
 
     def _compare(self) -> None:
-        groups = find_groups(self._model)
+        groups = find_groups(self._model, trained_only=True)
         new = [repr(each.name or "(root)") for each in groups if not each.is_in(self._groups)]
         if new:
             raise EffAdamError(
@@ -60,7 +61,9 @@ class HookCheck:
                 "gradients would not be averaged over the replicas. Call attach after all calls of "
                 "fully_shard."
             )
-        names = set(name_shards(self._model, groups)[1]) - self._others
+        # Wrappers of compiling and checkpointing may have come after attach.
+        others = name_shards(self._model, groups)[1]
+        names = {name for name in others if canonical_name(name) not in self._others}
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         trained = sorted(
             name for name in names if name in parameters and parameters[name].requires_grad

@@ -50,6 +50,7 @@ class ShardedState(EfficientAdamState):
         """
         super().close()
         self._engine.is_closed = True
+        self._engine.release()
 
     def _shards(self) -> dict[str, Shard]:
         find = self.session.parameters.find

@@ -145,6 +145,13 @@ class Mode:
             energy: The part of the energy of a normal distribution that both quantizers transmit.
         """
 
+    def check_momentum(self, energy: float) -> None:
+        """Warn of more momentum than few bits with error feedback allow; called by ``attach``.
+
+        Args:
+            energy: As of :meth:`connect`.
+        """
+
     def begin_backward(self, joins: bool) -> None:
         """Prepare the buckets of a backward; called before the first of them.
 

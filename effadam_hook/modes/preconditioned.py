@@ -78,7 +78,7 @@ class PreconditionedMode(GradientMode):
         """Return the class of the optimizer and its settings."""
         return {"optimizer": type(self._optimizer).__name__, **group_settings(self._optimizer)}
 
-    def connect(self, workers: int, energy: float) -> None:
+    def check_momentum(self, energy: float) -> None:
         """Warn of more momentum than few bits allow."""
         usual, reduced = 0.9, round(0.9 * energy, 2)
         for group in self._optimizer.param_groups:
@@ -88,7 +88,7 @@ class PreconditionedMode(GradientMode):
                     "delays parts of the gradient, and momentum delays them again. Use "
                     f"betas=({reduced:g}, {group['betas'][1]:g}), see effadam_hook.reduced_betas, or a "
                     "quantizer with more bits.",
-                    stacklevel=2,
+                    stacklevel=4,
                 )
                 return
 

@@ -43,4 +43,4 @@ def reduced_betas(
         raise ValueError(f"Invalid betas: {betas}. The first must be in [0, 1).")
     uplink = get_quantizer(worker_quantizer)
     downlink = uplink if server_quantizer is None else get_quantizer(server_quantizer)
-    return round(beta1 * uplink.energy * downlink.energy, 2), beta2
+    return min(beta1, round(beta1 * uplink.energy * downlink.energy, 2)), beta2
