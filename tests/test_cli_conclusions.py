@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 
+from effadam_hook import reduced_betas
 from effadam_hook.cli import main
 from effadam_hook.cli.conclusion import conclusion_of
 from effadam_hook.cli.ranks import overload
 from effadam_hook.cli.rows import Row
 from effadam_hook.exchange.node_description import HOST_VARIABLE
 from effadam_hook.planner.method import Method
-from effadam_hook.planner.quality import DENSE_LOSS, LOSSES, describe_quality
+from effadam_hook.planner.quality import DENSE_LOSS, LOSSES, REDUCED_LOSSES, describe_quality
 from harness import run_ranks
 from test_cli import free_port, on_rank, on_ranks
 
 ALGORITHM = Path(__file__).parent.parent / "docs" / "algorithm.md"
+BENCHMARKS = ALGORITHM.with_name("benchmarks.md")
 DESCRIBED = ("plan", "--parameters", "0.2M", "--methods", "fp32,lloyd4", "--nodes", "2")
 
 
@@ -200,6 +202,10 @@ def test_the_quality_that_is_quoted_is_the_measured_one() -> None:
     assert f"dense {DENSE_LOSS['gradient']}" in tables[1]
     for quantizer, loss in LOSSES["gradient"].items():
         assert cells[1][quantizer][0] == f"{loss:.4f}"
+    for quantizer, loss in REDUCED_LOSSES["gradient"].items():
+        beta1, _ = reduced_betas((0.9, 0.999), quantizer)
+        label = f"`{quantizer}`, β₁ {beta1:g}".replace("0.", ".")
+        assert f"| {label} | {loss:.4f} |" in BENCHMARKS.read_text()
     for quantizer, loss in LOSSES["update"].items():
         assert cells[0][quantizer][3].replace("*", "").startswith(f"{loss:.4f} ")
 
@@ -211,6 +217,10 @@ def test_the_quality_that_is_quoted_is_the_measured_one() -> None:
         ("lloyd4", "less than the seed changes"),
         ("lloyd3", "about as much as another seed"),
         ("lloyd2/sharded", "a clear loss"),
+        (
+            "lloyd2/sharded",
+            "With effadam_hook.reduced_betas it ends -0.0406 from dense",
+        ),
         ("update:lloyd2", "measured with tuned rates and momentum"),
         ("log3", "has no measured loss"),
         ("fp16", "not measured"),
