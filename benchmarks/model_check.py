@@ -73,7 +73,7 @@ def check(args: argparse.Namespace, link: Link) -> tuple[list[Comparison], dict[
     lab = NetLab(args.hosts, link, args.ranks_per_host)
     with tempfile.TemporaryDirectory(prefix="netlab-") as folder, lab:
         sizes = (args.layers, args.width, args.rows)
-        command = ["-m", "effadam_hook.cli", "plan", "--json", "--methods", ",".join(methods)]
+        command = ["-m", "effadam_hook", "plan", "--json", "--methods", ",".join(methods)]
         command += ["--mlp", "x".join(map(str, sizes))]
         command += ["--compute-ms", str(args.sleep_ms)] if sleeps else []
         printed = run_in_lab(lab, [sys.executable, *command], quiet=True)[0]

@@ -68,7 +68,7 @@ LADDER = (
     Step("the public names", ("effadam_hook",)),
     Step("adapters for training libraries and loggers", ("effadam_hook.integrations",)),
     Step("predictions", ("effadam_hook.planner",)),
-    Step("the `effadam` command", ("effadam_hook.cli",)),
+    Step("the `effadam` command", ("effadam_hook.cli", "effadam_hook.__main__")),
     Step("strategies for Lightning", ("lightning_plugin",)),
 )
 OUTSIDE = {"examples", "benchmarks", "tests", "harness", "conftest"}

@@ -766,7 +766,7 @@ def test_output_that_cannot_be_written_makes_no_traceback(
     to: str, code: int, tmp_path: Path
 ) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
-    command = [sys.executable, "-m", "effadam_hook.cli", "report", str(tmp_path / "a.jsonl")]
+    command = [sys.executable, "-m", "effadam_hook", "report", str(tmp_path / "a.jsonl")]
     if to == "closed pipe":
         read, write = os.pipe()
         os.close(read)

@@ -103,4 +103,4 @@ def test_the_hint_without_a_launcher_is_the_documented_command(
     monkeypatch.delenv("RANK", raising=False)
     assert main(["bench"]) == 2
     hint = " ".join(capsys.readouterr().err.split())
-    assert "--rdzv-backend c10d --rdzv-endpoint HOST:29500 -m effadam_hook.cli bench" in hint
+    assert "--rdzv-backend c10d --rdzv-endpoint HOST:29500 -m effadam_hook bench" in hint

@@ -200,7 +200,7 @@ def what_runs(wheel: Path, folder: Path) -> tuple[dict[str, str], str]:
         archive.extractall(folder)
     code = "import torch, effadam_hook.kernels as k; k.select(torch.device('cpu'))"
     warned = run(["-c", code], folder, PYTHONPATH=str(folder)).stderr
-    done = run(["-m", "effadam_hook.cli", "env", "--json"], folder, PYTHONPATH=str(folder))
+    done = run(["-m", "effadam_hook", "env", "--json"], folder, PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     line: dict[str, str] = json.loads(done.stdout)["kernels"]["cpu"]
     return line, warned

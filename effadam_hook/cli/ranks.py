@@ -121,7 +121,7 @@ def check_launched(command: str, otherwise: str = "") -> None:
         raise CommandError(
             f"`effadam {command}` measures between ranks, and {', '.join(missing)} is not set. "
             f"Start it on every host in the way you start training, for example: torchrun --nnodes 2 "
-            f"--nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m effadam_hook.cli "
+            f"--nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m effadam_hook "
             f"{command} ... (HOST is one of the hosts, the same in every command)"
             f"{otherwise and f'; {otherwise}'}"
         )

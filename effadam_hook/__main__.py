@@ -1,4 +1,4 @@
-"""``python -m effadam_hook.cli`` is the ``effadam`` command."""
+"""``python -m effadam_hook`` is the ``effadam`` command."""
 
 import sys
 
