@@ -24,16 +24,18 @@ from torch import Tensor
 
 from effadam_hook import EfficientAdam, attach
 from effadam_hook.kernels import cpu
+from effadam_hook.wire.quantizers import QUANTIZERS
 from harness import run_ranks
 from training import ChosenGradients, ddp
 
-__all__ = ["MODES", "PATH", "TOPOLOGIES", "WORLD_SIZES", "environment", "record", "run_of"]
+__all__ = ["MODES", "PATH", "RUNS", "TOPOLOGIES", "environment", "record", "run_of"]
 
 PATH = Path(__file__).parent / "data" / "bits.json"
 SHAPES = ((37, 53), (53,), (1,), (61, 11), (7, 3, 5), (2, 259), (64, 40))
 MODES = ("gradient", "preconditioned", "update", "weights")
 TOPOLOGIES = ("rank0", "sharded")
-WORLD_SIZES = (2, 3)
+# Every quantizer on three ranks, whose shares are uneven; two of them on two as well.
+RUNS = (("lloyd4", 2), ("sign", 2), *((name, 3) for name in QUANTIZERS))
 _STEPS, _RESUMED = 50, 25
 
 
@@ -65,12 +67,10 @@ def run_of(rank: int, world_size: int, quantizer: str) -> dict[str, list[int]]:
 def record() -> dict[str, Any]:
     """All digests, as ``data/bits.json`` holds them."""
     from bits import run_of  # by its importable name, also where this file is the program
-    from effadam_hook.wire.quantizers import QUANTIZERS
 
     runs = {
         f"{quantizer} on {world_size}": run_ranks(run_of, world_size, quantizer, timeout=120)
-        for quantizer in QUANTIZERS
-        for world_size in WORLD_SIZES
+        for quantizer, world_size in RUNS
     }
     return {**environment(), "runs": runs}
 

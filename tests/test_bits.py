@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from bits import PATH, WORLD_SIZES, environment, run_of
-from effadam_hook.wire.quantizers import QUANTIZERS
+from bits import PATH, RUNS, environment, run_of
 from harness import run_ranks
 from kernel_cases import needs_library
 
@@ -15,8 +14,7 @@ RECORDED = json.loads(PATH.read_text())
 
 
 @needs_library  # the digests watch what the compiled kernels encode
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize(("quantizer", "world_size"), RUNS)
 def test_payloads_residuals_and_weights_after_50_steps_are_the_recorded_ones(
     quantizer: str, world_size: int
 ) -> None:

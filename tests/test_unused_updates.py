@@ -14,7 +14,8 @@ from effadam_hook import EffAdamError, EfficientAdam, attach
 from harness import run_ranks
 from training import ddp
 
-WIDTH, PARTS, STEPS = 17, 4, 44
+WIDTH, PARTS, STEPS = 17, 4, 36
+BUCKETS = {"bucket_cap_mb": 0.009}  # of two layers
 
 
 class Parts(nn.Module):
@@ -47,9 +48,9 @@ def used_parts(pattern: str, step: int, rank: int) -> set[int]:
     if pattern == "late":  # nothing but the trunk during the warm-up
         return set(range(PARTS)) if step >= 15 else set()
     if pattern == "retired":
-        return set(range(PARTS)) if step < 25 else {0}
+        return set(range(PARTS)) if step < 20 else {0}
     assert pattern == "frozen in mid-run"
-    return {i for i in range(PARTS) if step // 7 % (i + 2) == 0}
+    return {i for i in range(PARTS) if step // 5 % (i + 2) == 0}
 
 
 def apart_from_adamw(
@@ -66,7 +67,9 @@ def apart_from_adamw(
     torch.manual_seed(0)
     ours, theirs = Parts(), Parts()
     theirs.load_state_dict(ours.state_dict())
-    wrapped = [ddp(m, find_unused_parameters=True, **ddp_options) for m in (ours, theirs)]
+    wrapped = [
+        ddp(m, find_unused_parameters=True, **BUCKETS, **ddp_options) for m in (ours, theirs)
+    ]
     common = {"lr": 3e-3, "weight_decay": 0.02, "betas": (0.8, 0.95)}
     optimizer = EfficientAdam(wrapped[0].parameters(), **common, **settings)
     reference = torch.optim.AdamW(wrapped[1].parameters(), **common)
