@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard effadam_hook/__init__.py lightning_plugin/__init__.py))
 KERNEL_SOURCES := $(wildcard effadam_hook/kernels/csrc/*.[ch])
 
-# The tests wait for one another's processes more than they compute, so three files run side by side.
-TEST_FILES_AT_ONCE ?= 3
+# The tests wait for one another's processes more than they compute, so three run side by side.
+TESTS_AT_ONCE ?= 3
 
 # make test ARGS="-k harness", make demo ARGS="--workers 4", make bench ARGS="--csv out.csv"
 ARGS ?=
@@ -50,7 +50,7 @@ demo:
 	$(PY) examples/train_text.py --compare --workers 2 --quantizers lloyd4,lloyd2 --steps 400 $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest -n $(TEST_FILES_AT_ONCE) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(TESTS_AT_ONCE) --dist worksteal $(ARGS)
 
 check: docs dist schemas
 	$(PY) -m ruff check .

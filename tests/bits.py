@@ -28,14 +28,17 @@ from effadam_hook.wire.quantizers import QUANTIZERS
 from harness import run_ranks
 from training import ChosenGradients, ddp
 
-__all__ = ["MODES", "PATH", "RUNS", "TOPOLOGIES", "environment", "record", "run_of"]
+__all__ = ["MODES", "PATH", "RUNS", "environment", "key", "record", "run_of"]
 
 PATH = Path(__file__).parent / "data" / "bits.json"
 SHAPES = ((37, 53), (53,), (1,), (61, 11), (7, 3, 5), (2, 259), (64, 40))
 MODES = ("gradient", "preconditioned", "update", "weights")
-TOPOLOGIES = ("rank0", "sharded")
-# Every quantizer on three ranks, whose shares are uneven; two of them on two as well.
-RUNS = (("lloyd4", 2), ("sign", 2), *((name, 3) for name in QUANTIZERS))
+# Every quantizer on three ranks, whose shares are uneven; four bits and one with one server, too.
+RUNS = (
+    *((name, size, "rank0") for name in ("lloyd4", "sign") for size in (2, 3)),
+    ("lloyd4", 2, "sharded"),
+    *((name, 3, "sharded") for name in QUANTIZERS),
+)
 _STEPS, _RESUMED = 50, 25
 
 
@@ -44,34 +47,32 @@ def environment() -> dict[str, str]:
     return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
-def run_of(rank: int, world_size: int, quantizer: str) -> dict[str, list[int]]:
-    """Train with a quantizer in every mode and topology.
+def key(quantizer: str, world_size: int, topology: str) -> str:
+    """The key of a run in ``data/bits.json``."""
+    return f"{quantizer} on {world_size}, {topology}"
+
+
+def run_of(rank: int, world_size: int, quantizer: str, topology: str) -> dict[str, list[int]]:
+    """Train with a quantizer in every mode.
 
     Args:
         rank: This rank.
         world_size: Number of ranks.
         quantizer: Name of the quantizer.
+        topology: Name of the topology.
 
     Returns:
-        By topology and mode: digests of all payloads that this rank encoded, of its residuals, and of
-        the weights.
+        By mode: digests of all payloads that this rank encoded, of its residuals, and of the weights.
     """
     payloads = _watch_payloads()
-    return {
-        f"{topology}, {mode}": _train(rank, quantizer, topology, mode, payloads)
-        for topology in TOPOLOGIES
-        for mode in MODES
-    }
+    return {mode: _train(rank, quantizer, topology, mode, payloads) for mode in MODES}
 
 
 def record() -> dict[str, Any]:
     """All digests, as ``data/bits.json`` holds them."""
     from bits import run_of  # by its importable name, also where this file is the program
 
-    runs = {
-        f"{quantizer} on {world_size}": run_ranks(run_of, world_size, quantizer, timeout=120)
-        for quantizer, world_size in RUNS
-    }
+    runs = {key(*run): run_ranks(run_of, run[1], run[0], run[2], timeout=120) for run in RUNS}
     return {**environment(), "runs": runs}
 
 

@@ -214,20 +214,19 @@ def test_what_the_warm_up_did_not_use_is_frozen_after_steps_of_its_own() -> None
 def owed(model: Parts, state: Any, weights: bool) -> list[Tensor]:
     """Return the servers' view of every weight: minus all residuals, or plus those of the servers."""
     saved = state.state_dict()
-    totals = []
-    for name, parameter in model.named_parameters():
-        mean, server = (torch.zeros(parameter.numel(), dtype=torch.float64) for _ in range(2))
+    parameters = dict(model.named_parameters())
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    sums = torch.zeros(2, sum(sizes), dtype=torch.float64)
+    for name, mean, server in zip(parameters, *(row.split(sizes) for row in sums), strict=True):
         if name in saved["worker"]:
-            mean += saved["worker"][name]
+            mean.add_(saved["worker"][name])
         if name in saved["server"]:
             start, share = saved["server_start"][name], saved["server"][name]
             server[start : start + share.numel()] += share
-        for part in (mean, server):
-            dist.all_reduce(part)
-        mean /= dist.get_world_size()
-        flat = parameter.detach().flatten()
-        totals.append(flat + server if weights else flat - mean - server)
-    return totals
+    dist.all_reduce(sums)
+    mean, server = sums[0] / dist.get_world_size(), sums[1]
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
+    return list((flat + server if weights else flat - mean - server).split(sizes))
 
 
 def rest(rank: int, world_size: int, weights: bool, topology: str) -> tuple[float, float]:
