@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from effadam_hook.planner.copying import copying_speed
 from effadam_hook.planner.method import Method
-from effadam_hook.planner.predict import Cluster, Compute, Link, Speed, predict
+from effadam_hook.planner.predict import Cluster, Compute, Link, predict
 from effadam_hook.planner.traffic import square_model
 
 NODES = (2, 4, 8, 32, 128)
@@ -41,19 +42,6 @@ class Setting:
     compute: Compute
     copy_bytes_s: float
 
-    def speed(self, bits: float, ranks_per_node: int) -> Speed:
-        """Compute the times of kernels that move each byte of gradient, residuals and payload once."""
-        payload = bits / 8
-        return Speed(
-            encode_s=(12 + payload) / self.copy_bytes_s,
-            reduce_s=(8 + payload) / self.copy_bytes_s,
-            reduce_payload_s=payload / self.copy_bytes_s,
-            decode_s=(4 + payload) / self.copy_bytes_s,
-            call_s=20e-6,
-            pack_s=8 / self.copy_bytes_s,
-            mean_s=(4 + 4 / ranks_per_node) / self.copy_bytes_s,
-        )
-
 
 SETTINGS = (
     Setting("25 M parameters, 100 ms a step", 25_000_000, Compute(0.03, 0.06, 0.01), 2e12),
@@ -63,7 +51,6 @@ SETTINGS = (
 LATENCY_S, MESSAGE_S = 1e-5, 2e-6
 INSIDE = Link(100e9, latency_s=5e-6, message_s=1e-6, efficiency=1.0)
 DRAWN = METHODS[:3]
-BITS = {"fp16": 16.0, "lloyd4": 4.0, "lloyd2": 2.0}
 
 
 def ratios(setting: Setting, name: str, bucket_mb: float, per_node: int) -> list[list[float]]:
@@ -71,7 +58,7 @@ def ratios(setting: Setting, name: str, bucket_mb: float, per_node: int) -> list
     parameters = square_model(setting.numel, 4096)
     method = Method.parse(name).with_buckets(bucket_mb)
     dense = Method.parse("fp32").with_buckets(bucket_mb)
-    speed = setting.speed(BITS[method.quantizer], per_node)
+    speed = copying_speed(method, setting.copy_bytes_s, per_node)
     inside = INSIDE if per_node > 1 else None
     rows = []
     for nodes in NODES:

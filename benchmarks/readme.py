@@ -19,6 +19,7 @@ from extrapolate import INSIDE, LATENCY_S, MESSAGE_S, SETTINGS
 from gpu_check.report import status_line
 
 from effadam_hook.planner.cluster import Cluster, Link
+from effadam_hook.planner.copying import copying_speed
 from effadam_hook.planner.method import Method
 from effadam_hook.planner.predict import predict
 from effadam_hook.planner.traffic import square_model
@@ -129,7 +130,7 @@ def step_s(name: str, ranks_per_node: int, gbit: float) -> float:
         ranks_per_node=ranks_per_node,
         inside=INSIDE if ranks_per_node > 1 else None,
     )
-    speed = MODEL.speed(4.0, ranks_per_node) if method.is_effadam else None
+    speed = copying_speed(method, MODEL.copy_bytes_s, ranks_per_node)
     parameters = square_model(MODEL.numel, 4096)
     return predict(method, parameters, cluster, speed, MODEL.compute).step_s
 

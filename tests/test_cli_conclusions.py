@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from effadam_hook import reduced_betas
-from effadam_hook.cli import main
+from effadam_hook.cli import main, plan
 from effadam_hook.cli.conclusion import conclusion_of
 from effadam_hook.cli.ranks import overload
 from effadam_hook.cli.rows import Row
@@ -60,6 +60,34 @@ def test_a_described_cluster_is_calculated_without_a_launcher(
     assert found["conclusion"][-1].startswith("Next: train")
 
 
+def test_kernels_of_described_gpus_are_calculated_and_not_those_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_launcher(monkeypatch)
+    monkeypatch.setattr(plan, "measure_speed", None)
+    monkeypatch.setattr(plan, "measure_compute", None)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e3, 0.0, 0.0))
+    methods = ("plan", "--mlp", "3x64x2", "--methods", "fp32,fp16,powersgd2,lloyd4,update:sign")
+    given = (*methods, "--nodes", "2", "--ranks-per-node", "4", "--gbit", "0.1", "--json")
+    found = []
+    for rate in ("1000", "500"):
+        assert main([*given, "--copy-gbyte", rate, "--compute-ms", "5"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert (found[0]["device"], found[0]["backend"]) == ("cuda", "nccl")
+    assert "copies 1000 GB/s" in found[0]["kernels"]
+    assert not any("busy" in line for line in found[0]["conclusion"])
+    assert any("moves every byte once" in line for line in found[0]["conclusion"])
+    fast, slow = (one["speeds"] for one in found)
+    # Gradient and residual are read, residual and 4 bits are written: 12.5 bytes an element.
+    assert fast["lloyd4"]["encode_s"] == pytest.approx(12.5e-12)
+    assert fast["update:sign"]["encode_s"] == pytest.approx((28 + 1 / 8) * 1e-12)
+    for name, speed in fast.items():
+        for part in ("encode_s", "decode_s"):
+            assert slow[name][part] == pytest.approx(2 * speed[part]) and speed[part] > 0
+    assert main([*given, "--copy-gbyte", "1000"]) == 0  # nor is the computation measured here
+    assert json.loads(capsys.readouterr().out)["compute"]["backward_s"] == 0
+
+
 @pytest.mark.parametrize(("load", "is_busy"), [(0.5, False), (1.5, True)])
 def test_plan_on_a_busy_machine_says_so(
     load: float,
@@ -97,6 +125,12 @@ def test_without_a_compute_time_plan_says_up_to_which_one_it_pays_and_recommends
         (("--gbit", "1"), True, "Given under a launcher: --nodes, --gbit"),
         ((), False, "Given: --nodes. Without a launcher --nodes and --gbit must both be given"),
         (("--gbit", "0"), False, "Invalid --gbit: 0.0. Must be above 0"),
+        (("--copy-gbyte", "5"), True, "Given under a launcher: --nodes, --copy-gbyte"),
+        (
+            ("--gbit", "1", "--copy-gbyte", "nan"),
+            False,
+            "Invalid --copy-gbyte: nan. Must be above 0",
+        ),
         (("--gbit", "1", "--ranks-per-node", "0"), False, "Must be at least 2 and 1"),
     ],
 )

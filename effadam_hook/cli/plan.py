@@ -21,6 +21,7 @@ from effadam_hook.cli.ranks import (
 from effadam_hook.cli.ui import Screen
 from effadam_hook.errors import CommandError
 from effadam_hook.planner.advice import FORWARD_SHARE, advise, dense_methods, forecast
+from effadam_hook.planner.copying import copying_speed
 from effadam_hook.planner.measure_compute import measure_compute
 from effadam_hook.planner.measure_link import MeasuredLink, measure_link, measurement_count
 from effadam_hook.planner.measure_speed import measure_speed
@@ -52,6 +53,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--inside-gbit", type=float, help="Gbit/s of a rank inside its node (default: never limits)"
     )
+    cluster.add_argument(
+        "--copy-gbyte",
+        type=float,
+        help="GB/s that a GPU of the nodes copies, for example 2000: kernels are then calculated from "
+        "it, and not measured on this machine",
+    )
     parser.add_argument(
         "--compute-ms",
         type=float,
@@ -73,7 +80,7 @@ def run_plan(args: argparse.Namespace) -> int:
     screen = Screen(args.json, rank_here())
     requested = _methods(args)
     workload, parameters = _model(args)
-    load = overload()
+    load = overload() if args.copy_gbyte is None else None
     with _ranks(args) as ranks:
         per_node = args.ranks_per_node if ranks.is_alone else ranks.ranks_per_node
         methods = _on_nodes(requested, per_node)
@@ -86,7 +93,17 @@ def run_plan(args: argparse.Namespace) -> int:
         dense = [_requested(predictions, one) for one in computed]
         advice = advise(predictions, *dense)
         plan = Plan(
-            ranks, cluster, link, speeds, compute, parameters, predictions, dense, advice, load
+            ranks,
+            cluster,
+            link,
+            speeds,
+            compute,
+            parameters,
+            predictions,
+            dense,
+            advice,
+            load,
+            args.copy_gbyte,
         )
         show(screen, plan)
         screen.result(result_of(plan))
@@ -95,7 +112,8 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def _ranks(args: argparse.Namespace) -> contextlib.AbstractContextManager[Ranks]:
     """Join the launcher's ranks, or stay alone if the cluster is described by the arguments."""
-    given = [name for name in ("nodes", "gbit", "inside_gbit") if getattr(args, name) is not None]
+    described = ("nodes", "gbit", "inside_gbit", "copy_gbyte")
+    given = [name for name in described if getattr(args, name) is not None]
     given += ["ranks_per_node"] * (args.ranks_per_node != 1)
     if not given:
         check_launched("plan", "or add --nodes and --gbit to calculate without one")
@@ -116,7 +134,7 @@ def _ranks(args: argparse.Namespace) -> contextlib.AbstractContextManager[Ranks]
             f"Invalid --nodes and --ranks-per-node: {args.nodes}, {args.ranks_per_node}. Must be at "
             "least 2 and 1."
         )
-    for name in ("gbit", "inside_gbit"):
+    for name in ("gbit", "inside_gbit", "copy_gbyte"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise CommandError(
@@ -130,12 +148,13 @@ def _described(args: argparse.Namespace, ranks: Ranks) -> Cluster:
     inside = None
     if args.inside_gbit is not None and args.ranks_per_node > 1:
         inside = Link(args.inside_gbit * 1e9 / 8, efficiency=1.0)
+    on_nccl = ranks.on_nccl or args.copy_gbyte is not None
     return Cluster(
         args.nodes * args.ranks_per_node,
         Link(args.gbit * 1e9 / 8, latency_s=_LATENCY_S),
-        cores=_free_cores(ranks),
-        tree=ranks.on_nccl,
-        in_order=ranks.on_nccl,
+        cores=1.0 if on_nccl else _free_cores(ranks),
+        tree=on_nccl,
+        in_order=on_nccl,
         ranks_per_node=args.ranks_per_node,
         inside=inside,
     )
@@ -211,6 +230,11 @@ def _measure(
 ) -> tuple[MeasuredLink | None, dict[str, Speed]]:
     """Measure the link, unless this rank is alone, and the arithmetic of every method."""
     kinds = {method.arithmetic: method for method in methods if method.arithmetic}
+    if args.copy_gbyte is not None:
+        rate = 1e9 * args.copy_gbyte
+        return None, {
+            name: copying_speed(method, rate, ranks_per_node) for name, method in kinds.items()
+        }
     links = 0 if ranks.is_alone else measurement_count(methods)
     link = None
     with screen.progress("measuring", links + len(kinds)) as advance:
@@ -233,6 +257,6 @@ def _compute(
     if args.compute_ms is not None:
         seconds = args.compute_ms / 1e3
         return Compute(seconds * FORWARD_SHARE, seconds * (1 - FORWARD_SHARE))
-    if workload is None:
+    if workload is None or args.copy_gbyte is not None:  # this machine is not one of the nodes
         return Compute()
     return measure_compute(ranks.probe, workload, args.bucket_mb, ranks.device)

@@ -33,6 +33,8 @@ class Plan:
         dense: Predictions for the dense all-reduce, one for every bucket size.
         advice: The recommendation; without a compute time, the one for an exchange alone.
         load: Load of rank 0's machine before the measurement, if higher than its number of cores.
+        copy_gbyte: GB/s that a GPU of the described nodes copies, from which the arithmetic was
+            calculated; None if it was measured.
     """
 
     ranks: Ranks
@@ -45,6 +47,14 @@ class Plan:
     dense: list[Prediction]
     advice: Advice
     load: float | None = None
+    copy_gbyte: float | None = None
+
+    @property
+    def kernels(self) -> str:
+        """Return which kernels the predictions assume."""
+        if self.copy_gbyte is None:
+            return choose(self.ranks.device).reason
+        return f"of a GPU that copies {self.copy_gbyte:g} GB/s, calculated; NCCL"
 
     @property
     def knows_compute(self) -> bool:
@@ -76,6 +86,16 @@ def conclusion_of(plan: Plan) -> list[str]:
             f"every rank has a core of its own{inside}. Start the command under a launcher on the "
             "nodes to measure them."
         )
+    if plan.copy_gbyte is not None:
+        lines.append(
+            "Kernels are calculated, not measured: each moves every byte once. That is a lower bound "
+            "for their time, and for that of PowerSGD's small matrices."
+        )
+    elif plan.link is None and plan.ranks.device.type == "cpu":
+        lines.append(
+            "The kernels are those of this machine's CPU. For nodes with GPUs add --copy-gbyte with "
+            "the GB/s that one of them copies, for example 2000."
+        )
     if plan.load is not None and plan.ranks.device.type == "cpu":
         lines.append(
             f"This machine was busy before the measurement: a load of {plan.load:.1f} on "
@@ -100,9 +120,10 @@ def conclusion_of(plan: Plan) -> list[str]:
     else:
         lines.append(plan.advice.reason)
     if plan.advice.pays and plan.knows_compute:
+        where = "on these ranks" if plan.link else "on the nodes, under a launcher"
         lines += [
             " ".join([describe_quality(best.method), *_gentler(plan)]),
-            f"Next: train with the lines below, or first compare on these ranks: effadam bench "
+            f"Next: train with the lines below, or first compare {where}: effadam bench "
             f'--methods "fp32,{best.method.name}" --model MODULE:FUNCTION.',
         ]
     return lines
@@ -169,7 +190,7 @@ def show(screen: Screen, plan: Plan) -> None:
 
 def _show_link(screen: Screen, plan: Plan) -> None:
     ranks, link, cluster = plan.ranks, plan.link, plan.cluster
-    kernels = choose(ranks.device).reason
+    kernels = plan.kernels
     shape = f"{cluster.nodes} nodes x {cluster.ranks_per_node} ranks"
     if link is None:
         bits = cluster.link.bandwidth_bytes_s * 8e-9
@@ -218,9 +239,9 @@ def result_of(plan: Plan) -> dict[str, Any]:
         "on_one_machine": ranks.is_local,
         "ranks_on_this_machine": ranks.neighbours,
         "cores_per_rank": ranks.cores,
-        "backend": ranks.backend,
-        "device": ranks.device.type,
-        "kernels": choose(ranks.device).reason,
+        "backend": ranks.backend if plan.copy_gbyte is None else "nccl",
+        "device": ranks.device.type if plan.copy_gbyte is None else "cuda",
+        "kernels": plan.kernels,
         "parameters": sum(p.numel for p in plan.parameters),
         "link": None if plan.link is None else plan.link.to_dict(),
         "speeds": {name: vars(speed) for name, speed in plan.speeds.items()},
