@@ -561,6 +561,7 @@ def test_the_line_to_paste_is_python_and_says_the_buckets() -> None:
     for name in ("fp32", "fp16", "lloyd4/sharded", "lloyd2/rank0@4"):
         compile(code_for(Method.parse(name)), name, "exec")
     assert code_for(Method.parse("lloyd2/rank0@4")).splitlines() == [
+        'betas = effadam_hook.reduced_betas((0.9, 0.999), "lloyd2")',
         "ddp_model = DistributedDataParallel(model, bucket_cap_mb=4)",
         'state = effadam_hook.attach(ddp_model, quantizer="lloyd2", topology="rank0")',
     ]

@@ -84,8 +84,33 @@ def test_kernels_of_described_gpus_are_calculated_and_not_those_of_this_machine(
     for name, speed in fast.items():
         for part in ("encode_s", "decode_s"):
             assert slow[name][part] == pytest.approx(2 * speed[part]) and speed[part] > 0
-    assert main([*given, "--copy-gbyte", "1000"]) == 0  # nor is the computation measured here
-    assert json.loads(capsys.readouterr().out)["compute"]["backward_s"] == 0
+    # Nor is the computation measured here, and "cuda" needs no GPU here.
+    assert main([*given, "--copy-gbyte", "1000", "--device", "cuda"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["compute"]["backward_s"] == 0
+    assert found["conclusion"][-1].startswith("Next: add --compute-ms")
+    assert "--model" not in found["conclusion"][-1]
+
+
+def test_the_fastest_dense_decides_up_to_which_compute_time_a_method_pays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_launcher(monkeypatch)
+    given = ("plan", "--parameters", "124M", "--nodes", "4", "--ranks-per-node", "8", "--json")
+    more = ("--gbit", "100", "--copy-gbyte", "2000", "--methods", "fp32,lloyd4@1")
+    assert main([*given, *more]) == 0
+    (line,) = (
+        one
+        for one in json.loads(capsys.readouterr().out)["conclusion"]
+        if one.startswith("No recommendation")
+    )
+    limit_ms = float(re.search(r"less than about (\d+) ms", line)[1])  # type: ignore[index]
+    for share, pays in ((0.9, True), (1.1, False)):
+        assert main([*given, *more, "--compute-ms", str(share * limit_ms)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["recommended"]["compression_pays"] is pays
+    assert main([*given, *more[:-1], "fp32,lloyd4", "--bucket-mb", "5", "--compute-ms", "50"]) == 0
+    assert '--methods "fp32@5,lloyd4@5"' in json.loads(capsys.readouterr().out)["conclusion"][-1]
 
 
 @pytest.mark.parametrize(("load", "is_busy"), [(0.5, False), (1.5, True)])

@@ -163,5 +163,5 @@ def test_compression_pays_up_to_the_compute_time_that_hides_dense() -> None:
         return advise(predictions, predictions[0]).pays
 
     unknown = forecast(methods, model, cluster, {}, Compute())
-    limit_s = break_even_s(advise(unknown, unknown[0]), model, cluster, {})
+    limit_s = break_even_s(advise(unknown, unknown[0]), [unknown[0]], model, cluster, {})
     assert at(0.9 * limit_s) and not at(1.1 * limit_s) and not math.isinf(limit_s)

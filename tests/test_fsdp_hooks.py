@@ -36,6 +36,17 @@ def _replace(mesh: DeviceMesh) -> None:
     loss_of(model, 0, 0)
 
 
+def _unfreeze(mesh: DeviceMesh) -> None:
+    model = Net()
+    model.words.requires_grad_(False)
+    model.scale.requires_grad_(False)
+    for module in (*model.blocks, model.head):
+        fsdp.fully_shard(module, mesh=mesh["shard"])
+    attach(model, process_group=mesh.get_group("replicate"))
+    model.words.requires_grad_(True)
+    loss_of(model, 0, 0)
+
+
 def _overwrite(mesh: DeviceMesh) -> None:
     torch.manual_seed(0)
     model: Any = fsdp.fully_shard(nn.Linear(4, 4), mesh=mesh["shard"])
@@ -70,7 +81,14 @@ def _close_early(mesh: DeviceMesh) -> None:
 def _without_hooks(rank: int, _: int) -> list[str]:
     mesh = mesh_of(2, 2)
     messages = []
-    for act in (_shard_late, _replace, _overwrite, _overwrite_on_one_replica, _close_early):
+    for act in (
+        _shard_late,
+        _replace,
+        _unfreeze,
+        _overwrite,
+        _overwrite_on_one_replica,
+        _close_early,
+    ):
         with pytest.raises(EffAdamError) as raised:
             act(mesh)
         messages.append(str(raised.value))
@@ -81,6 +99,7 @@ def test_groups_that_nobody_would_average_are_an_error_on_every_rank() -> None:
     expected = [
         "went through fully_shard after attach, such as '(root)'",
         "such as 'head.bias', and are in no module",
+        "unfrozen after attach, such as 'words.weight'",
         "'_overwrite.<locals>.<lambda>' after attach",
         "'_overwrite_on_one_replica.<locals>.<lambda>' after attach",
         "was closed",

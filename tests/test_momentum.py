@@ -24,6 +24,10 @@ def test_fewer_bits_get_less_momentum(quantizers: tuple[str, ...], beta1: float)
 
 def test_rounding_never_adds_momentum() -> None:
     assert reduced_betas((0.999, 0.999), "none") == (0.999, 0.999)
+    assert reduced_betas((0.9954, 0.999), "none") == (0.9954, 0.999)
+    assert reduced_betas(torch.tensor([0.995, 0.5]), "uniform8")[0] == pytest.approx(
+        0.995, abs=6e-4
+    )
 
 
 def test_both_directions_count() -> None:
@@ -36,6 +40,9 @@ def test_both_directions_count() -> None:
 def test_what_are_no_betas_or_quantizers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Invalid betas: \(1\.0, 0\.9\)\. The first must be in"):
         reduced_betas((1.0, 0.9), "sign")
+    for betas in ((0.9,), (0.9, 0.99, 0.999), 0.9, None, "ab"):
+        with pytest.raises(TypeError, match=r"Invalid betas: .* Must be two numbers"):
+            reduced_betas(betas, "sign")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Invalid quantizer: 'loyd2'"):
         reduced_betas((0.9, 0.9), "loyd2")
     with pytest.raises(ValueError, match="Invalid quantizer: 'loyd2'"):
@@ -74,7 +81,7 @@ def test_more_momentum_than_few_bits_allow_is_announced_once() -> None:
     for ((message, file),) in run_ranks(messages, 2, "lloyd2", (0.9, 0.999), True, {}):
         assert file == __file__
         assert message.startswith("betas=(0.9, 0.999) is much momentum for so few bits")
-        assert "Use betas=(0.7, 0.999), see effadam_hook.reduced_betas" in message
+        assert "Use effadam_hook.reduced_betas, which makes 0.7 of 0.9" in message
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,11 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="step time without communication (default: measured if the model can be run)",
     )
-    parser.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb (default: 1, then 25)")
+    parser.add_argument(
+        "--bucket-mb",
+        type=float,
+        help="DDP's bucket_cap_mb (default: DDP's, a first bucket of 1 MB, then 25)",
+    )
     parser.add_argument("--methods", default=_METHODS, help="method names (default %(default)s)")
     parser.add_argument(
         "--device",

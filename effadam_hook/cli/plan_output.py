@@ -104,18 +104,21 @@ def conclusion_of(plan: Plan) -> list[str]:
         )
     if not plan.advice.pays and not plan.knows_compute:
         lines.append(
-            f"Compression does not pay here, whatever the compute time: no method makes the exchange "
-            f"10% shorter than the {1e3 * best.exchange_s:.1f} ms of dense. Keep DDP's own all-reduce."
+            f"Compression does not pay here, whatever the compute time: no method that can be "
+            f"recommended makes the exchange 10% shorter than the {1e3 * best.exchange_s:.1f} ms of "
+            "dense. Keep DDP's own all-reduce."
         )
     elif not plan.is_decided:
-        limit_s = break_even_s(plan.advice, plan.parameters, plan.cluster, plan.speeds)
+        limit_s = break_even_s(plan.advice, plan.dense, plan.parameters, plan.cluster, plan.speeds)
+        dense_s = min(one.exchange_s for one in plan.dense)
+        measure = ", or --model to measure it" if plan.copy_gbyte is None else ""
         lines += [
             f"No recommendation: the compute time of a step is unknown. An exchange takes "
-            f"{1e3 * plan.advice.dense.exchange_s:.1f} ms dense and {1e3 * best.exchange_s:.1f} ms "
+            f"{1e3 * dense_s:.1f} ms dense and {1e3 * best.exchange_s:.1f} ms "
             f"with {name}. That makes a step 10% shorter if a step computes for less than about "
             f"{_round(1e3 * limit_s)} ms; a longer one hides the dense exchange.",
-            "Next: add --compute-ms with the time of your step on one rank without communication, or "
-            "--model to measure it.",
+            "Next: add --compute-ms with the time of your step on one rank without communication"
+            f"{measure}.",
         ]
     else:
         lines.append(plan.advice.reason)
@@ -124,9 +127,17 @@ def conclusion_of(plan: Plan) -> list[str]:
         lines += [
             " ".join([describe_quality(best.method), *_gentler(plan)]),
             f"Next: train with the lines below, or first compare {where}: effadam bench "
-            f'--methods "fp32,{best.method.name}" --model MODULE:FUNCTION.',
+            f'--methods "{_with_dense(best)}" --model MODULE:FUNCTION.',
         ]
     return lines
+
+
+def _with_dense(prediction: Prediction) -> str:
+    """Return the names of dense and a method, with the method's buckets."""
+    method = prediction.method
+    name = method.name.partition("@")[0]
+    buckets = "" if method.bucket_mb is None else f"@{method.bucket_mb:g}"
+    return f"fp32{buckets},{name}{buckets}"
 
 
 def _gentler(plan: Plan) -> list[str]:

@@ -177,7 +177,8 @@ def alone(args: argparse.Namespace) -> Iterator[Ranks]:
     Yields:
         The one rank, with one thread and a core of its own, as torchrun starts ranks.
     """
-    device = pick_device(args.device)
+    is_calculated = args.copy_gbyte is not None  # for GPUs of other machines
+    device = torch.device("cpu") if is_calculated else pick_device(args.device)
     backend = backend_for(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

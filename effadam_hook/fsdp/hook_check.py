@@ -37,7 +37,10 @@ class HookCheck:
         self._model = model
         self._groups = groups
         self._hooks = hooks
-        self._others = frozenset(map(canonical_name, others))
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._others = frozenset(
+            canonical_name(name) for name in others if parameters[name].requires_grad
+        )
         self._has_compared = False
 
     def __call__(self) -> None:
@@ -70,7 +73,7 @@ class HookCheck:
         )
         if trained:
             raise EffAdamError(
-                f"{len(trained)} trainable parameters were added after attach, such as "
+                f"{len(trained)} trainable parameters were added or unfrozen after attach, such as "
                 f"{trained[0]!r}, and are in no module that went through fully_shard: nothing would "
                 "average their gradients. Replace modules before fully_shard, and attach last."
             )

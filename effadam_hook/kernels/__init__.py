@@ -138,7 +138,7 @@ def select(device: torch.device) -> Kernels:
         _warned.add(choice.remedy)
         warnings.warn(
             f"effadam_hook runs its {choice.kernels.name} kernels on {device.type!r}, which are "
-            f"several times slower than the fused ones: {choice.remedy}",
+            f"many times slower than the fused ones: {choice.remedy}",
             RuntimeWarning,
             stacklevel=2,
         )

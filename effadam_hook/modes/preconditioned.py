@@ -86,8 +86,8 @@ class PreconditionedMode(GradientMode):
                 warnings.warn(
                     f"betas={tuple(group['betas'])} is much momentum for so few bits: error feedback "
                     "delays parts of the gradient, and momentum delays them again. Use "
-                    f"betas=({reduced:g}, {group['betas'][1]:g}), see effadam_hook.reduced_betas, or a "
-                    "quantizer with more bits.",
+                    f"effadam_hook.reduced_betas, which makes {reduced:g} of 0.9, or a quantizer with "
+                    "more bits.",
                     stacklevel=4,
                 )
                 return

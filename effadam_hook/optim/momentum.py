@@ -28,9 +28,11 @@ def reduced_betas(
         server_quantizer: The quantizer of the downlink; that of the uplink by default.
 
     Returns:
-        β1 times the energy that both quantizers transmit, rounded to two digits, and β2.
+        β1 times the energy that both quantizers transmit, rounded to two digits, or to three if β1 is
+        above .95; and β2.
 
     Raises:
+        TypeError: If ``betas`` are not two numbers.
         ValueError: If β1 is not in [0, 1), or a quantizer is unknown.
 
     Examples:
@@ -38,9 +40,15 @@ def reduced_betas(
         (0.7, 0.999)
         >>> optimizer = AdamW(model.parameters(), betas=reduced_betas((0.9, 0.999), "lloyd2"))
     """
-    beta1, beta2 = betas
+    try:
+        beta1, beta2 = (float(beta) for beta in betas)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Invalid betas: {betas!r}. Must be two numbers, such as (0.9, 0.999)."
+        ) from error
     if not 0.0 <= beta1 < 1.0:
         raise ValueError(f"Invalid betas: {betas}. The first must be in [0, 1).")
     uplink = get_quantizer(worker_quantizer)
     downlink = uplink if server_quantizer is None else get_quantizer(server_quantizer)
-    return min(beta1, round(beta1 * uplink.energy * downlink.energy, 2)), beta2
+    reduced = round(beta1 * uplink.energy * downlink.energy, 2 if beta1 <= 0.95 else 3)
+    return (beta1 if uplink.energy * downlink.energy == 1.0 else min(beta1, reduced)), beta2

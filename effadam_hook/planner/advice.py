@@ -136,8 +136,8 @@ def advise(predictions: Sequence[Prediction], *dense: Prediction) -> Advice:
             best,
             best,
             f"Compression does not pay here: a step waits {1e3 * best.exposed_s:.1f} ms of "
-            f"{1e3 * best.step_s:.1f} ms for the dense all-reduce ({share:.0%}), and no method makes "
-            f"the step {_MIN_GAIN:.0%} shorter. Keep DDP's own all-reduce.",
+            f"{1e3 * best.step_s:.1f} ms for the dense all-reduce ({share:.0%}), and no method that "
+            f"can be recommended makes the step {_MIN_GAIN:.0%} shorter. Keep DDP's own all-reduce.",
         )
     return Advice(
         best,
@@ -173,6 +173,7 @@ def select(steps: Sequence[tuple[Method, float]], dense_s: float) -> int | None:
 
 def break_even_s(
     advice: Advice,
+    dense: Sequence[Prediction],
     parameters: Sequence[ParameterSize],
     cluster: Cluster,
     speeds: Mapping[str, Speed],
@@ -181,6 +182,7 @@ def break_even_s(
 
     Args:
         advice: A recommendation other than dense, for a compute time of zero.
+        dense: Predictions for the dense all-reduce, one for every bucket size: the fastest decides.
         parameters: Sizes of the trained parameters, in the model's order.
         cluster: The ranks.
         speeds: See :func:`forecast`.
@@ -191,11 +193,11 @@ def break_even_s(
 
     def pays(compute_s: float) -> bool:
         compute = Compute(compute_s * FORWARD_SHARE, compute_s * (1 - FORWARD_SHARE))
-        pair = [advice.best.method, advice.dense.method]
-        ours, dense = forecast(pair, parameters, cluster, speeds, compute)
-        return ours.step_s < (1 - _MIN_GAIN) * dense.step_s
+        methods = [advice.best.method, *(one.method for one in dense)]
+        ours, *others = forecast(methods, parameters, cluster, speeds, compute)
+        return ours.step_s < (1 - _MIN_GAIN) * min(one.step_s for one in others)
 
-    low, high = 0.0, advice.dense.exchange_s / _MIN_GAIN * 2
+    low, high = 0.0, max(one.exchange_s for one in dense) / _MIN_GAIN * 2
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if pays(middle) else (low, middle)
@@ -231,8 +233,11 @@ def code_for(method: Method) -> str:
             f"ddp_comm_hooks.default_hooks.{hook})"
         )
     if method.kind == "gradient":
+        few = ""
+        if bits_of(method) < 4:
+            few = f'betas = effadam_hook.reduced_betas((0.9, 0.999), "{method.quantizer}")\n'
         return (
-            f'{wrap}state = effadam_hook.attach(ddp_model, quantizer="{method.quantizer}", '
+            f'{few}{wrap}state = effadam_hook.attach(ddp_model, quantizer="{method.quantizer}", '
             f'topology="{method.topology}")'
         )
     return f"{wrap}# nothing to add: DDP's own all-reduce"

@@ -29,10 +29,10 @@ def copying_speed(method: Method, copy_bytes_s: float, ranks_per_node: int = 1) 
     if method.kind in ("none", "dense"):
         return Speed()
     if method.kind == "cast":  # to 16 bits, divided, and back
-        return Speed(10 / copy_bytes_s, decode_s=6 / copy_bytes_s, call_s=_CALL_S)
+        return Speed(10 / copy_bytes_s, decode_s=6 / copy_bytes_s)
     if method.kind == "powersgd":
         before, after = _POWERSGD_BYTES
-        return Speed(before / copy_bytes_s, decode_s=after / copy_bytes_s, call_s=_CALL_S)
+        return Speed(before / copy_bytes_s, decode_s=after / copy_bytes_s)
     payload = get_quantizer(method.quantizer).bits / 8
     moments = _MOMENTS_BYTES if method.kind == "update" else 0
     return Speed(
