@@ -131,6 +131,23 @@ def _wrapped_later(mesh: DeviceMesh) -> None:
     assert state.steps == 1
 
 
+def _wrapped_before(mesh: DeviceMesh) -> None:
+    model = Net()
+    apply_activation_checkpointing(model, check_fn=lambda module: module is model.blocks[0])
+    for module in (*model.blocks[1:], model.head):
+        fsdp.fully_shard(module, mesh=mesh["shard"])
+    with pytest.warns(UserWarning, match="[0-9]+ trainable parameters") as warned:
+        state = attach(model, process_group=mesh.get_group("replicate"))
+    unmanaged = [name for name, _ in model.named_parameters() if not is_managed(name)]
+    assert f"{len(unmanaged)} trainable parameters" in str(warned[0].message)
+    loss_of(model, 0, 0).backward()
+    assert state.steps == 1
+
+
+def is_managed(name: str) -> bool:
+    return name.startswith("head.") or (name.startswith("blocks.") and name[7] != "0")
+
+
 def _closed_states_are_freed(mesh: DeviceMesh) -> None:
     model = sharded(mesh["shard"])
     engines = []
@@ -147,7 +164,7 @@ def _closed_states_are_freed(mesh: DeviceMesh) -> None:
 
 def _no_alarms(rank: int, _: int) -> None:
     mesh = mesh_of(2, 2)
-    for act in (_frozen_teacher, _wrapped_later, _closed_states_are_freed):
+    for act in (_frozen_teacher, _wrapped_later, _wrapped_before, _closed_states_are_freed):
         act(mesh)
     dist.barrier()
 

@@ -68,8 +68,8 @@ def attach_sharded(
     state.grad_scaler = grad_scaler
     named, others = name_shards(model, groups)
     state.use(_choose_mode(named, groups, optimizer, options["precondition"]))
-    _warn_of_unmanaged(model, others)
-    _agree(state, named, others, groups)
+    _warn_of_unmanaged(others)
+    _agree(state, named, [name for name, _ in others], groups)
     hooks = [ShardHook(state.engine, index, each) for index, each in enumerate(groups)]
     for each, hook in zip(groups, hooks, strict=True):
         each.set_hook(hook, hook.drop_kept)
@@ -139,9 +139,8 @@ def _choose_mode(
     return PreconditionedMode(adam, parameter_of)
 
 
-def _warn_of_unmanaged(model: nn.Module, others: list[str]) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained = [name for name in others if name in parameters and parameters[name].requires_grad]
+def _warn_of_unmanaged(others: list[tuple[str, nn.Parameter]]) -> None:
+    trained = [name for name, parameter in others if parameter.requires_grad]
     if trained:
         warnings.warn(
             f"{len(trained)} trainable parameters, such as {trained[0]!r}, are in no module that went "

@@ -324,8 +324,8 @@ def _check_mesh(name: str, mesh_info: Any) -> None:
 
 def name_shards(
     model: nn.Module, groups: list[ShardGroup]
-) -> tuple[list[tuple[str, Tensor]], list[str]]:
-    """Return the names of all shards, and those of the parameters that FSDP does not manage.
+) -> tuple[list[tuple[str, Tensor]], list[tuple[str, nn.Parameter]]]:
+    """Return the names of all shards, and the parameters that FSDP does not manage.
 
     Names come from the modules, as the model may be unsharded at the moment.
 
@@ -334,8 +334,8 @@ def name_shards(
         groups: Its parameter groups.
 
     Returns:
-        Names and owners in the order of ``named_parameters(remove_duplicate=False)``, and the names of
-        other parameters.
+        Names and owners in the order of ``named_parameters(remove_duplicate=False)``, and names and
+        values of the other parameters.
     """
     owners: dict[tuple[int, str], Tensor] = {}
     for group in groups:
@@ -344,13 +344,14 @@ def name_shards(
             owners[id(info.module), info.param_name] = shard.owner
             for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
                 owners[id(module), name] = shard.owner
-    named, others = [], []
+    named: list[tuple[str, Tensor]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for name in module._parameters:
+        for name, parameter in module._parameters.items():
             path = f"{prefix}.{name}" if prefix else name
             owner = owners.get((id(module), name))
             if owner is not None:
                 named.append((path, owner))
-            elif module._parameters[name] is not None:
-                others.append(path)
+            elif parameter is not None:
+                others.append((path, parameter))
     return named, others

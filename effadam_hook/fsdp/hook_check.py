@@ -24,7 +24,7 @@ class HookCheck:
         model: The model.
         groups: Its parameter groups.
         hooks: Their hooks.
-        others: Names of the parameters that are in no group.
+        others: Names and values of the parameters that are in no group.
     """
 
     def __init__(
@@ -32,15 +32,12 @@ class HookCheck:
         model: nn.Module,
         groups: list[ShardGroup],
         hooks: Sequence[object],
-        others: list[str],
+        others: list[tuple[str, nn.Parameter]],
     ) -> None:
         self._model = model
         self._groups = groups
         self._hooks = hooks
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._others = frozenset(
-            canonical_name(name) for name in others if parameters[name].requires_grad
-        )
+        self._others = _trained_names(others).keys()
         self._has_compared = False
 
     def __call__(self) -> None:
@@ -65,15 +62,16 @@ class HookCheck:
                 "fully_shard."
             )
         # Wrappers of compiling and checkpointing may have come after attach.
-        others = name_shards(self._model, groups)[1]
-        names = {name for name in others if canonical_name(name) not in self._others}
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        trained = sorted(
-            name for name in names if name in parameters and parameters[name].requires_grad
-        )
+        now = _trained_names(name_shards(self._model, groups)[1])
+        trained = sorted(now[name] for name in now.keys() - self._others)
         if trained:
             raise EffAdamError(
                 f"{len(trained)} trainable parameters were added or unfrozen after attach, such as "
                 f"{trained[0]!r}, and are in no module that went through fully_shard: nothing would "
                 "average their gradients. Replace modules before fully_shard, and attach last."
             )
+
+
+def _trained_names(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, str]:
+    """Return the names of trainable parameters by the names that they have without wrappers."""
+    return {canonical_name(name): name for name, each in parameters if each.requires_grad}

@@ -50,5 +50,7 @@ def reduced_betas(
         raise ValueError(f"Invalid betas: {betas}. The first must be in [0, 1).")
     uplink = get_quantizer(worker_quantizer)
     downlink = uplink if server_quantizer is None else get_quantizer(server_quantizer)
-    reduced = round(beta1 * uplink.energy * downlink.energy, 2 if beta1 <= 0.95 else 3)
-    return (beta1 if uplink.energy * downlink.energy == 1.0 else min(beta1, reduced)), beta2
+    energy = uplink.energy * downlink.energy
+    if energy == 1.0:
+        return beta1, beta2
+    return min(beta1, round(beta1 * energy, 2 if beta1 <= 0.95 else 3)), beta2
