@@ -254,18 +254,27 @@ def report(records: dict[str, Record], groups: Iterable[Group], seeds: list[int]
     rows = []
     for group in groups:
         found = [
-            [records.get(group.run_name(method, seed)) for seed in seeds]
+            {
+                seed: records[name]
+                for seed in seeds
+                if (name := group.run_name(method, seed)) in records
+            }
             for method in group.methods
         ]
-        dense = _mean(found[0])
+        dense = found[0]
         for method, runs in zip(group.methods, found, strict=True):
-            done = [each for each in runs if each is not None]
+            done = list(runs.values())
             if not done:
                 continue
-            loss = _mean(runs)
-            accuracy = sum(each.accuracies[-1] for each in done) / len(done)
+            loss = _mean(each.losses[-1] for each in done)
+            accuracy = _mean(each.accuracies[-1] for each in done)
             ratio = 8 * done[0].numel / done[0].bytes_per_step
-            excess = f"{(loss / dense - 1) * 100:+.1f} %" if method is not group.methods[0] else ""
+            excess = ""
+            if runs is not dense and runs.keys() <= dense.keys():
+                # Of the same seeds, which have the same initial weights and data.
+                excess = (
+                    f"{(loss / _mean(dense[seed].losses[-1] for seed in runs) - 1) * 100:+.1f} %"
+                )
             rows.append(
                 (
                     f"{group.title}: {method.name}",
@@ -281,9 +290,9 @@ def report(records: dict[str, Record], groups: Iterable[Group], seeds: list[int]
     return markdown(header, rows)
 
 
-def _mean(runs: list[Record | None]) -> float:
-    losses = [each.losses[-1] for each in runs if each is not None]
-    return sum(losses) / len(losses) if losses else math.nan
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def draw(records: dict[str, Record], groups: Iterable[Group], path: Path) -> None:

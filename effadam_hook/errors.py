@@ -1,4 +1,4 @@
-"""Exceptions of this package.
+"""Exceptions and warnings of this package.
 
 Invalid arguments raise :class:`ValueError` or :class:`TypeError`. Errors between ranks, and between
 a running program and a saved state, raise :class:`EffAdamError` or a subclass, so that a training
@@ -7,6 +7,9 @@ loop can distinguish them from its own errors.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 __all__ = [
     "CommandError",
     "DisagreementError",
@@ -14,7 +17,10 @@ __all__ = [
     "StateMismatchError",
     "UnsupportedBackendError",
     "UserCodeError",
+    "warn_caller",
 ]
+
+_OWN_PACKAGES = ("effadam_hook", "lightning_plugin")
 
 
 class EffAdamError(RuntimeError):
@@ -39,3 +45,20 @@ class CommandError(RuntimeError):
 
 class UserCodeError(RuntimeError):
     """Error in the user's code within the command; the cause is the original error."""
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and name the line outside this package from which it was called.
+
+    Args:
+        message: The warning.
+        category: Its class.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] in _OWN_PACKAGES

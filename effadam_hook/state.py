@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from effadam_hook.config.options import StateOptions, accepts_options, complete_
 from effadam_hook.ddp.auto_compress import AutoCompress
 from effadam_hook.ddp.engine import Engine
 from effadam_hook.ddp.summary import describe_briefly, stats_of, summarize
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import EffAdamError, warn_caller
 from effadam_hook.exchange.collectives import device_of
 from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh
 from effadam_hook.exchange.waiting import gather_bytes
@@ -118,7 +117,10 @@ class EfficientAdamState:
     def enabled(self, value: bool) -> None:
         if not isinstance(value, bool):
             raise TypeError(f"Invalid enabled: {value!r}. Must be True or False.")
+        turns_on = value and not self._engine.enabled
         self._engine.enabled = value
+        if turns_on:
+            self._check_momentum()
         if self._engine.auto_compress is not None and not self._engine.auto_compress.is_over:
             self._engine.auto_compress.break_off()
 
@@ -264,11 +266,10 @@ class EfficientAdamState:
         self.config.check_patterns([*session.parameters.aliases(), *others])
         small = session.parameters.quantized_1d(self.config) if self.config.exact else []
         if small and session.group.rank() == 0:
-            warnings.warn(
+            warn_caller(
                 f"exact={self.config.exact} replaces the default ('1d',) and leaves one-dimensional "
                 f"parameters to the quantizer: {len(small)}, such as {small[0]!r}. Write "
                 f"exact={('1d', *self.config.exact)} to send biases and norms uncompressed as well.",
-                stacklevel=3,
             )
 
     def watch_join(self, is_joining: Callable[[], bool]) -> None:
@@ -295,9 +296,12 @@ class EfficientAdamState:
             mode: The mode.
         """
         self.session.use(mode)
+        self._check_momentum()
+
+    def _check_momentum(self) -> None:
         config = self.config
         if self.enabled and config.error_feedback:
-            mode.check_momentum(config.uplink.energy * config.downlink.energy)
+            self.session.mode.check_momentum(config.uplink.energy * config.downlink.energy)
 
     def run_bucket(
         self, index: int, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool

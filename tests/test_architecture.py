@@ -34,7 +34,7 @@ class Step:
 # never in a circle, types excepted. A new module takes its place here; a package stands for all of its
 # modules that have no step of their own.
 LADDER = (
-    Step("exceptions, versions", ("effadam_hook.errors", "effadam_hook._version")),
+    Step("exceptions and warnings, versions", ("effadam_hook.errors", "effadam_hook._version")),
     Step("contents of a payload, in integers and strings", ("effadam_hook.wire",)),
     Step(
         "topologies and the calls of collectives: interfaces that options and arithmetic refer to",
@@ -295,6 +295,14 @@ def only_the_exchange_calls_collectives(modules: Modules) -> Iterator[str]:
                     yield f"{module.at(node.lineno)} uses {name or node.attr}"
 
 
+def warnings_name_the_line_of_the_user(modules: Modules) -> Iterator[str]:
+    for module in modules.values():
+        for node in ast.walk(module.tree):
+            is_call = isinstance(node, ast.Attribute) and dotted(node, module) == "warnings.warn"
+            if is_call and module.name != "effadam_hook.errors":
+                yield f"{module.at(node.lineno)} uses warnings.warn: take errors.warn_caller"
+
+
 def is_collective(name: str) -> bool:
     return name.startswith("torch.distributed.") and name.rpartition(".")[2] in COLLECTIVES
 
@@ -336,6 +344,7 @@ RULES: tuple[Rule, ...] = (
     core_needs_only_torch,
     only_one_folder_imports_triton,
     only_the_exchange_calls_collectives,
+    warnings_name_the_line_of_the_user,
     only_the_hook_knows_grad_bucket,
 )
 each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -465,6 +474,12 @@ def test_the_rule_passes_any_part_of_the_packages(rule: Rule, tmp_path: Path) ->
         ),
         (only_the_exchange_calls_collectives, "hook", "from torch.distributed import gather", ":1"),
         (only_the_exchange_calls_collectives, "hook", "state.group.allreduce(x)", "hook:1 uses st"),
+        (
+            warnings_name_the_line_of_the_user,
+            "hook",
+            "import warnings; warnings.warn('x')",
+            "hook:1 uses warnings.warn",
+        ),
         (
             only_the_hook_knows_grad_bucket,
             "state",

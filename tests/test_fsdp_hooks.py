@@ -120,6 +120,20 @@ def _frozen_teacher(mesh: DeviceMesh) -> None:
     assert state.steps == 1
 
 
+def _frozen_teacher_before(mesh: DeviceMesh) -> None:
+    model = Net()
+    teacher = nn.Linear(4, 4).requires_grad_(False)
+    model.teacher = fsdp.fully_shard(teacher, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh["shard"])
+    state = attach(model, process_group=mesh.get_group("replicate"))
+    loss_of(model, 0, 0).backward()
+    assert state.steps == 1
+    teacher.requires_grad_(True)
+    state.close()
+    with pytest.raises(ValueError, match="the module 'teacher' is sharded over a mesh of two dim"):
+        attach(model, process_group=mesh.get_group("replicate"))
+
+
 def _wrapped_later(mesh: DeviceMesh) -> None:
     model = Net()
     ignored = {model.blocks[0][0].weight}
@@ -140,6 +154,7 @@ def _wrapped_before(mesh: DeviceMesh) -> None:
         state = attach(model, process_group=mesh.get_group("replicate"))
     unmanaged = [name for name, _ in model.named_parameters() if not is_managed(name)]
     assert f"{len(unmanaged)} trainable parameters" in str(warned[0].message)
+    assert warned[0].filename == __file__
     loss_of(model, 0, 0).backward()
     assert state.steps == 1
 
@@ -164,7 +179,13 @@ def _closed_states_are_freed(mesh: DeviceMesh) -> None:
 
 def _no_alarms(rank: int, _: int) -> None:
     mesh = mesh_of(2, 2)
-    for act in (_frozen_teacher, _wrapped_later, _wrapped_before, _closed_states_are_freed):
+    for act in (
+        _frozen_teacher,
+        _frozen_teacher_before,
+        _wrapped_later,
+        _wrapped_before,
+        _closed_states_are_freed,
+    ):
         act(mesh)
     dist.barrier()
 

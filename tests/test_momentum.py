@@ -54,6 +54,7 @@ def messages(
     betas: tuple[float, float],
     precondition: bool,
     options: dict[str, Any],
+    enables: bool = False,
 ) -> list[tuple[str, str]]:
     """Return the warnings of a training of three steps, and the files to which they point."""
     torch.manual_seed(0)
@@ -61,13 +62,15 @@ def messages(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=betas)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attach(
+        state = attach(
             model,
             optimizer=optimizer if precondition else None,
             precondition=precondition,
             quantizer=quantizer,
             **options,
         )
+        if enables:
+            state.enabled = True
         for _ in range(3):
             optimizer.zero_grad()
             model(torch.ones(2, 9)).sum().backward()
@@ -75,8 +78,12 @@ def messages(
     return [(str(each.message), each.filename) for each in caught]
 
 
-def test_more_momentum_than_few_bits_allow_is_announced_once() -> None:
-    for ((message, file),) in run_ranks(messages, 2, "lloyd2", (0.9, 0.999), True, {}):
+@pytest.mark.parametrize("enabled", [True, False])
+def test_more_momentum_than_few_bits_allow_is_announced_once_compression_begins(
+    enabled: bool,
+) -> None:
+    arguments = "lloyd2", (0.9, 0.999), True, {"enabled": enabled}, True
+    for ((message, file),) in run_ranks(messages, 2, *arguments):
         assert file == __file__
         assert message.startswith("betas=(0.9, 0.999) is much momentum for so few bits")
         assert "Use effadam_hook.reduced_betas, which makes 0.7 of 0.9" in message

@@ -257,10 +257,10 @@ def _measure(
 
 def _compute(
     args: argparse.Namespace, ranks: Ranks, workload: Workload | UserModel | None
-) -> Compute:
+) -> Compute | None:
     if args.compute_ms is not None:
         seconds = args.compute_ms / 1e3
         return Compute(seconds * FORWARD_SHARE, seconds * (1 - FORWARD_SHARE))
     if workload is None or args.copy_gbyte is not None:  # this machine is not one of the nodes
-        return Compute()
+        return None
     return measure_compute(ranks.probe, workload, args.bucket_mb, ranks.device)

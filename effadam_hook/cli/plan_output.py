@@ -27,7 +27,7 @@ class Plan:
         cluster: The cluster of the predictions.
         link: The measured link; None if the cluster was described by arguments.
         speeds: Durations of the arithmetic of each method.
-        compute: Durations of a step without communication; zeros if they are unknown.
+        compute: Durations of a step without communication; None if they are unknown.
         parameters: Sizes of the trained parameters.
         predictions: Predictions for the methods.
         dense: Predictions for the dense all-reduce, one for every bucket size.
@@ -41,7 +41,7 @@ class Plan:
     cluster: Cluster
     link: MeasuredLink | None
     speeds: dict[str, Speed]
-    compute: Compute
+    compute: Compute | None
     parameters: list[ParameterSize]
     predictions: list[Prediction]
     dense: list[Prediction]
@@ -59,7 +59,7 @@ class Plan:
     @property
     def knows_compute(self) -> bool:
         """Return whether the compute time of a step is known."""
-        return self.compute != Compute()
+        return self.compute is not None
 
     @property
     def is_decided(self) -> bool:
@@ -165,7 +165,7 @@ def _name(prediction: Prediction, cluster: Cluster) -> str:
 def show(screen: Screen, plan: Plan) -> None:
     """Print the measurements, the predictions and the conclusion."""
     _show_link(screen, plan)
-    if not plan.knows_compute:
+    if plan.compute is None:
         screen.note("The compute time is unknown: a step below is the exchange alone.")
     else:
         compute = plan.compute
@@ -256,7 +256,7 @@ def result_of(plan: Plan) -> dict[str, Any]:
         "parameters": sum(p.numel for p in plan.parameters),
         "link": None if plan.link is None else plan.link.to_dict(),
         "speeds": {name: vars(speed) for name, speed in plan.speeds.items()},
-        "compute": vars(plan.compute),
+        "compute": vars(plan.compute or Compute()),
         "predictions": [_as_dict(p) for p in plan.predictions],
         "recommended": {
             "method": best.method.name if plan.is_decided else None,

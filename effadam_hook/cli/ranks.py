@@ -118,8 +118,9 @@ def check_launched(command: str, otherwise: str = "") -> None:
     """
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
+        are_missing = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
         raise CommandError(
-            f"`effadam {command}` measures between ranks, and {', '.join(missing)} is not set. "
+            f"`effadam {command}` measures between ranks, and the environment's {are_missing}. "
             f"Start it on every host in the way you start training, for example: torchrun --nnodes 2 "
             f"--nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m effadam_hook "
             f"{command} ... (HOST is one of the hosts, the same in every command)"

@@ -7,11 +7,12 @@ time. The result is not the accumulated gradient.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from effadam_hook.errors import warn_caller
 
 __all__ = ["AccumulationCheck"]
 
@@ -64,11 +65,10 @@ class AccumulationCheck:
                 and bool(self._grad.any())
             ):
                 self._warned = True
-                warnings.warn(
+                warn_caller(
                     "Gradients of the last backward were still there, averaged over all ranks, and "
                     "are compressed a second time. To accumulate gradients, run all but the last "
                     "forward and backward under ddp_model.no_sync(); otherwise call zero_grad().",
-                    stacklevel=2,
                 )
         self._grad = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from effadam_hook.config.options import HookOptions, state_options
 from effadam_hook.ddp.auto_compress import check_auto
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import EffAdamError, warn_caller
 from effadam_hook.exchange.agreement import check_agreement
 from effadam_hook.exchange.topology import AUTO, HIERARCHICAL
 from effadam_hook.fsdp.groups import ShardGroup, find_groups, name_shards
@@ -142,11 +141,10 @@ def _choose_mode(
 def _warn_of_unmanaged(others: list[tuple[str, nn.Parameter]]) -> None:
     trained = [name for name, parameter in others if parameter.requires_grad]
     if trained:
-        warnings.warn(
+        warn_caller(
             f"{len(trained)} trainable parameters, such as {trained[0]!r}, are in no module that went "
             "through fully_shard: neither FSDP nor this hook averages their gradients. Call "
             "fully_shard on the root module last, before attach.",
-            stacklevel=4,
         )
 
 

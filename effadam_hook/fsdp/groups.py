@@ -267,8 +267,9 @@ def find_groups(model: nn.Module, *, trained_only: bool = False) -> list[ShardGr
     """Return the parameter groups of a model, in the order of its modules.
 
     Args:
-        model: A model with modules that went through ``fully_shard`` over a one-dimensional mesh.
-        trained_only: Leave out groups whose parameters are all frozen, on any mesh.
+        model: A model with modules that went through ``fully_shard``, those that are trained over a
+            mesh of one dimension. Frozen ones on other meshes are left out.
+        trained_only: Leave out all groups whose parameters are frozen.
 
     Raises:
         ValueError: If FSDP averages over replicas itself, or a module is on the meta device.
@@ -285,7 +286,8 @@ def find_groups(model: nn.Module, *, trained_only: bool = False) -> list[ShardGr
             if id(group) in seen:  # fully_shard([a, b]) makes one group of two modules
                 continue
             seen.add(id(group))
-            if trained_only and not any(p.sharded_param.requires_grad for p in group.fsdp_params):
+            is_frozen = not any(p.sharded_param.requires_grad for p in group.fsdp_params)
+            if is_frozen and (trained_only or group.mesh_info.replicate_mesh_dim is not None):
                 continue
             if not hasattr(group, "_all_reduce_hook"):
                 raise EffAdamError(

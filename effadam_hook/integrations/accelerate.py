@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from effadam_hook.attach import attach
 from effadam_hook.config.options import HookOptions
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import EffAdamError, warn_caller
 from effadam_hook.integrations.metrics import log_exchange
 from effadam_hook.state import EfficientAdamState
 
@@ -121,14 +120,12 @@ def restore_or_warn(state: EfficientAdamState | None, saved: Mapping[str, Any]) 
     if state is not None and saved:
         state.load_state_dict(saved)
     elif state is not None:
-        warnings.warn(
+        warn_caller(
             "The checkpoint holds no state of the compressed exchange: it was written without it, or "
             "on one process. The residuals start at zero.",
-            stacklevel=3,
         )
     elif saved:
-        warnings.warn(
+        warn_caller(
             "The checkpoint holds the residuals of several ranks, and one process exchanges nothing: "
             "they are dropped.",
-            stacklevel=3,
         )

@@ -10,13 +10,13 @@ import contextlib
 import importlib.util
 import os
 import sys
-import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from effadam_hook.errors import warn_caller
 from effadam_hook.kernels import reference
 from effadam_hook.kernels.fusions import AdamSource, Preconditioner
 from effadam_hook.wire.layout import Wire
@@ -136,11 +136,10 @@ def select(device: torch.device) -> Kernels:
     choice = choose(device)
     if choice.remedy is not None and choice.remedy not in _warned:
         _warned.add(choice.remedy)
-        warnings.warn(
+        warn_caller(
             f"effadam_hook runs its {choice.kernels.name} kernels on {device.type!r}, which are "
             f"many times slower than the fused ones: {choice.remedy}",
             RuntimeWarning,
-            stacklevel=2,
         )
     return choice.kernels
 

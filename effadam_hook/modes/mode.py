@@ -146,7 +146,7 @@ class Mode:
         """
 
     def check_momentum(self, energy: float) -> None:
-        """Warn of more momentum than few bits with error feedback allow; called by ``attach``.
+        """Warn of more momentum than few bits allow; called when compression begins.
 
         Args:
             energy: As of :meth:`connect`.

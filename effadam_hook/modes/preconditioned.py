@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from effadam_hook.errors import warn_caller
 from effadam_hook.feedback.parameters import flat_view
 from effadam_hook.kernels.arguments import compute_dtype
 from effadam_hook.kernels.fusions import Preconditioner
@@ -83,12 +83,11 @@ class PreconditionedMode(GradientMode):
         usual, reduced = 0.9, round(0.9 * energy, 2)
         for group in self._optimizer.param_groups:
             if group["betas"][0] > usual * energy + _MARGIN:
-                warnings.warn(
+                warn_caller(
                     f"betas={tuple(group['betas'])} is much momentum for so few bits: error feedback "
                     "delays parts of the gradient, and momentum delays them again. Use "
                     f"effadam_hook.reduced_betas, which makes {reduced:g} of 0.9, or a quantizer with "
                     "more bits.",
-                    stacklevel=4,
                 )
                 return
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import EffAdamError, warn_caller
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.feedback.parameters import shaped_view
 from effadam_hook.kernels.arguments import compute_dtype
@@ -155,11 +154,10 @@ class UpdateMode(Mode):
     def load(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace moments and step counts, and have the buckets use them."""
         if self.matches and any(map(is_local, saved.values())):
-            warnings.warn(
+            warn_caller(
                 'The saved moments are those of second_moment="local". From now on steps are matched '
                 "to those of DDP with AdamW, and up to √N longer with N workers. Use the learning rate "
                 'of DDP with AdamW, or second_moment="local" to continue as before.',
-                stacklevel=4,
             )
         self._recursion.load_moments(saved)
         self.differing.update(self.optimizer.state)

@@ -15,14 +15,13 @@ after the same step. On a rank with another share it is an error to continue fro
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effadam_hook.errors import EffAdamError
+from effadam_hook.errors import EffAdamError, warn_caller
 from effadam_hook.feedback.moments import MOMENTS
 from effadam_hook.feedback.parameters import shaped_view
 from effadam_hook.wire.node_shares import NodeShare
@@ -67,13 +66,12 @@ def warn_of_share(states: Iterable[Mapping[str, Any]], share: NodeShare | None) 
         share: This rank's share of the parameters; None for all of them.
     """
     if share is not None and any("start" in state for state in states):
-        warnings.warn(
+        warn_caller(
             "The state_dict() of this EfficientAdam has the moments of one rank's share, "
             f'1/{share.shares} of them: topology="hierarchical" divides moments among the ranks of a '
             "node. Save the state of the hook with it: call full_state_dict() on all ranks before "
             "state_dict() of the optimizer, as in docs/checkpoints.md. Training cannot continue "
             "from this state alone.",
-            stacklevel=4,
         )
 
 

@@ -56,7 +56,7 @@ def forecast(
     parameters: Sequence[ParameterSize],
     cluster: Cluster,
     speeds: Mapping[str, Speed],
-    compute: Compute,
+    compute: Compute | None,
 ) -> list[Prediction]:
     """Predict the step time of every method.
 
@@ -66,7 +66,7 @@ def forecast(
         cluster: The ranks.
         speeds: Durations of the arithmetic, by
             :attr:`Method.arithmetic <effadam_hook.planner.method.Method.arithmetic>`.
-        compute: Durations of the step without communication.
+        compute: Durations of the step without communication; None for zero.
 
     Returns:
         The predictions, in the order of the methods.

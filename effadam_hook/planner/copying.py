@@ -8,18 +8,16 @@ from effadam_hook.wire.quantizers import get_quantizer
 
 __all__ = ["copying_speed"]
 
-_CALL_S = 20e-6
+_CALL_S = 20e-6  # launches of one stage of a bucket
 _MOMENTS_BYTES = 16  # two of Adam, read and written
-_POWERSGD_BYTES = (
-    28,
-    24,
-)  # of the passes over memory of torch's hook, before and after its collectives
+# Passes of torch's hook over memory, before and after its collectives.
+_POWERSGD_BYTES = (28, 24)
 
 
 def copying_speed(method: Method, copy_bytes_s: float, ranks_per_node: int = 1) -> Speed:
     """Return the durations of kernels that move every byte once, in float32.
 
-    A lower bound: kernels with many instructions, and the small matrices of PowerSGD, take longer.
+    A lower bound: kernels with many instructions, and the many small ones of PowerSGD, take longer.
 
     Args:
         method: The method.
@@ -29,10 +27,10 @@ def copying_speed(method: Method, copy_bytes_s: float, ranks_per_node: int = 1) 
     if method.kind in ("none", "dense"):
         return Speed()
     if method.kind == "cast":  # to 16 bits, divided, and back
-        return Speed(10 / copy_bytes_s, decode_s=6 / copy_bytes_s)
+        return Speed(10 / copy_bytes_s, decode_s=6 / copy_bytes_s, call_s=_CALL_S)
     if method.kind == "powersgd":
         before, after = _POWERSGD_BYTES
-        return Speed(before / copy_bytes_s, decode_s=after / copy_bytes_s)
+        return Speed(before / copy_bytes_s, decode_s=after / copy_bytes_s, call_s=_CALL_S)
     payload = get_quantizer(method.quantizer).bits / 8
     moments = _MOMENTS_BYTES if method.kind == "update" else 0
     return Speed(

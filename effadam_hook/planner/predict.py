@@ -138,7 +138,8 @@ def _works(
     numel = sum(parameter.numel for parameter in bucket)
     transfers = [_transfer(leg, cluster) for leg in legs]
     if not method.is_effadam:
-        before, after = speed.encode_s * numel, speed.decode_s * numel
+        before = speed.encode_s * numel + speed.call_s
+        after = speed.decode_s * numel + speed.call_s
         return _in_turn([("encode", before)], transfers, ("decode", after))
     shares = shares_of(method, cluster.ranks_per_node)
     workers = cluster.world_size // shares

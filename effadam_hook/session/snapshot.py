@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from effadam_hook.errors import StateMismatchError
+from effadam_hook.errors import StateMismatchError, warn_caller
 from effadam_hook.exchange.topology import Topology, make_topology
 from effadam_hook.feedback.checkpoint import RankState, Share, holds_all_ranks, read_states
 from effadam_hook.feedback.reshard import Role, deal, merge, reassign
@@ -79,9 +78,8 @@ def restore(session: ExchangeSession, saved: Any) -> None:
         starts = {name: share.start for name, share in state.server.items()}
         session.server.load(server, device, starts)
     elif state.worker:
-        warnings.warn(
+        warn_caller(
             "The saved state has residuals, and error_feedback is off: they are dropped.",
-            stacklevel=3,
         )
 
 
