@@ -20,6 +20,7 @@ from effadam_hook.ddp.summary import describe_briefly, stats_of, summarize
 from effadam_hook.errors import EffAdamError, warn_caller
 from effadam_hook.exchange.collectives import device_of
 from effadam_hook.exchange.node_options import IntraNodeGroup, NodeMesh
+from effadam_hook.exchange.topology import AUTO, HIERARCHICAL
 from effadam_hook.exchange.waiting import gather_bytes
 from effadam_hook.feedback.checkpoint import join_ranks
 from effadam_hook.feedback.parameters import is_exchanged
@@ -256,6 +257,11 @@ class EfficientAdamState:
                     "store it as a real tensor with torch.view_as_real."
                 )
         session = self.session
+        if session.connection.has_agreed:
+            raise EffAdamError(
+                "Cannot take parameter names: this state has compared the ranks already. Bind a state "
+                "once, before load_state_dict() and the first backward."
+            )
         self._begin_use(group)
         if group is not None:
             session.connection.use_group(group)
@@ -378,10 +384,16 @@ class EfficientAdamState:
 
         In update mode the moments of the saved state replace those that the optimizer has loaded.
 
+        On a state that was registered without :func:`attach` or :meth:`bind`, the first call before the
+        first backward is a collective operation, which finds the nodes.
+
         Args:
             saved: A dictionary of :meth:`state_dict` or :meth:`full_state_dict`.
 
         Raises:
             StateMismatchError: If it does not fit; the running state is unchanged then.
         """
+        if not self.session.connection.has_agreed and self.config.topology in (AUTO, HIERARCHICAL):
+            # The nodes decide which part of the state is this rank's, and attach has not found them.
+            self._engine.agree(device_of(self.session.group))
         restore(self.session, saved)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from effadam_hook import EfficientAdamState
+from effadam_hook.integrations.metrics import exchange_values
 from lightning_plugin.families import installed
 
 if TYPE_CHECKING:
@@ -65,15 +66,11 @@ class CompressionMonitor(Base):
         state = _state(trainer)
         if state is None or not self._logs(trainer):
             return
-        stats = state.stats()
-        del stats["steps"], stats["dense_bytes"]
-        shown = {name: stats.pop(name) for name in ("ratio", "quantization_error")}
-        for values, prog_bar in ((stats, False), (shown, self._prog_bar)):
-            pl_module.log_dict(
-                {self._prefix + name: float(value) for name, value in values.items()},
-                prog_bar=prog_bar,
-                rank_zero_only=True,
-            )
+        values = exchange_values(state, self._prefix)
+        names = [self._prefix + name for name in ("ratio", "quantization_error")]
+        shown = {name: values.pop(name) for name in names if name in values}
+        for each, prog_bar in ((values, False), (shown, self._prog_bar)):
+            pl_module.log_dict(each, prog_bar=prog_bar, rank_zero_only=True)
 
     def _logs(self, trainer: Trainer) -> bool:
         logs: bool = trainer.is_global_zero and trainer._logger_connector.should_update_logs

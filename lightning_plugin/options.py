@@ -33,7 +33,6 @@ _REFUSED = {
     "ddp_comm_wrapper": "a wrapped hook would exchange other values than those in the residuals",
     "model_averaging_period": "post-local SGD does not exchange gradients in every step",
 }
-_ATTACH_ONLY = ("auto", "precondition", "quantize_weights")
 _NEED_OPTIMIZER = ("precondition", "quantize_weights")
 
 
@@ -55,13 +54,9 @@ def check_hook_options(options: HookOptions, nodes: NodeOptions) -> None:
         ValueError: If the value of an option is invalid.
         TypeError: If an option has the wrong type.
     """
-    given: dict[str, Any] = {**options}
     EfficientAdamState(**nodes, **state_options(options))
     if options["auto"]:
         check_auto(options["enabled"], options["quantize_weights"])
-    for name in _ATTACH_ONLY:
-        if not isinstance(given[name], bool):
-            raise TypeError(f"Invalid {name}: {given[name]!r}. Must be True or False.")
     if options["precondition"] and options["quantize_weights"]:
         raise ValueError(
             f"Invalid {' and '.join(_NEED_OPTIMIZER)}: True. At most one of them may be set."

@@ -21,7 +21,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import effadam_hook
 from effadam_hook.cli import main
 from effadam_hook.cli.interface import InterfaceCounter
 from effadam_hook.cli.logfile import Log
@@ -557,9 +559,25 @@ def test_fewer_bits_must_be_worth_it_and_other_trainings_are_never_recommended()
     assert advise([dense, four, far, *others], dense).best is far
 
 
-def test_the_line_to_paste_is_python_and_says_the_buckets() -> None:
-    for name in ("fp32", "fp16", "lloyd4/sharded", "lloyd2/rank0@4"):
-        compile(code_for(Method.parse(name)), name, "exec")
+def run_pasted(rank: int, world_size: int, code: str) -> None:
+    model = nn.Linear(4, 4)
+    names = {
+        "effadam_hook": effadam_hook,
+        "torch": torch,
+        "model": model,
+        "DistributedDataParallel": DistributedDataParallel,
+        "ddp_model": DistributedDataParallel(model),
+    }
+    exec(code, names)
+    names["ddp_model"](torch.ones(1, 4)).sum().backward()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16@4", "bf16", "lloyd4/sharded", "lloyd2/rank0@4"])
+def test_the_lines_to_paste_train_a_model(name: str) -> None:
+    run_ranks(run_pasted, 2, code_for(Method.parse(name)))
+
+
+def test_the_lines_to_paste_say_momentum_and_buckets() -> None:
     assert code_for(Method.parse("lloyd2/rank0@4")).splitlines() == [
         'betas = effadam_hook.reduced_betas((0.9, 0.999), "lloyd2")',
         "ddp_model = DistributedDataParallel(model, bucket_cap_mb=4)",

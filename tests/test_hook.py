@@ -394,6 +394,27 @@ def test_an_error_in_a_worker_thread_reaches_backward_with_rank_bucket_and_phase
         assert "the exchange has stopped" in second
 
 
+def train_after_closing(rank: int, world_size: int) -> list[tuple[str, float]]:
+    model = ddp(ChosenGradients())
+    state = attach(model)
+    gradients_of(model, rank, 0)
+    state.close()
+    found = []
+    for enabled in (True, False):
+        state.enabled = enabled
+        began = time.monotonic()
+        with pytest.raises(EffAdamError) as raised:
+            gradients_of(model, rank, 1)
+        found.append((str(raised.value), time.monotonic() - began))
+    return found
+
+
+def test_a_backward_after_close_is_an_error_at_once_that_names_the_cause() -> None:
+    for found in run_ranks(train_after_closing, 2):
+        for message, seconds in found:
+            assert message.startswith("The state of this model was closed") and seconds < 2
+
+
 def two_models(rank: int, world_size: int) -> list[bool]:
     results = []
     models = [ddp(ChosenGradients()) for _ in range(2)]

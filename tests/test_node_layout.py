@@ -264,6 +264,22 @@ def test_a_process_with_too_many_files_sends_in_the_end(monkeypatch: pytest.Monk
     assert "Too many open files" in describe_exchange(node)
 
 
+def test_a_file_too_many_for_the_mapping_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, refused = os.open, []
+
+    def refuse_first(path: str, *rest: int) -> int:
+        if len(refused) < 3:
+            refused.append(path)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, *rest)
+
+    monkeypatch.setattr(os, "open", refuse_first)
+    node = node_of(lay_out_node(layout_of((100, 7), 2, 2), 2))
+    for _ in range(8):
+        average(list(torch.ones(2, 107)), node)
+    assert len(refused) == 3 and describe_exchange(node) == "through shared memory"
+
+
 def test_a_system_without_such_memory_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     node = node_of(lay_out_node(layout_of((100, 7), 2, 2), 2))

@@ -18,6 +18,7 @@ from effadam_hook.config.options import (
     StateOptions,
     TopologyName,
     accepts_options,
+    complete_options,
     describe_options,
     state_options,
 )
@@ -79,6 +80,15 @@ def test_an_unknown_option_is_an_error_with_a_suggestion(accepting: Any) -> None
         accepting(quantiser="lloyd4")
     with pytest.raises(TypeError, match=r"^Unknown option 'zzz'\. Must be one of quantizer, .*, "):
         accepting(zzz=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "precondition", "quantize_weights", "enabled", "error_feedback"]
+)
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_switch_is_true_or_false(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"Invalid {name}: {value!r}. Must be True or False."):
+        complete_options({name: value}, HookOptions)
 
 
 def test_signature_and_docstring_list_the_options() -> None:

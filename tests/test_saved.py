@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effadam_hook import EfficientAdamState, StateMismatchError, attach, efficient_adam_hook
+from effadam_hook import (
+    EffAdamError,
+    EfficientAdamState,
+    StateMismatchError,
+    attach,
+    efficient_adam_hook,
+)
 from effadam_hook.feedback.checksum import with_checksum
 from effadam_hook.feedback.residuals import Place, Residuals
 from harness import run_ranks
@@ -93,12 +99,12 @@ def interrupt_and_resume(rank: int, world_size: int, topology: str, full: bool) 
     )
 
 
-def resume_without_names(rank: int, world_size: int, full: bool) -> bool:
+def resume_without_names(rank: int, world_size: int, full: bool, options: dict[str, Any]) -> bool:
     weights: list[Tensor] = []
     saved: list[Any] = []
     for _ in range(2):
         model = ddp(nn.Sequential(nn.Linear(23, 61), nn.Tanh(), nn.Linear(61, 5)))
-        state = EfficientAdamState(quantizer="lloyd2", topology="sharded")
+        state = EfficientAdamState(quantizer="lloyd2", **options)
         model.register_comm_hook(state, efficient_adam_hook)
         if saved:
             state.load_state_dict(saved[0])
@@ -115,12 +121,32 @@ def resume_without_names(rank: int, world_size: int, full: bool) -> bool:
                 if full:
                     torch.distributed.broadcast_object_list(saved)
         weights.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    if full:
+        named = ddp(nn.Sequential(nn.Linear(23, 61), nn.Tanh(), nn.Linear(61, 5)))
+        with pytest.raises(
+            StateMismatchError, match="Load it into a state that is registered in the"
+        ):
+            attach(named, quantizer="lloyd2", **options).load_state_dict(saved[0])
+        late = EfficientAdamState(quantizer="lloyd2", **options)
+        late.load_state_dict(saved[0])
+        if options["topology"] != "sharded":
+            with pytest.raises(EffAdamError, match=r"before load_state_dict\(\) and the first"):
+                late.bind(named.module.named_parameters())
     return torch.equal(*weights)
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_run_without_names_resumes_to_the_bit(full: bool) -> None:
-    assert run_ranks(resume_without_names, 2, full) == [True, True]
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, {"topology": "sharded"}),
+        (4, {"topology": "auto", "device_mesh": (2, 2)}),
+    ],
+)
+def test_a_run_without_names_resumes_to_the_bit(
+    ranks: int, options: dict[str, Any], full: bool
+) -> None:
+    assert run_ranks(resume_without_names, ranks, full, options) == [True] * ranks
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 import weakref
 from typing import Any
 
@@ -305,6 +306,51 @@ def test_replicas_stay_equal_when_a_resumed_run_begins_with_dense_steps() -> Non
     first, *others = run_ranks(resume_densely, 3)
     for weights in others:
         assert all(torch.equal(a, b) for a, b in zip(weights, first, strict=True))
+
+
+def reload_on_one_rank(rank: int, world_size: int, buckets: int) -> str:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(buckets)))
+    model = ddp(module)
+    optimizer = EfficientAdam(model.parameters(), lr=0.01)
+    state = attach(model, optimizer=optimizer)
+    for step in range(12):
+        state.enabled = step < 3
+        if step == 6 and rank == 1:
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.zero_grad()
+        try:
+            model(torch.full((2, 32), 0.01 * (step + rank))).square().mean().backward()
+        except DisagreementError as error:
+            assert step == 6
+            return str(error)
+        optimizer.step()
+    return ""
+
+
+@pytest.mark.parametrize("buckets", [1, 3])  # of one bucket, moments and gradients have one size
+def test_moments_loaded_on_one_rank_between_dense_steps_are_an_error_on_all(buckets: int) -> None:
+    for message in run_ranks(reload_on_one_rank, 3, buckets):
+        assert re.search(r"rank 1 does a dense all-reduce with \d moments in bucket 0", message)
+        assert re.search(r"rank [02] does a dense all-reduce in bucket 0", message)
+
+
+def step_twice(rank: int, world_size: int) -> str:
+    model = ddp(ChosenGradients())
+    optimizer = EfficientAdam(model.parameters(), lr=0.01)
+    attach(model, optimizer=optimizer)
+    backward(model, rank, 0, torch.float32)
+    optimizer.step()
+    with pytest.raises(EffAdamError) as raised:
+        optimizer.step()
+    backward(model, rank, 1, torch.float32)
+    optimizer.step()
+    return str(raised.value)
+
+
+def test_a_second_step_of_one_backward_is_an_error() -> None:
+    for message in run_ranks(step_twice, 2):
+        assert message.startswith("step() was called twice after one backward")
 
 
 def low_precision(rank: int, world_size: int) -> list[str]:

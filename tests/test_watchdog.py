@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch.futures import Future
 
 from effadam_hook.errors import DisagreementError, EffAdamError
+from effadam_hook.exchange.watchdog.deadlock import Process
 from effadam_hook.exchange.watchdog.diagnosis import CONNECT_S, overdue
 from effadam_hook.exchange.watchdog.flight_record import FlightRecord
 from effadam_hook.exchange.watchdog.inflight import CONNECTING, Hold, InflightBucket
+from effadam_hook.exchange.watchdog.monitor import Monitor
 from effadam_hook.exchange.watchdog.stopping import Stopping
 
 
@@ -104,3 +107,71 @@ def test_a_wait_is_overdue_beyond_its_limit_or_when_a_silent_rank_does_not_conne
     )
     assert overdue(hold, 15.0, 2.5, False, "") is None
     assert "longer than wait_timeout_s=15" in str(overdue(hold, 15.0, 0.0, False, ""))
+
+
+class LostStore:
+    """A status board whose store has gone, from the first call or from the second publication on."""
+
+    def __init__(self, publications: int) -> None:
+        self._publications = publications
+
+    def is_reachable(self) -> bool:
+        return True
+
+    def raise_alarm(self) -> None: ...
+
+    def hears_alarm(self) -> bool:
+        return True
+
+    def publish(self, position: Any) -> None:
+        self._publications -= 1
+        if self._publications < 0:
+            raise RuntimeError("Broken pipe\nand more")
+
+    def read(self) -> None: ...
+
+    def positions(self) -> dict[int, Any]:
+        return {}
+
+    def silent_since(self, moment: float) -> list[int]:
+        return []
+
+
+@pytest.mark.parametrize("publications", [0, 1])
+def test_a_wait_ends_at_its_limit_though_the_store_is_lost(publications: int) -> None:
+    record = FlightRecord("run", "model 1")
+    stopping = Stopping(record)
+    abandoned = threading.Event()
+    stopping.on_failure(abandoned.set)
+    waits = Process(0, {}, {})
+    monitor = Monitor(0, 2, record, stopping, 0.1, lambda: waits, lambda *_: None)
+    monitor.wait_timeout_s = 0.2
+    monitor._status_board = LostStore(publications)  # type: ignore[assignment]
+    inflight = start(record, "bucket 0")
+    monitor.start()
+    assert abandoned.wait(10)
+    with pytest.raises(
+        EffAdamError, match=r"bucket 0, encode: waited . s, longer than wait_timeout"
+    ):
+        inflight.future.wait()
+    if not publications:
+        assert "The store of the process group does not answer: Broken pipe." in str(
+            stopping.failure
+        )
+    stopping.begin_closing()
+    monitor.wake()
+    assert monitor.join()
+
+
+def test_every_late_hold_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    record = FlightRecord("run", "model 1")
+    stopping = Stopping(record)
+    monitor = Monitor(0, 2, record, stopping, -10.0, lambda: Process(0, {}, {}), lambda *_: None)
+    for label in ("full_state_dict()", "exchange_line()"):
+        with record.holding(label, "gathering"):
+            for _ in range(2):
+                monitor._warn({}, record.oldest)
+    assert [r.message.partition(" in ")[2].partition(",")[0] for r in caplog.records] == [
+        "full_state_dict()",
+        "exchange_line()",
+    ]

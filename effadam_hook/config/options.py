@@ -152,13 +152,15 @@ def complete_options(given: Mapping[str, Any], kind: type[_T], beside: Collectio
         All options of this kind.
 
     Raises:
-        TypeError: If an option is unknown.
+        TypeError: If an option is unknown, or one that is True or False is something else.
     """
     names = _hints(kind)
-    for name in given:
+    values: Mapping[str, Any] = DEFAULTS
+    for name, value in given.items():
         if name not in names:
             raise unknown_option(name, [*names, *beside])
-    values: Mapping[str, Any] = DEFAULTS
+        if isinstance(values[name], bool) and not isinstance(value, bool):
+            raise TypeError(f"Invalid {name}: {value!r}. Must be True or False.")
     return cast(_T, {**{name: values[name] for name in names}, **given})
 
 

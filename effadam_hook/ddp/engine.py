@@ -111,6 +111,13 @@ class Engine:
         if index == 0:
             self._error, session.connection.phase = None, "comparing options"
             self._in_backward = at_end_of_backward(self._before_ddp)
+            if session.connection.is_closed:
+                self._error = EffAdamError(
+                    "The state of this model was closed, and gradients would not be averaged. Close it "
+                    "after the last backward; to train on, wrap the model in DDP anew and attach it."
+                )
+                if not self._in_backward:
+                    raise self._error
         try:
             if self._error is not None:
                 return _completed(buffer)

@@ -50,6 +50,10 @@ class DenseExchange:
             A future of the same tensor.
         """
         if backend_of(self._group, buffer.device) != "gloo":
+            if also:
+                with self._watchdog.hold(label, "comparing what is averaged"):
+                    if not self._watchdog.meet():
+                        self._watchdog.check()
             beside = self._stream_beside(buffer.device)
             if beside is None:
                 return _when_all_are_done(buffer, self._start(buffer, also))
@@ -57,7 +61,7 @@ class DenseExchange:
         layout = "sparse" if buffer.is_sparse else f"{buffer.numel()} elements"
         inflight = self._watchdog.enter(
             label,
-            "a dense all-reduce",
+            "a dense all-reduce" + f" with {len(also)} moments" * bool(also),
             layout,
             "dense all-reduce",
             buffer,
@@ -71,6 +75,8 @@ class DenseExchange:
             self._watchdog.on_failure(lambda: abandon(group))
             self._watchdog.on_close(self._worker_thread.close)
         try:
+            if also and not self._watchdog.meet():
+                return inflight.future  # which the stop completes
             works = self._start(buffer, also)
         except Exception as error:  # raised by backward, like an error of the worker thread
             self._watchdog.broke(inflight, error)

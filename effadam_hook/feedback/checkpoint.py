@@ -202,6 +202,12 @@ class RankState:
             StateMismatchError: If one is no parameter of the model, or has another size.
         """
         for what, name, start, values in self._vectors():
+            if name not in numels and name.isdecimal():
+                raise StateMismatchError(
+                    "The saved state numbers its parameters, as a state that was registered without "
+                    "attach() or bind() does, and this one has their names. Load it into a state that "
+                    "is registered in the same way."
+                )
             if name not in numels:
                 raise StateMismatchError(
                     f"The saved state has a {what} of {name!r}, which is no parameter of this model."

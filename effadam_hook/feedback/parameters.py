@@ -226,7 +226,7 @@ class ParameterTable:
             parameter.name
             for tensor, parameter in self._exchanged()
             if tensor.ndim <= 1
-            and not config.is_exact(parameter.aliases, tensor.ndim, tensor.numel())
+            and not config.is_exact(parameter.aliases, tensor.ndim, whole_numel(tensor))
         ]
 
     def rows(self, config: Config) -> list[tuple[int, int]]:

@@ -122,7 +122,9 @@ def _slice(
             f"{name!r}, and this rank needs those of {first} to {first + numel - 1}. With "
             'topology="hierarchical" the state_dict() of the optimizer has the moments of one rank\'s '
             "share. Load the state of the hook after it, as full_state_dict() returns it: it has the "
-            "moments of all ranks. Without one load no optimizer state: moments then start at zero."
+            "moments of all ranks. Without one load no optimizer state: moments then start at zero. "
+            "If a model with this optimizer was wrapped anew, hand the state over after attach: "
+            "new_state.load_state_dict(old_state.state_dict())."
         )
     begin = first - start if numel else 0
     return held[begin : begin + numel]

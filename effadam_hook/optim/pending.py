@@ -39,6 +39,7 @@ class PendingStep:
         means: By parameter that was averaged densely, the mean gradient; None if ``.grad`` contains it.
         moments: By parameter, the treatment of the moments by the hook.
         steps_all: Whether all parameters are stepped, also those whose ``.grad`` is None.
+        is_applied: Whether a step has applied the results of the last backward.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class PendingStep:
         self.means: dict[Tensor, Tensor | None] = {}
         self.moments: dict[Tensor, MomentStep] = {}
         self.steps_all = False
+        self.is_applied = False
         self._versions: dict[Tensor, int] = {}
 
     def clear(self, joins: bool = False) -> None:
@@ -56,7 +58,7 @@ class PendingStep:
             joins: Whether the model is under ``join()``. Ranks without data do not know which
                 parameters are unused on all ranks, so that every rank steps all parameters.
         """
-        self.steps_all = joins
+        self.steps_all, self.is_applied = joins, False
         for results in (self.moments, self.updates, self.means, self._versions):
             results.clear()
 
@@ -133,6 +135,11 @@ class PendingStep:
             raise EffAdamError(
                 f"A parameter of shape {tuple(parameter.shape)} has a gradient but is not part of "
                 "the attached DDP model. Use a separate optimizer for it."
+            )
+        elif self.is_applied:
+            raise EffAdamError(
+                "step() was called twice after one backward, and the first call has applied the update "
+                "of the exchange. Run a forward and backward before each step()."
             )
         else:
             raise EffAdamError(

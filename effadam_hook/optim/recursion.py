@@ -327,6 +327,7 @@ class AdamRecursion:
             moment, factor = pending.moments[parameter], factors.get(parameter)
             self._apply(parameter, pending.updates[parameter], moment, factor)
         pending.clear()
+        pending.is_applied = True
 
     def _match(self, parameters: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
         """Return the factors of the pending updates, by parameter."""

@@ -227,10 +227,12 @@ def code_for(method: Method) -> str:
     cap = "" if method.bucket_mb is None else f", bucket_cap_mb={method.bucket_mb:g}"
     wrap = f"ddp_model = DistributedDataParallel(model{cap})\n" if cap else ""
     if method.kind == "cast":
-        hook = f"{method.quantizer}_compress_hook"
+        hook = f"default_hooks.{method.quantizer}_compress_hook"
+        if method.quantizer == "bf16":  # DDP refuses torch's own hook by its name on Gloo
+            hook = f"lambda state, bucket: {hook}(state, bucket)"
         return (
-            f"{wrap}ddp_model.register_comm_hook(None, torch.distributed.algorithms."
-            f"ddp_comm_hooks.default_hooks.{hook})"
+            "from torch.distributed.algorithms.ddp_comm_hooks import default_hooks\n\n"
+            f"{wrap}ddp_model.register_comm_hook(None, {hook})"
         )
     if method.kind == "gradient":
         few = ""

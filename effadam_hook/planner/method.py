@@ -2,7 +2,7 @@
 
 ==========================  ==================================================================
 ``none``                    no communication: the upper limit of speed
-``fp32``                    DDP's own all-reduce, the same as ``enabled=False``
+``fp32`` or ``off``         DDP's own all-reduce, the same as ``enabled=False``
 ``fp16`` ``bf16``           torch's hooks of that name
 ``powersgd1`` .. ``4``      torch's PowerSGD hook of that rank, all parameters in one bucket: with
                             two or more buckets it hangs or aborts on Gloo
@@ -12,7 +12,8 @@
 
 A method of this project accepts ``/hierarchical``, ``/sharded`` or ``/rank0`` after the quantizer. The
 default is ``/auto``, the rule of ``topology="auto"``: hierarchical where nodes have several ranks, else
-sharded. Every method accepts ``@5`` at the end: DDP buckets of 5 MB instead of the default 25.
+sharded. Every method but PowerSGD accepts ``@5`` at the end: DDP buckets of 5 MB instead of the default
+25.
 """
 
 from __future__ import annotations
@@ -96,6 +97,10 @@ class Method:
             rank = rest.removeprefix("powersgd")
             if not rank.isdecimal() or int(rank) < 1:
                 raise _unknown(name)
+            if bucket_mb is not None:
+                raise ValueError(
+                    f"Invalid method {name!r}: PowerSGD has one bucket. Must be {rest!r}."
+                )
             return cls(name, "powersgd", rank=int(rank))
         kind = "update" if rest.startswith("update:") else "gradient"
         quantizer, _, topology = rest.removeprefix("update:").partition("/")

@@ -39,6 +39,7 @@ class Connection:
         choice: The choice of the topology, and the nodes that it follows from.
         run_id: The same on all ranks and new in every run; empty before :meth:`agree`.
         phase: The current operation, for messages.
+        is_closed: Whether the threads have been ended.
     """
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
@@ -48,6 +49,7 @@ class Connection:
         self.choice = TopologyChoice(config.topology)
         self.run_id = ""
         self.phase = ""
+        self.is_closed = False
         self._group = group
         self._watchdog: Watchdog | None = None
         self._wait_timeout_s: float | None = None
@@ -242,5 +244,6 @@ class Connection:
 
     def close(self) -> None:
         """End the threads."""
+        self.is_closed = True
         if self._watchdog is not None:
             self._watchdog.close()

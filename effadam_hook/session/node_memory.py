@@ -97,6 +97,7 @@ def open_ticket(ticket: bytes) -> Tensor | None:
 
 def _map(path: str, length: int) -> Tensor:
     """Map a file, which need not remain open; ``mmap.mmap`` would keep a descriptor of it open."""
+    os.close(os.open(path, os.O_RDWR))  # raises the OSError of which torch makes a text
     try:
         return torch.from_file(path, shared=True, size=length, dtype=torch.uint8, device="cpu")
     except RuntimeError as error:

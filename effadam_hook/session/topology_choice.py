@@ -48,7 +48,6 @@ class TopologyChoice:
         self._name = "" if option == AUTO else option
         self._problem = ""
         self._view: Topology | None = None
-        self._has_found = False
         self._intra_node_group: IntraNodeGroup | None = None
         self._device_mesh: NodeMesh | None = None
 
@@ -98,7 +97,6 @@ class TopologyChoice:
                 known: by the option "hierarchical", or because the user names them.
         """
         descriptions = describe_ranks(group, device, self._intra_node_group, self._device_mesh)
-        self._has_found = True
         try:
             self.table = tabulate(descriptions)
         except EffAdamError as error:
@@ -147,8 +145,6 @@ class TopologyChoice:
         """
         if self._option != AUTO or not saved:
             return ""
-        if not self._has_found:
-            return saved
         return saved if saved in FLAT_TOPOLOGIES and world_size == group.size() else ""
 
     def follow(self, name: str) -> None:

@@ -46,6 +46,8 @@ _BUSY_TICK_S = 0.5
 _QUIET_TICK_S = 2.0
 _RANKS_PER_TICK_S = 256
 _MOST_ERRORS = 5
+_MOST_TICK_S = 5.0
+"""Longest pause between two rounds while the store does not answer."""
 
 _log = logging.getLogger(__package__)
 
@@ -94,7 +96,7 @@ class Monitor:
         self._round_done = threading.Condition()
         self._wake = threading.Event()
         self._lost_since: float | None = None
-        self._warned = -1
+        self._warned: InflightBucket | Hold | None = None
         self._errors = 0
         self._thread: threading.Thread | None = None
         if size > 1:
@@ -172,7 +174,7 @@ class Monitor:
                 self._errors += 1
                 if self._errors == _MOST_ERRORS:
                     _log.warning("Rank %d cannot reach the store: %s", self._rank, error)
-                    return
+                self._check_alone(error)
             with self._round_done:
                 self._round_done.notify_all()
         if self._stopping.is_closing:
@@ -184,7 +186,22 @@ class Monitor:
     def _tick_s(self) -> float:
         record = self._record
         busy = record.in_flight or record.hold or time.monotonic() < self._alarm_until
-        return self._busy_tick_s if busy else self._quiet_tick_s
+        tick_s = self._busy_tick_s if busy else self._quiet_tick_s
+        return min(tick_s * 2.0**self._errors, max(tick_s, _MOST_TICK_S))
+
+    def _check_alone(self, error: Exception) -> None:
+        """Stop an overdue wait without the positions of the others, as the store does not answer."""
+        oldest = self._record.oldest
+        if oldest is None or self._stopping.failure is not None:
+            return
+        reason = str(error).partition("\n")[0].rstrip(".")
+        late = f" The store of the process group does not answer: {reason}."
+        diagnosis = overdue(oldest, self.wait_timeout_s, 0, False, late)
+        if diagnosis is None:
+            return
+        where = f"Rank {self._rank}, {oldest.label}, {oldest.phase}"
+        if self._stopping.begin(type(diagnosis)(f"{where}: {diagnosis}")):
+            self._stopping.complete()
 
     def _round(self) -> None:
         now = time.monotonic()
@@ -248,16 +265,19 @@ class Monitor:
             where += f", {oldest.label}, {oldest.phase}"
         failure = type(diagnosis)(f"{where}: {diagnosis}")
         begins = self._stopping.begin(failure)
-        if begins and is_first:
-            self.announce(failure)
-            if oldest is None:  # this rank may not reach another backward, which would raise it
-                _log.error("%s", failure)
-        if deadlock is not None:
-            self._stop_models(deadlock, process, self._record)
-        if begins:
-            # The end of this rank closes connections of ranks that have not read the failure yet.
-            self._stopping.wait(NOTICE_S)
-            self._stopping.complete()
+        try:
+            if begins and is_first:
+                self.announce(failure)
+                if oldest is None:  # this rank may not reach another backward, which would raise it
+                    _log.error("%s", failure)
+            if deadlock is not None:
+                self._stop_models(deadlock, process, self._record)
+            if begins:
+                # The end of this rank closes connections of ranks that have not read the failure yet.
+                self._stopping.wait(NOTICE_S)
+        finally:
+            if begins:
+                self._stopping.complete()
 
     def _disagreement(self, positions: Mapping[int, Position]) -> DisagreementError | None:
         histories = {rank: position.history for rank, position in positions.items()}
@@ -312,11 +332,11 @@ class Monitor:
         self, positions: Mapping[int, Position], oldest: InflightBucket | Hold | None
     ) -> None:
         """Log once that a bucket or hold is late."""
-        if oldest is None or self._warned == oldest.sequence:
+        if oldest is None or self._warned is oldest:
             return
         waited_s = time.monotonic() - oldest.since
         if waited_s > self._patience_s + ANSWER_S:
-            self._warned = oldest.sequence
+            self._warned = oldest
             late = self._who_is_late(positions, time.monotonic() - ANSWER_S)
             _log.warning(
                 "Rank %d has waited %.0f s in %s, %s.%s",

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from effadam_hook.errors import EffAdamError
+from effadam_hook.exchange.collectives import DefaultStore
 from effadam_hook.exchange.topology import NodeTable
 from effadam_hook.exchange.waiting import phase as waiting_phase
 from effadam_hook.exchange.watchdog.deadlock import Deadlock, Process
@@ -39,6 +40,7 @@ __all__ = ["CONNECTING", "Watchdog"]
 
 PATIENCE_S = 3.0
 """Seconds that a bucket may be in flight before the positions of the other ranks are requested."""
+_MEET_S, _MOST_MEET_S = 1e-3, 0.1  # pauses between two looks at who has come
 
 
 class Watchdog:
@@ -58,6 +60,9 @@ class Watchdog:
     def __init__(self, group: dist.ProcessGroup, run_id: str, name: str = "the model") -> None:
         self.rank = group.rank()
         self.record = FlightRecord(run_id, name)
+        self._size = group.size()
+        self._meetings = 0
+        self._store = DefaultStore(f"effadam/{run_id}")
         self.is_in_backward = False
         self._stopping = Stopping(self.record)
         self._monitor = Monitor(
@@ -129,6 +134,26 @@ class Watchdog:
                     raise failure from failure.__cause__
                 raise
 
+    def meet(self) -> bool:
+        """Wait for all ranks, within a bucket or a hold, before collectives that some may not start.
+
+        The ranks meet in the store, so that one that does something else is found before messages of
+        different kinds are mixed.
+
+        Returns:
+            Whether all have come; False if the exchange has stopped.
+        """
+        if self._size == 1:
+            return True
+        self._meetings += 1
+        key, pause_s = f"meeting {self._meetings}", _MEET_S
+        arrived = self._store.add(key, 1)
+        while arrived < self._size and self.is_going_on():
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MOST_MEET_S)
+            arrived = self._store.add(key, 0)
+        return self.is_going_on()
+
     def enter(
         self,
         label: str,
@@ -185,13 +210,15 @@ class Watchdog:
         if self._stopping.begin(kind(message)):
             is_cause = isinstance(error, EffAdamError) or not isinstance(error, RuntimeError)
             self._stopping.report(kind(message), is_cause)
-            failure = kind(message)
-            if isinstance(error, Exception):
-                failure = self._monitor.consult(kind, message)
-            self._monitor.wake()
-            failure.__cause__ = error
-            self._stopping.extend(failure)
-            self._stopping.complete()
+            try:
+                failure = kind(message)
+                if isinstance(error, Exception):
+                    failure = self._monitor.consult(kind, message)
+                self._monitor.wake()
+                failure.__cause__ = error
+                self._stopping.extend(failure)
+            finally:
+                self._stopping.complete()
         else:
             # The thread that stopped it may still consult the other ranks; its message says more.
             self._stopping.wait(2 * ANSWER_S)
@@ -209,7 +236,10 @@ class Watchdog:
         failure = type(error)(f"Rank {self.rank}, {self.record.name}: {error}")
         if not self._stopping.begin(failure):
             return False
-        self._monitor.announce(failure)
+        with contextlib.suppress(
+            Exception
+        ):  # without the store this process must stop all the same
+            self._monitor.announce(failure)
         return True
 
     def complete_stop(self) -> None:
