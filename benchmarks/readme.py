@@ -125,8 +125,7 @@ def step_s(name: str, ranks_per_node: int, gbit: float) -> float:
         NODES * ranks_per_node,
         Link(gbit * 1e9 / 8, LATENCY_S, MESSAGE_S),
         cores=1.0,
-        tree=True,
-        in_order=True,
+        on_nccl=True,
         ranks_per_node=ranks_per_node,
         inside=INSIDE if ranks_per_node > 1 else None,
     )

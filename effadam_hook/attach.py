@@ -118,7 +118,7 @@ def attach(
         **state_options(complete),
     )
     if complete["auto"]:
-        state.try_out()
+        state.measure_auto_compress()
     state.grad_scaler = grad_scaler
     exchanged, other_names = _parameters_of(ddp_model)
     warmup_steps = state.config.warmup_steps
@@ -245,7 +245,7 @@ def _choose_mode(
     if not isinstance(optimizer, EfficientAdam):
         raise TypeError(
             f"Invalid optimizer: {kind}. Must be an EfficientAdam, for update "
-            "mode. Any other optimizer works in gradient mode, without being handed over; Adam and "
+            "mode. Any other optimizer works in gradient mode, without being passed; Adam and "
             "AdamW also with precondition=True."
         )
     if optimizer.second_moment == "frozen" and warmup_steps == 0:

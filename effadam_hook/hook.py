@@ -44,7 +44,7 @@ def efficient_adam_hook(state: EfficientAdamState, bucket: GradBucket) -> Future
     """
     if not isinstance(bucket, GradBucket):
         raise EffAdamError(
-            f"DDP handed the hook a {type(bucket).__name__} instead of a GradBucket, as its "
+            f"DDP passed the hook a {type(bucket).__name__} instead of a GradBucket, as its "
             '"python_reducer" does under torch.compile. Set '
             'torch._dynamo.config.optimize_ddp = "ddp_optimizer", the default.'
         )

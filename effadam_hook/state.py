@@ -127,18 +127,20 @@ class EfficientAdamState:
 
     @property
     def check_replicas(self) -> bool:
-        """Return whether ranks compare weights at each step (CPU only); a difference is an error."""
+        """Return whether ranks compare weights at each step on Gloo; a difference is an error."""
         return self._engine.check_replicas
 
     @check_replicas.setter
     def check_replicas(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"Invalid check_replicas: {value!r}. Must be True or False.")
         self._engine.check_replicas = value
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The scaler that multiplies the loss, or None. Residuals follow its scale.
 
-        The scale is read once per backward, which waits for the device if the scale is on one.
+        The scale is read once per backward, on its device and without waiting for it.
         """
         return self._engine.grad_scaler
 
@@ -203,7 +205,7 @@ class EfficientAdamState:
         self.check_replicas = options["check_replicas"]
         self.wait_timeout_s = options["wait_timeout_s"]
         if options["auto"]:
-            self.try_out()
+            self.measure_auto_compress()
 
     def _begin_use(self, group: dist.ProcessGroup | None) -> None:
         """Turn a copy into a new state, unless it lacks the process group of its original."""
@@ -215,7 +217,7 @@ class EfficientAdamState:
         if self._lacks_group and group is None:
             raise EffAdamError(
                 "This is a copy of a state with a process group of its own, and copies have none. "
-                "Use attach(ddp_model, ...), or hand the group over: state.bind(..., group)."
+                "Use attach(ddp_model, ...), or pass the group: state.bind(..., group)."
             )
         self._is_copy = self._lacks_group = False
 
@@ -287,7 +289,7 @@ class EfficientAdamState:
         """
         self._engine.is_joining = is_joining
 
-    def try_out(self) -> None:
+    def measure_auto_compress(self) -> None:
         """Compress only if that makes steps faster; called by :func:`attach` with ``auto``.
 
         The first steps after the warm-up are timed, some dense, some compressed, and all ranks keep the

@@ -68,14 +68,14 @@ class Adaptable:
         sibling = kind.sibling
         if sibling is None or not isinstance(accelerator, sibling.accelerator_base):
             raise TypeError(
-                f"{kind.__name__} belongs to {kind.family} and was handed to the Trainer or Fabric "
+                f"{kind.__name__} belongs to {kind.family} and was passed to the Trainer or Fabric "
                 f"of another package: its accelerator is a {type(accelerator).__module__}."
                 f"{type(accelerator).__name__}. Import both from the same package."
             )
         if "sibling" not in vars(kind):
             raise TypeError(
                 f"{kind.__module__}.{kind.__name__} derives from the strategy for {kind.family} "
-                f"and was handed to a Trainer or Fabric of {sibling.family}. "
+                f"and was passed to a Trainer or Fabric of {sibling.family}. "
                 f"Derive it from {sibling.__module__}.{sibling.__name__}."
             )
         arguments = self._arguments

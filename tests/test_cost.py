@@ -43,8 +43,8 @@ def test_a_dense_ring_carries_twice_the_gradients_less_one_nth() -> None:
 
 def test_an_all_reduce_waits_for_every_round_of_its_ring_or_tree() -> None:
     late, model = link(1e6, latency_s=0.001), [ParameterSize(1024)]
-    for tree, rounds in ((False, 30), (True, 8)):
-        cluster = Cluster(16, late, tree=tree)
+    for on_nccl, rounds in ((False, 30), (True, 8)):
+        cluster = Cluster(16, late, on_nccl=on_nccl)
         exchange_s = predict(Method.parse("fp32"), model, cluster).exchange_s
         assert exchange_s == pytest.approx(rounds * 0.001, rel=1e-3)
 
@@ -63,7 +63,7 @@ def test_rank_0_takes_in_n_minus_1_payloads_and_is_the_root_of_a_tree() -> None:
     assert (up.out_bytes, up.in_bytes, up.rounds) == (0, 3 * size, 1)
     assert (down.out_bytes, down.in_bytes, down.rounds) == (2 * size, 0, 2)
     assert legs_of(Method.parse("lloyd4/rank0"), bucket, 2)[1].rounds == 1
-    assert legs_of(Method.parse("lloyd4/rank0"), bucket, 8, tree=True)[1].out_bytes == size
+    assert legs_of(Method.parse("lloyd4/rank0"), bucket, 8, on_nccl=True)[1].out_bytes == size
     assert (up.messages, down.messages) == (2, 0)
 
 
@@ -75,8 +75,8 @@ def test_large_buckets_of_ours_travel_in_parts_but_not_on_one_stream() -> None:
     assert parts_of(Method.parse("fp32"), bucket, 4) == [bucket]
     speed = Speed(encode_s=1e-8, decode_s=1e-8)
     whole, parts = (
-        predict(ours, bucket, Cluster(4, link(), in_order=in_order), speed).exchange_s
-        for in_order in (True, False)
+        predict(ours, bucket, Cluster(4, link(), on_nccl=on_nccl), speed).exchange_s
+        for on_nccl in (True, False)
     )
     assert parts < 0.8 * whole
 

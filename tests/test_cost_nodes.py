@@ -76,7 +76,7 @@ def test_gloos_broadcast_leaves_the_first_node_from_each_of_its_ranks() -> None:
     for nodes, ranks, leaving in ((2, 2, 2), (2, 4, 4), (3, 2, 4), (4, 1, 2)):
         up, down = legs_of(method, BUCKET, nodes, ranks_per_node=ranks)
         assert (up.in_bytes, down.out_bytes) == ((nodes - 1) * ranks * size, leaving * size)
-    assert legs_of(method, BUCKET, 2, tree=True, ranks_per_node=4)[1].out_bytes == size
+    assert legs_of(method, BUCKET, 2, on_nccl=True, ranks_per_node=4)[1].out_bytes == size
 
 
 @pytest.mark.parametrize("shares", [2, 3])
@@ -126,7 +126,7 @@ def test_with_a_slow_card_a_step_takes_its_wire_time_whatever_a_node_holds() -> 
 
 
 def test_a_slow_link_inside_the_node_is_the_floor_of_the_node_mean() -> None:
-    cluster = Cluster(4, card(1e6), tree=True, ranks_per_node=2, inside=card(10.0))
+    cluster = Cluster(4, card(1e6), on_nccl=True, ranks_per_node=2, inside=card(10.0))
     predicted = predict(Method.parse("lloyd4/hierarchical"), BUCKET, cluster)
     inside = BYTES / 2 + payload_bytes(BUCKET, "lloyd4", 4, shares=2) / 2
     assert predicted.floor_s == pytest.approx(inside / 10e6)

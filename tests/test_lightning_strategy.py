@@ -80,7 +80,7 @@ def test_mixing_families_is_an_error_that_says_so() -> None:
     make_trainer("lightning.pytorch", Mine())
     with pytest.raises(TypeError, match=r"Derive it from lightning_plugin\.for_pytorch_lightning"):
         make_trainer("pytorch_lightning", Mine())
-    with pytest.raises(TypeError, match="handed to the Trainer or Fabric of another package"):
+    with pytest.raises(TypeError, match="passed to the Trainer or Fabric of another package"):
         EfficientAdamStrategy().accelerator = torch.device("cpu")
     with pytest.raises((TypeError, ValueError), match="strategy"):
         make_trainer("lightning.pytorch", EfficientAdamFabricStrategy())

@@ -114,7 +114,7 @@ def test_a_part_of_the_ranks_of_a_node_passes() -> None:
         ),
         (
             [launched("a", i, 2, None) for i in range(3)],
-            r"host 'a' has 3 ranks \(0, 1, 2\), and torchrun has told rank 0 of 2",
+            r"host 'a' has 3 ranks \(0, 1, 2\), and torchrun has set 2 on rank 0",
         ),
         (
             [launched("a", 1, None, None), launched("a", 1, None, None)],

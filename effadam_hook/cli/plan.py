@@ -157,8 +157,7 @@ def _described(args: argparse.Namespace, ranks: Ranks) -> Cluster:
         args.nodes * args.ranks_per_node,
         Link(args.gbit * 1e9 / 8, latency_s=_LATENCY_S),
         cores=1.0 if on_nccl else _free_cores(ranks),
-        tree=on_nccl,
-        in_order=on_nccl,
+        on_nccl=on_nccl,
         ranks_per_node=args.ranks_per_node,
         inside=inside,
     )
@@ -169,8 +168,7 @@ def _cluster(ranks: Ranks, link: MeasuredLink) -> Cluster:
         ranks.probe.world_size,
         link.as_link(ranks.cpu_weight),
         cores=_free_cores(ranks),
-        tree=ranks.on_nccl,
-        in_order=ranks.on_nccl,
+        on_nccl=ranks.on_nccl,
         ranks_per_node=ranks.ranks_per_node,
         inside=link.inside(),
     )

@@ -76,7 +76,7 @@ class Engine:
         """Compare options, versions and model with the other ranks; a collective operation.
 
         Args:
-            device: Where the group's backend wants tensors.
+            device: Device of the buckets.
 
         Raises:
             DisagreementError: On every rank, if any two differ.

@@ -19,13 +19,14 @@ class NodeTransfer(Protocol):
     """
 
     packed_bytes: Tensor
-    """``[bucket bytes]`` uint8: the share of every local rank, one after the other."""
+    """``[sum of packed_sizes]`` uint8: what is sent to every local rank, one after the other.
+    That is its share with a note behind it, and nothing for this rank; one byte if memory is shared."""
     packed_sizes: list[int]
-    """Bytes of each share."""
+    """Bytes for each local rank."""
     received_bytes: Tensor
-    """``[ranks of the node * share bytes]`` uint8: this rank's share of every local rank's bucket."""
+    """``[sum of received_sizes]`` uint8: what every local rank sends: this rank's share, and a note."""
     received_sizes: list[int]
-    """Bytes of this rank's share, once for each local rank."""
+    """Bytes from each local rank."""
 
     @property
     def is_shared(self) -> bool:

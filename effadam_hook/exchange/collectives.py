@@ -34,7 +34,7 @@ _SLICE = timedelta(seconds=0.5)
 
 
 Group: TypeAlias = "dist.ProcessGroup | BareGroup"
-"""A process group of the user's, or a bare Gloo group of an exchange (see ``gloo.py``)."""
+"""A process group of the user's, or a bare Gloo group of an exchange (see ``groups.py``)."""
 
 
 class BareGroup(Protocol):

@@ -61,7 +61,7 @@ class DenseExchange:
         layout = "sparse" if buffer.is_sparse else f"{buffer.numel()} elements"
         inflight = self._watchdog.enter(
             label,
-            "a dense all-reduce" + f" with {len(also)} moments" * bool(also),
+            f"a dense all-reduce with {len(also)} moments" if also else "a dense all-reduce",
             layout,
             "dense all-reduce",
             buffer,
@@ -103,7 +103,7 @@ class DenseExchange:
         future = streams.new_future()
         stream.wait_stream(streams.current_stream())
         with streams.on(stream):
-            # The allocator must not hand the tensors out again while this stream divides them.
+            # The allocator must not reuse the tensors while this stream divides them.
             for tensor in (buffer, *also):
                 if not tensor.is_sparse:  # which NCCL refuses
                     streams.keep(tensor, stream)

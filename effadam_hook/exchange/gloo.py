@@ -2,7 +2,7 @@
 
 A second collective that is started from a future's callback hangs or aborts on Gloo as soon as there
 are two buckets, because the ranks start it in different orders. Here the thread of a stage alone starts
-collectives on the group of that stage, and buckets pass the threads in the order in which DDP hands
+collectives on the group of that stage, and buckets pass the threads in the order in which DDP passes
 them over, which is the same on every rank. A group connects the ranks that the stage's collective
 connects: all, the node's, or those with the same place in other nodes. With two collectives a
 bucket, as in "rank0" and "sharded"::

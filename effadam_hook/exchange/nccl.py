@@ -51,7 +51,7 @@ class NcclExchange:
         """
         self._stream.wait_stream(self._streams.current_stream())
         with self._streams.on(self._stream):
-            # The allocator must not hand the bucket out again while this stream reads it.
+            # The allocator must not reuse the bucket while this stream reads it.
             self._streams.keep(job.bucket, self._stream)
             self._run(0, job, inflight)
 

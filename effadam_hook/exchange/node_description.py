@@ -4,7 +4,7 @@ A node is a host: ranks that share a host share its network card. Every rank des
 
 - its *host identity*: host name, boot id and network namespace, or the environment variable
   ``EFFADAM_HOST`` where a host is to count as another one;
-- what its *launcher* has told it: local rank, number of local ranks and number of the node, from
+- what its *launcher* has set: local rank, number of local ranks and number of the node, from
   torchrun (``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``GROUP_RANK``), Lightning (``LOCAL_RANK``,
   ``NODE_RANK``) or SLURM (``SLURM_LOCALID``, ``SLURM_NTASKS_PER_NODE``, ``SLURM_NODEID``);
 - or the ranks of its node, where the user names them by a process group or a device mesh.
@@ -82,7 +82,7 @@ def describe_ranks(
 
     Args:
         group: The process group.
-        device: Where the group's backend wants tensors.
+        device: A device whose tensors the group can send.
         intra_node_group: The option of that name.
         device_mesh: The option of that name.
 

@@ -86,7 +86,7 @@ def _by_host(descriptions: Sequence[Description]) -> list[tuple[int, ...]]:
 def _check_launchers(
     groups: Sequence[tuple[int, ...]], descriptions: Sequence[Description]
 ) -> None:
-    """Compare the ranks of each host with what their launcher has told them."""
+    """Compare the ranks of each host with what their launcher has set."""
     host_of: dict[tuple[str, int], tuple[str, int]] = {}
     for ranks in groups:
         known = {rank: descriptions[rank] for rank in ranks if descriptions[rank].launcher}
@@ -125,7 +125,7 @@ def _check_local_ranks(ranks: tuple[int, ...], known: Mapping[int, Description])
         if own.local_world_size is not None and len(ranks) > own.local_world_size:
             raise _contradiction(
                 f"host {own.name!r} has {len(ranks)} ranks ({list_ranks(ranks)}), and {own.launcher} "
-                f"has told rank {rank} of {own.local_world_size} on it"
+                f"has set {own.local_world_size} on rank {rank}"
             )
         if own.local_rank is not None:
             other = owners.setdefault(own.local_rank, rank)
@@ -151,7 +151,7 @@ def _launchers(groups: Sequence[tuple[int, ...]], descriptions: Sequence[Descrip
 
 
 def _all_agree(groups: Sequence[tuple[int, ...]], descriptions: Sequence[Description]) -> bool:
-    """Return whether no host has more ranks than its launcher has told one of them."""
+    """Return whether no host has more ranks than its launcher has set for one of them."""
     return all(
         len(ranks) <= (descriptions[rank].local_world_size or len(ranks))
         for ranks in groups

@@ -1,4 +1,4 @@
-"""The replica check: the last bytes of every chunk, compared before a server reduces.
+"""The replica check: the last bytes of every chunk, compared before reducing and decoding.
 
 Options and models are compared when training starts, and the watchdog finds ranks that wait in
 vain. Replicas that have drifted apart show neither: one rank has skipped a backward but not the
@@ -50,7 +50,7 @@ class ReplicaCheck:
         names: Names of the bucket's parameters.
         parameters: The bucket's parameters.
         sent: ``[servers, stride_bytes]`` uint8, the payload of this worker.
-        received: ``[world_size, stride_bytes]`` uint8, the chunks that arrive at this server.
+        received: ``[workers, stride_bytes]`` uint8, the chunks that arrive at this server.
         staging: The memory of the payloads.
         check_every_step: Whether to include a weight in every step, rather than in every seventh.
         ranks: The ranks whose chunks are received, for messages; None for all ranks.
@@ -84,7 +84,7 @@ class ReplicaCheck:
         """Compare the chunks of another buffer from now on.
 
         Args:
-            received: ``[world_size, stride_bytes]`` uint8.
+            received: ``[workers, stride_bytes]`` uint8.
         """
         self._received = [memoryview(row[-REPLICA_CHECK_BYTES:].numpy()) for row in received]
 

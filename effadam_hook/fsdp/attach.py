@@ -62,7 +62,7 @@ def attach_sharded(
     state = ShardedState(process_group=group, **state_options(options))
     if options["auto"]:
         check_auto(options["enabled"], options["quantize_weights"])
-        state.try_out()
+        state.measure_auto_compress()
     state.take_groups(groups)
     state.grad_scaler = grad_scaler
     named, others = name_shards(model, groups)
@@ -121,7 +121,7 @@ def _choose_mode(
             raise TypeError(
                 f"Invalid optimizer: {type(optimizer).__name__} for a sharded model. Must be None, or "
                 "a torch.optim.Adam or AdamW with precondition=True: update mode does not support "
-                "sharded parameters. Any optimizer works in gradient mode, without being handed over."
+                "sharded parameters. Any optimizer works in gradient mode, without being passed."
             )
         return GradientMode()
     shards = {id(shard.owner): shard for group in groups for shard in group.shards}

@@ -45,6 +45,7 @@ class ShardEngine(Engine):
         position: Rank and size of the shard mesh by module, equal on all replicas of a shard.
         check_hooks: Raises an error if a parameter group has no hook of this engine.
         is_closed: Whether the state was closed.
+        release: Removes the check before a forward from the model.
     """
 
     def __init__(self, config: Config, group: dist.ProcessGroup | None) -> None:
@@ -63,7 +64,7 @@ class ShardEngine(Engine):
         """Compare options, versions, model and position in the shard mesh with the other replicas.
 
         Args:
-            device: Where the group's backend wants tensors.
+            device: Device of the shards.
 
         Raises:
             DisagreementError: On every replica of the shard, if any two differ.

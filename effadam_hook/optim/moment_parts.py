@@ -123,7 +123,7 @@ def _slice(
             'topology="hierarchical" the state_dict() of the optimizer has the moments of one rank\'s '
             "share. Load the state of the hook after it, as full_state_dict() returns it: it has the "
             "moments of all ranks. Without one load no optimizer state: moments then start at zero. "
-            "If a model with this optimizer was wrapped anew, hand the state over after attach: "
+            "If a model with this optimizer was wrapped anew, pass the state on after attach: "
             "new_state.load_state_dict(old_state.state_dict())."
         )
     begin = first - start if numel else 0

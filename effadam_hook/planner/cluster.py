@@ -121,9 +121,8 @@ class Cluster:
         world_size: Number of ranks.
         link: The link of each node, its network card, which its ranks share.
         cores: Number of threads of a rank that run concurrently at full speed.
-        tree: Whether an all-reduce takes ``2 log2 N`` rounds, see :func:`legs_of`.
-        in_order: Whether the exchange of a bucket starts after that of the bucket before, as on NCCL,
-            where one stream runs them all.
+        on_nccl: Whether NCCL carries the bytes, see :func:`legs_of`. One stream then runs the exchanges
+            of all buckets in turn.
         ranks_per_node: Number of ranks of a node. A flat topology counts every rank as a worker, the
             hierarchical one every node.
         inside: The link of each rank to the other ranks of its node; None if it never limits.
@@ -136,8 +135,7 @@ class Cluster:
     world_size: int
     link: Link
     cores: float = math.inf
-    tree: bool = False
-    in_order: bool = False
+    on_nccl: bool = False
     ranks_per_node: int = 1
     inside: Link | None = None
 

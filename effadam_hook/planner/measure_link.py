@@ -151,8 +151,7 @@ def measure_link(
     cluster = Cluster(
         probe.world_size,
         Link(rate, efficiency=1.0),
-        tree=nccl,
-        in_order=nccl,
+        on_nccl=nccl,
         ranks_per_node=ranks_per_node,
         inside=None if inside is None else Link(inside[0], efficiency=1.0),
     )
@@ -193,11 +192,11 @@ def _measure_leg(
     parameters: Sequence[ParameterSize],
     cluster: Cluster,
 ) -> MeasuredLeg:
-    n, shape = cluster.world_size, (cluster.nodes, cluster.tree, cluster.ranks_per_node)
+    n, shape = cluster.world_size, (cluster.nodes, cluster.on_nccl, cluster.ranks_per_node)
     parts = [
         part
         for bucket in make_buckets(parameters, method.bucket_mb)
-        for part in parts_of(method, bucket, n, cluster.in_order)
+        for part in parts_of(method, bucket, n, cluster.on_nccl)
     ]
     largest = max(parts, key=lambda part: sum(p.numel for p in part))
     leg = next(
@@ -205,7 +204,7 @@ def _measure_leg(
         for leg in legs_of(method, largest, *shape, block_size_of(parameters))
         if leg.name == name
     )
-    unit = unit_leg(name, cluster.nodes, cluster.ranks_per_node, cluster.tree)
+    unit = unit_leg(name, cluster.nodes, cluster.ranks_per_node, cluster.on_nccl)
     empty = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS)
     empties = probe.time_leg(name, _EMPTY_BYTES * n, _EMPTY_REPEATS, _DEPTH)
     if not unit.size_bytes:  # a meeting, without bytes

@@ -100,14 +100,14 @@ def predict(
     method = method.on_nodes(cluster.ranks_per_node if cluster.nodes > 1 else 1)
     for bucket in buckets:
         ready += sum(parameter.numel for parameter in bucket)
-        for part in parts_of(method, bucket, cluster.world_size, nccl=cluster.in_order):
-            shape = cluster.nodes, cluster.tree, cluster.ranks_per_node
+        for part in parts_of(method, bucket, cluster.world_size, nccl=cluster.on_nccl):
+            shape = cluster.nodes, cluster.on_nccl, cluster.ranks_per_node
             legs = legs_of(method, part, *shape, block_size)
             sent += sum(leg.out_bytes for leg in legs)
             received += sum(leg.in_bytes for leg in legs)
             inside += sum(leg.inside_bytes for leg in legs)
             works = _works(method, part, legs, cluster, speed)
-            if cluster.in_order:
+            if cluster.on_nccl:
                 works = [replace(work, stage="stream") for work in works]
             transits.append(Transit(ready / total, works))
     capacity = {"out": 1.0, "in": 1.0, "inside": 1.0, "cpu": cluster.cores}

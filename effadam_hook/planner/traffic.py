@@ -207,7 +207,7 @@ def legs_of(
     method: Method,
     bucket: Sequence[ParameterSize],
     nodes: int,
-    tree: bool = False,
+    on_nccl: bool = False,
     ranks_per_node: int = 1,
     block_size: int = USUAL_BLOCK,
 ) -> list[Leg]:
@@ -217,8 +217,8 @@ def legs_of(
         method: The method; its topology is not ``auto``, see :meth:`Method.on_nodes`.
         bucket: Parameter sizes of the bucket.
         nodes: Number of nodes.
-        tree: Whether an all-reduce takes ``2 log2 N`` rounds, as NCCL's trees do, instead of
-            ``2 (N-1)``, and whether the root of a broadcast sends its bytes once; see
+        on_nccl: Whether NCCL carries the bytes. An all-reduce then takes ``2 log2 N`` rounds instead of
+            ``2 (N-1)``, and the root of a broadcast sends its bytes once; see
             :class:`~effadam_hook.exchange.topology.Load`.
         ranks_per_node: Number of ranks of a node, which share its card.
         block_size: Number of elements that share a scale, of :func:`block_size_of`.
@@ -227,7 +227,7 @@ def legs_of(
         The legs, in their order; an empty list for one rank or for ``none``.
     """
     numel = sum(parameter.numel for parameter in bucket)
-    load = Load(numel * _ITEM_BYTES, 0.0, nodes, ranks_per_node, tree)
+    load = Load(numel * _ITEM_BYTES, 0.0, nodes, ranks_per_node, on_nccl)
     if load.world_size == 1 or method.kind == "none":
         return []
     if method.kind in ("dense", "cast"):
@@ -256,19 +256,19 @@ def shares_of(method: Method, ranks_per_node: int) -> int:
     return ranks_per_node if method.topology == HIERARCHICAL else 1
 
 
-def unit_leg(name: str, nodes: int, ranks_per_node: int, tree: bool) -> Leg:
+def unit_leg(name: str, nodes: int, ranks_per_node: int, on_nccl: bool) -> Leg:
     """Describe a collective for one byte of gradients, or one byte of a whole payload.
 
     Args:
         name: Name of the leg.
         nodes: Number of nodes.
         ranks_per_node: Number of ranks of a node.
-        tree: See :func:`legs_of`.
+        on_nccl: See :func:`legs_of`.
 
     Returns:
         The leg; bytes are proportional to those of the gradients or of the payload.
     """
-    load = Load(1.0, 1.0, nodes, ranks_per_node, tree)
+    load = Load(1.0, 1.0, nodes, ranks_per_node, on_nccl)
     if name == ALL_REDUCE:
         return all_reduce(load)
     legs = TOPOLOGIES[name.partition("/")[2]].legs(load)
@@ -282,7 +282,7 @@ def all_reduce(load: Load) -> Leg:
         load: Sizes and nodes.
     """
     n = load.world_size
-    rounds = 2 * ((n - 1).bit_length() if load.tree else n - 1)
+    rounds = 2 * ((n - 1).bit_length() if load.on_nccl else n - 1)
     return load.around_ring(ALL_REDUCE, 2 * load.bucket_bytes * (n - 1) / n, rounds)
 
 

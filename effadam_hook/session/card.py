@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from effadam_hook.exchange.collectives import backend_of
 from effadam_hook.exchange.topology import HIERARCHICAL, TOPOLOGIES, Load, Topology
 from effadam_hook.session.session import ExchangeSession
 from effadam_hook.wire.counters import human_bytes
@@ -36,11 +37,11 @@ def card_bytes(session: ExchangeSession, kind: type[Topology]) -> float:
         "up": sum(layout.uplink.payload_bytes for layout in layouts),
         "down": sum(layout.downlink.payload_bytes for layout in layouts),
     }
-    on_cuda = session.parameters.device().type == "cuda"
+    on_nccl = backend_of(session.group, session.parameters.device()) == "nccl"
     legs = [
         leg
         for direction, size in payloads.items()
-        for leg in kind.legs(Load(0.0, size, len(table.nodes), table.ranks_per_node, on_cuda))
+        for leg in kind.legs(Load(0.0, size, len(table.nodes), table.ranks_per_node, on_nccl))
         if leg.name.startswith(direction)
     ]
     return max(sum(leg.out_bytes for leg in legs), sum(leg.in_bytes for leg in legs))

@@ -65,7 +65,7 @@ class Connection:
             if not dist.is_initialized():
                 raise EffAdamError(
                     "There is no process group yet. Call torch.distributed.init_process_group "
-                    "before the state is used, or hand it a process_group."
+                    "before the state is used, or pass it a process_group."
                 )
             self._group = dist.group.WORLD
             assert self._group is not None

@@ -69,7 +69,7 @@ class Hierarchical(Topology):
         card = load.payload_bytes * (nodes - 1) / nodes
         others = (ranks - 1) / ranks
         return [
-            Leg("mean/hierarchical", 0, 0, 1, ranks - 2, load.bucket_bytes * others * load.tree),
+            Leg("mean/hierarchical", 0, 0, 1, ranks - 2, load.bucket_bytes * others * load.on_nccl),
             Leg("up/hierarchical", card, card, 1, nodes - 2),
             Leg("down/hierarchical", card, card, 1, nodes - 2),
             Leg("gather/hierarchical", 0, 0, 1, ranks - 2, load.payload_bytes * others),

@@ -20,7 +20,7 @@ class Load:
         payload_bytes: Bytes of a whole payload.
         nodes: Number M of nodes.
         ranks_per_node: Number G of ranks of a node. Ranks of a node have consecutive numbers.
-        tree: Whether NCCL carries the bytes: a broadcast sends them once rather than once a round,
+        on_nccl: Whether NCCL carries the bytes: a broadcast sends them once rather than once a round,
             and ranks of a node send their gradients instead of reading them from shared memory.
     """
 
@@ -28,7 +28,7 @@ class Load:
     payload_bytes: float
     nodes: int
     ranks_per_node: int = 1
-    tree: bool = False
+    on_nccl: bool = False
 
     @property
     def world_size(self) -> int:

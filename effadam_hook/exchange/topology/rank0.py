@@ -31,7 +31,7 @@ class Rank0(Topology):
         """Describe the gather to rank 0 and the broadcast from it; see :class:`Topology`."""
         n, ranks, payload = load.world_size, load.ranks_per_node, load.payload_bytes
         rounds = (n - 1).bit_length()
-        out, inside = (min(1, n - ranks), min(1, ranks - 1)) if load.tree else _sends(n, ranks)
+        out, inside = (min(1, n - ranks), min(1, ranks - 1)) if load.on_nccl else _sends(n, ranks)
         return [
             Leg("up/rank0", 0, payload * (n - ranks), 1, n - 2, payload * (ranks - 1)),
             Leg("down/rank0", payload * out, 0, rounds, 0, payload * inside),

@@ -36,8 +36,9 @@ class Stage:
         phase: Name of the arithmetic in messages.
         compute: The arithmetic; None where this rank has none to do.
         transfer: Name of the collective in messages; empty for the last stage, which has none.
-        start: Starts the collective on a group that only this stage uses, and returns the work.
-        prepare: Arithmetic before that average; None for none.
+        start: Starts the collective on a group that only this stage uses, except for the bound of
+            gradients on nodes, and returns the work.
+        prepare: Arithmetic before the dense average of ``averages_first``; None for none.
         averages_first: Whether the values of a bucket with :attr:`BucketJob.averages_first` are
             averaged densely, on the group of this stage, before the arithmetic.
         ranks: The ranks of the process group that take part in the collective, ascending; None for

@@ -8,7 +8,7 @@ Rounds that find nothing late and hear no alarm send nothing. Otherwise a round 
     [4] diagnose: the first of these that holds stops the exchange
           two ranks have started different buckets under one sequence number
           a rank has reported a failure; the loss of a connection counts some seconds later, as it
-          follows from a failure elsewhere, and the rank that reports it looks for that
+          follows from a failure elsewhere, and the rank that reports it searches for that
           a rank has ended its training
           threads wait for one another for ever, found twice
           the wait is longer than ``wait_timeout_s``, or a rank is silent while all ranks connect
