@@ -20,7 +20,7 @@ __all__ = [
     "warn_caller",
 ]
 
-_OWN_PACKAGES = ("effadam_hook", "lightning_plugin")
+_NOT_THE_USERS = ("effadam_hook", "lightning_plugin", "torch")
 
 
 class EffAdamError(RuntimeError):
@@ -48,17 +48,17 @@ class UserCodeError(RuntimeError):
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, and name the line outside this package from which it was called.
+    """Warn, and name the line of the training program, outside this package and torch.
 
     Args:
         message: The warning.
         category: Its class.
     """
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
+    while frame.f_back is not None and _is_passed(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
 
-def _is_own(module: str) -> bool:
-    return module.partition(".")[0] in _OWN_PACKAGES
+def _is_passed(module: str) -> bool:
+    return module.partition(".")[0] in _NOT_THE_USERS
