@@ -44,7 +44,6 @@ class ShardEngine(Engine):
     Attributes:
         position: Rank and size of the shard mesh by module, equal on all replicas of a shard.
         check_hooks: Raises an error if a parameter group has no hook of this engine.
-        is_closed: Whether the state was closed.
         release: Removes the check before a forward from the model.
     """
 
@@ -53,7 +52,6 @@ class ShardEngine(Engine):
         self.is_joining = lambda: False
         self.position: dict[str, list[int]] = {}
         self.check_hooks: Callable[[], None] = lambda: None
-        self.is_closed = False
         self.release: Callable[[], None] = lambda: None
         self._backward = _NONE
         self._last: Future[Tensor] | None = None
@@ -103,7 +101,7 @@ class ShardEngine(Engine):
         """
         session = self.session
         connection = session.connection
-        if self.is_closed:
+        if connection.is_closed:
             raise EffAdamError(
                 "The state of this model was closed, and its gradients would not be averaged over the "
                 "replicas. Close it after the last backward, or attach the model again."
@@ -145,7 +143,11 @@ class ShardEngine(Engine):
         Raises:
             EffAdamError: On all replicas, if a parameter group has no hook of this engine.
         """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.is_closed:
+        if (
+            torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+            or self.session.connection.is_closed
+        ):
             return
         self.session.connection.phase = "checking the hooks"
         try:

@@ -36,7 +36,7 @@ class ShardHook:
     @property
     def is_closed(self) -> bool:
         """Return whether the state was closed, so that another hook may take this place."""
-        return self._engine.is_closed
+        return self._engine.session.connection.is_closed
 
     def __call__(self, reduced: Tensor) -> None:
         """Average a reduced tensor.

@@ -49,7 +49,6 @@ class ShardedState(EfficientAdamState):
         model can be attached again.
         """
         super().close()
-        self._engine.is_closed = True
         self._engine.release()
 
     def _shards(self) -> dict[str, Shard]:

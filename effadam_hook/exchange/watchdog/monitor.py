@@ -199,9 +199,17 @@ class Monitor:
         diagnosis = overdue(oldest, self.wait_timeout_s, 0, False, late)
         if diagnosis is None:
             return
-        where = f"Rank {self._rank}, {oldest.label}, {oldest.phase}"
-        if self._stopping.begin(type(diagnosis)(f"{where}: {diagnosis}")):
+        if self._stopping.begin(self._failure(diagnosis, oldest)):
             self._stopping.complete()
+
+    def _failure(
+        self, diagnosis: EffAdamError, oldest: InflightBucket | Hold | None
+    ) -> EffAdamError:
+        """Return an error that also says where this rank is."""
+        where = f"Rank {self._rank}"
+        if oldest is not None:
+            where += f", {oldest.label}, {oldest.phase}"
+        return type(diagnosis)(f"{where}: {diagnosis}")
 
     def _round(self) -> None:
         now = time.monotonic()
@@ -260,10 +268,7 @@ class Monitor:
         if diagnosis is None:
             self._warn(positions, oldest)
             return
-        where = f"Rank {self._rank}"
-        if oldest is not None:
-            where += f", {oldest.label}, {oldest.phase}"
-        failure = type(diagnosis)(f"{where}: {diagnosis}")
+        failure = self._failure(diagnosis, oldest)
         begins = self._stopping.begin(failure)
         try:
             if begins and is_first:

@@ -236,9 +236,8 @@ class Watchdog:
         failure = type(error)(f"Rank {self.rank}, {self.record.name}: {error}")
         if not self._stopping.begin(failure):
             return False
-        with contextlib.suppress(
-            Exception
-        ):  # without the store this process must stop all the same
+        # Without the store this process must stop all the same.
+        with contextlib.suppress(Exception):
             self._monitor.announce(failure)
         return True
 
